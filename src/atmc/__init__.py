@@ -1,0 +1,24 @@
+"""atmc: image classifiers that are small and hard to fool at once."""
+
+from atmc import models
+from atmc.api import Result, compress, evaluate, load, save
+from atmc.compress.budget import Budget
+from atmc.phases import Recipe
+from atmc.robust.threats import L1, L2, Linf, parse_threat
+from atmc.version import __version__
+
+__all__ = [
+    "L1",
+    "L2",
+    "Budget",
+    "Linf",
+    "Recipe",
+    "Result",
+    "__version__",
+    "compress",
+    "evaluate",
+    "load",
+    "models",
+    "parse_threat",
+    "save",
+]

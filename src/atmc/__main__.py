@@ -1,0 +1,5 @@
+"""``python -m atmc`` is the ``atmc`` command."""
+
+from atmc.cli import main
+
+main()

@@ -1,0 +1,269 @@
+"""What a Python user calls: compress(), evaluate(), load(), save()."""
+
+from __future__ import annotations
+
+import copy
+import os
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any, cast
+
+import torch
+from torch import nn
+
+from atmc.compress.budget import Budget
+from atmc.compress.factorize import sites
+from atmc.data import Images, as_images
+from atmc.methods import Plan, floor_of, objective_of, phases_of
+from atmc.pack import artifact
+from atmc.pack.artifact import load, save
+from atmc.phases import EpochEnd, Recipe, Record, Runner, State
+from atmc.robust.attacks import attack_mode
+from atmc.robust.evaluate import Accuracy, clean_accuracy, robust_accuracy
+from atmc.robust.threats import Threat, check_threat
+from atmc.train import Progress
+
+__all__ = ["Job", "Report", "Result", "check_model", "compress", "default_recipe", "evaluate", "load", "save"]
+
+DEFAULT_EPOCHS = {"dense": 20, "l0": 10, "admm": 10, "tune": 5}
+LEARNING_RATES = {
+    "adamw": {"dense": 2e-3, "l0": 1e-3, "admm": 1e-3, "tune": 5e-4},
+    "sgd": {"dense": 0.1, "l0": 0.02, "admm": 0.01, "tune": 0.005},
+}
+
+
+@dataclass(frozen=True)
+class Result:
+    """A compressed model.
+
+    Args:
+        model: plain module in evaluation mode, decoded from `data`.
+        data: the bytes of the model file.
+        records: one an epoch, as in log.jsonl.
+        decided: what the last validation decided, see `phases.Runner.finish`.
+    """
+
+    model: nn.Module
+    data: bytes
+    records: list[Record]
+    decided: dict[str, Any]
+
+    def save(self, path: str | os.PathLike[str]) -> int:
+        """Write the model file; its size in bytes."""
+        return artifact.write_beside(Path(path), self.data)
+
+
+@dataclass(frozen=True)
+class Report:
+    """Accuracies of one model on one set of images: attack name -> accuracy, and the clean one."""
+
+    clean: Accuracy
+    attacks: dict[str, Accuracy]
+
+    def to_json(self) -> dict[str, Any]:
+        """As in metrics.json."""
+        return {
+            "clean": self.clean.to_json(),
+            "attacks": {name: accuracy.to_json() for name, accuracy in self.attacks.items()},
+        }
+
+
+def default_recipe(model: nn.Module, **settings: Any) -> Recipe:
+    """A recipe whose optimizer suits the model, unless the settings say otherwise.
+
+    SGD where there is batch norm, as adversarial training is usually done; AdamW without, where SGD with the same
+    rate often does not get going against large perturbations. epochs and learning_rate may be one number for every
+    phase or a dict of some phases.
+    """
+    normed = any(isinstance(module, nn.modules.batchnorm._BatchNorm) for module in model.modules())
+    optimizer = settings.setdefault("optimizer", "sgd" if normed else "adamw")
+    if optimizer not in LEARNING_RATES:
+        raise ValueError(f"unknown optimizer {optimizer!r}: expected one of {', '.join(LEARNING_RATES)}")
+    settings.setdefault("weight_decay", 5e-4 if normed else 1e-4)
+    settings["epochs"] = _by_phase(settings.get("epochs"), DEFAULT_EPOCHS, "epochs")
+    settings["learning_rate"] = _by_phase(settings.get("learning_rate"), LEARNING_RATES[optimizer], "learning_rate")
+    return Recipe(**settings)
+
+
+def _by_phase(given: Any, defaults: dict[str, Any], what: str) -> dict[str, Any]:
+    if given is None:
+        return dict(defaults)
+    values = dict(given) if isinstance(given, dict) else dict.fromkeys(defaults, given)
+    for phase, value in values.items():
+        if phase not in defaults:
+            raise ValueError(f"unknown phase {phase!r} in {what}: expected {', '.join(defaults)}")
+        if value < 0:
+            raise ValueError(f"expected {what} >= 0 in phase {phase}, got {value}")
+    return {**defaults, **values}
+
+
+class Job:
+    """One compression, step by step: iterate `run`, then take `result`. `compress` does both.
+
+    Everything a user gave is checked here, before any training; see `compress` for the arguments and errors.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        train: Images,
+        val: Images,
+        *,
+        threat: Threat,
+        budget: Budget,
+        method: str,
+        recipe: Recipe,
+        device: torch.device,
+        classes: int | None = None,
+    ) -> None:
+        shape = cast(tuple[int, int, int], tuple(train.pixels.shape[1:]))
+        classes = classes or int(max(train.labels.max(), val.labels.max())) + 1
+        check_threat(threat, train.pixels[0].numel())
+        check_model(model, train, classes)
+        self.dense_weights = sum(
+            getattr(site.module, site.parameter).numel() for site in sites(model, exclude=recipe.exclude)
+        )
+        floor = floor_of(method, model, recipe.exclude)
+        self.nonzeros = budget.resolve(self.dense_weights, floor=floor) if method != "da" else self.dense_weights
+        plan = Plan(
+            self.nonzeros,
+            self.dense_weights,
+            budget.bits,
+            recipe.gradual,
+            recipe.rho,
+            recipe.balance,
+            recipe.factor_start,
+            recipe.exclude,
+        )
+        phases = phases_of(method, plan)
+        self._plain = copy.deepcopy(model).cpu()
+        self._about = {"input_shape": shape, "classes": classes, "threat": str(threat), "method": method}
+        working = copy.deepcopy(model).to(device)
+        recipe = replace(recipe, objective=objective_of(method, recipe.objective))
+        self.records: list[Record] = []
+        self.runner = Runner(
+            working, train.to(device), val.to(device), threat, phases, recipe, bits=budget.bits
+        )
+
+    def run(self, state: State | None = None) -> Iterator[Progress | EpochEnd]:
+        """Train, from a saved state if there is one; yields every step and every epoch's end."""
+        for event in self.runner.run(state):
+            if isinstance(event, EpochEnd):
+                self.records.append(event.record)
+            yield event
+
+    def result(self) -> Result:
+        """The final choices, the file, and the model decoded from it."""
+        model, decided = self.runner.finish()
+        data = artifact.to_bytes(model, **self._about)
+        decoded = artifact.from_bytes(data, factory=lambda num_classes: copy.deepcopy(self._plain))
+        return Result(decoded, data, self.records, decided)
+
+
+def compress(
+    model: nn.Module,
+    train: Any,
+    val: Any,
+    *,
+    threat: Threat,
+    budget: Budget,
+    method: str = "atmc",
+    recipe: Recipe | None = None,
+    device: str | torch.device = "cpu",
+    on_event: Callable[[Progress | EpochEnd], None] | None = None,
+    **settings: Any,
+) -> Result:
+    """The most robust model of this architecture that fits the budget.
+
+    Args:
+        model: any module that maps images (n, c, h, w) in [0, 1] to logits; normalization belongs inside. If it is
+            trained already, pass epochs={"dense": 0}. It is not changed.
+        train, val: a DataLoader, a dataset of (image, label) pairs, or a pair of tensors; images in [0, 1].
+        threat: what the adversary may do, e.g. ``Linf(8 / 255)``.
+        budget: what the result may hold.
+        method: ``atmc`` or one of its rivals, see `methods.METHODS`.
+        recipe: how to train; by default `default_recipe` of the model with the given settings (epochs=..., seed=...).
+        on_event: called after every step and epoch.
+
+    >>> import atmc
+    >>> x, y = torch.rand(64, 1, 28, 28), torch.arange(64) % 10
+    >>> result = atmc.compress(atmc.models.build("lenet", 10), (x, y), (x, y), threat=atmc.Linf(0.1),
+    ...                        budget=atmc.Budget(ratio=0.01, bits=4), epochs=1)
+    >>> result.records[-1].nonzeros <= 4305
+    True
+
+    Raises:
+        ValueError: images, labels, model, threat, budget or settings that make no sense; nothing was trained.
+        TrainingDiverged: the loss is not finite.
+    """
+    if recipe is not None and settings:
+        raise ValueError(f"expected a recipe or settings, got both: {', '.join(settings)}")
+    job = Job(
+        model,
+        as_images(train),
+        as_images(val),
+        threat=threat,
+        budget=budget,
+        method=method,
+        recipe=recipe or default_recipe(model, **settings),
+        device=torch.device(device),
+    )
+    for event in job.run():
+        if on_event:
+            on_event(event)
+    return job.result()
+
+
+def evaluate(
+    model: nn.Module,
+    test: Any,
+    *,
+    threat: Threat,
+    attack: str | Sequence[str] = "pgd",
+    n: int | None = None,
+    steps: int | None = None,
+    seed: int = 0,
+) -> Report:
+    """Clean accuracy on all test images and accuracy under attack on the first n of them, in float32.
+
+    Args:
+        model: module from images (n, c, h, w) in [0, 1] to logits; left as it was.
+        test: as in `compress`.
+        attack: one or several of `robust.evaluate.ATTACKS`.
+
+    Raises:
+        ValueError: unknown attack, a threat too large for the images, or a model that does not fit them.
+    """
+    images = test if isinstance(test, Images) else as_images(test)
+    check_threat(threat, images.pixels[0].numel())
+    check_model(model, images, None)
+    device = next((p.device for p in model.parameters()), torch.device("cpu"))
+    images = images.to(device)
+    names = [attack] if isinstance(attack, str) else list(attack)
+    attacks = {name: robust_accuracy(model, images, threat, name, n=n, steps=steps, seed=seed) for name in names}
+    return Report(clean_accuracy(model, images), attacks)
+
+
+@torch.no_grad()
+def check_model(model: nn.Module, images: Images, classes: int | None) -> None:
+    """ValueError if the model does not map such images to one finite logit a class."""
+    x = images.float_pixels(torch.arange(min(8, len(images)), device=images.labels.device))
+    device = next((p.device for p in model.parameters()), torch.device("cpu"))
+    try:
+        with attack_mode(model):
+            output = model(x.to(device))
+    except (RuntimeError, ValueError) as error:
+        reason = str(error).splitlines()[0]
+        raise ValueError(f"the model does not take images of shape {tuple(x.shape[1:])}: {reason}") from error
+    if not isinstance(output, torch.Tensor) or output.dim() != 2 or len(output) != len(x):
+        got = tuple(output.shape) if isinstance(output, torch.Tensor) else type(output).__name__
+        raise ValueError(f"expected logits of shape ({len(x)}, classes) from the model, got {got}")
+    if classes is not None and output.shape[1] != classes:
+        raise ValueError(f"the model has {output.shape[1]} outputs, the data {classes} classes")
+    if classes is None and output.shape[1] <= int(images.labels.max()):
+        raise ValueError(f"the model has {output.shape[1]} outputs, the labels go up to {int(images.labels.max())}")
+    if not bool(output.isfinite().all()):
+        raise ValueError("the model's outputs are not finite numbers")
+    if bool((output >= 0).all()) and bool(((output.sum(1) - 1).abs() < 1e-4).all()):
+        raise ValueError("the model's outputs look like probabilities: give logits, without a softmax at the end")

@@ -1,0 +1,181 @@
+"""The ``atmc`` command: parse arguments, print what happens."""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from rich.console import Console
+
+from atmc.experiment import config as configs
+from atmc.experiment.display import Display, evaluation_table, inspection_table, result_table
+from atmc.experiment.run import Finished, run
+from atmc.version import __version__
+
+app = typer.Typer(
+    add_completion=False,
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+    help="Make an image classifier small and hard to fool at once.",
+)
+console = Console()
+
+
+def _version(value: bool) -> None:
+    if value:
+        console.print(f"atmc {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def _root(
+    version: Annotated[bool, typer.Option("--version", callback=_version, is_eager=True, help="Print the version.")] = False,
+) -> None:
+    """Make an image classifier small and hard to fool at once."""
+
+
+@app.command()
+def compress(
+    out: Annotated[Path, typer.Option(help="Run folder to write.")],
+    model: Annotated[str | None, typer.Option(help="Zoo name or package.module:factory.")] = None,
+    data: Annotated[str | None, typer.Option(help="digits, a hub id, a folder of parquet files, or an image folder.")] = None,
+    threat: Annotated[str | None, typer.Option(help="linf:8/255, l2:0.5 or l1:12, in pixel units.")] = None,
+    ratio: Annotated[float | None, typer.Option(help="Nonzeros over conv and linear weights.")] = None,
+    nonzeros: Annotated[int | None, typer.Option(help="The number of nonzeros itself.")] = None,
+    bits: Annotated[int | None, typer.Option(help="At most 2^bits distinct values a tensor (1 to 8).")] = None,
+    method: Annotated[str | None, typer.Option(help="atmc, al0, al0q, alr, ap, nap or da.")] = None,
+    checkpoint: Annotated[str | None, typer.Option(help="Start from these weights: .atmc, .safetensors or .pt.")] = None,
+    epochs: Annotated[str | None, typer.Option(help="20, or dense=20,l0=10,admm=10,tune=5.")] = None,
+    objective: Annotated[str | None, typer.Option(help="natural, mixed, pgd_at, trades or mart.")] = None,
+    attack: Annotated[str | None, typer.Option(help="Attacks of the final evaluation, separated by commas.")] = None,
+    eval_n: Annotated[int | None, typer.Option(help="Test images under attack (default: all).")] = None,
+    limit: Annotated[int | None, typer.Option(help="Train on the first so many images only.")] = None,
+    config: Annotated[Path | None, typer.Option(help="TOML file; options given here override it.")] = None,
+    seed: Annotated[int | None, typer.Option(help="Keys every random draw.")] = None,
+    device: Annotated[str | None, typer.Option(help="auto, cpu or cuda.")] = None,
+    precision: Annotated[str | None, typer.Option(help="fp32 or bf16, for training.")] = None,
+    threads: Annotated[int | None, typer.Option(help="CPU threads.")] = None,
+    resume: Annotated[bool, typer.Option(help="Go on with an interrupted run.")] = False,
+    overwrite: Annotated[bool, typer.Option(help="Replace the run that is there.")] = False,
+) -> None:
+    """Train the most robust model that fits the budget; write its file, read it back, evaluate it."""
+    values: dict[str, Any] = configs.read_toml(config) if config else {}
+    if resume and not values and model is None and (out / "config.toml").exists():
+        values = configs.read_toml(out / "config.toml")
+    given = {
+        "model": model,
+        "data": data,
+        "threat": threat,
+        "ratio": ratio,
+        "nonzeros": nonzeros,
+        "bits": bits,
+        "method": method,
+        "checkpoint": checkpoint,
+        "eval_n": eval_n,
+        "limit": limit,
+        "seed": seed,
+        "device": device,
+        "precision": precision,
+        "threads": threads,
+        "attacks": attack.split(",") if attack else None,
+    }
+    values |= {key: value for key, value in given.items() if value is not None}
+    training = {"epochs": _parse_epochs(epochs), "objective": objective}
+    training = {key: value for key, value in training.items() if value is not None}
+    if training:
+        values["training"] = {**values.get("training", {}), **training}
+    settings = configs.parse(values, str(config) if config else "options")
+    with Display(console) as display:
+        try:
+            for event in run(settings, out, resume=resume, overwrite=overwrite):
+                display.show(event)
+                if isinstance(event, Finished):
+                    metrics = event.metrics
+        except KeyboardInterrupt:
+            display.close()
+            console.print(f"interrupted; go on with: atmc compress --out {out} --resume", soft_wrap=True)
+            raise typer.Exit(1) from None
+    console.print(result_table(metrics))
+    console.print(f"model   {out / 'model.atmc'}\nreport  {out / 'report.html'}", soft_wrap=True, highlight=False)
+
+
+def _parse_epochs(text: str | None) -> int | dict[str, int] | None:
+    """'20' or 'dense=20,l0=10'."""
+    if text is None:
+        return None
+    try:
+        if "=" not in text:
+            return int(text)
+        pairs = [part.partition("=") for part in text.split(",")]
+        return {name.strip(): int(count) for name, _, count in pairs}
+    except ValueError:
+        raise ValueError(f"expected --epochs 20 or --epochs dense=20,l0=10,admm=10,tune=5, got {text!r}") from None
+
+
+@app.command()
+def evaluate(
+    file: Annotated[Path, typer.Argument(help="Model file.")],
+    data: Annotated[str, typer.Option(help="As in compress; its test split is used.")],
+    threat: Annotated[str, typer.Option(help="linf:8/255, l2:0.5 or l1:12, in pixel units.")],
+    attack: Annotated[str, typer.Option(help="fgsm, pgd, pgd-strong, wrm; several separated by commas.")] = "pgd",
+    n: Annotated[int | None, typer.Option(help="Images under attack (default: all).")] = None,
+    steps: Annotated[int | None, typer.Option(help="Steps of pgd.")] = None,
+    model: Annotated[str | None, typer.Option(help="package.module:factory, where the file is of your own class.")] = None,
+    seed: Annotated[int, typer.Option(help="Keys random starts.")] = 0,
+    json_path: Annotated[Path | None, typer.Option("--json", help="Also write the figures here.")] = None,
+    overwrite: Annotated[bool, typer.Option(help="Replace the file given with --json.")] = False,
+) -> None:
+    """Measure a model file's accuracy, clean and under attack, on a test split."""
+    from atmc import api, models
+    from atmc.data import load_data
+    from atmc.pack import artifact
+    from atmc.robust.threats import parse_threat
+
+    if json_path and json_path.exists() and not overwrite:
+        raise ValueError(f"{json_path} exists: add --overwrite to replace it")
+    ball = parse_threat(threat)
+    network = artifact.load(file, factory=models.import_factory(model) if model else None)
+    test = load_data(data).test
+    report = api.evaluate(network, test, threat=ball, attack=attack.split(","), n=n, steps=steps, seed=seed)
+    figures = {"model": str(file), "data": data, "threat": str(ball), "seed": seed, **report.to_json()}
+    console.print(evaluation_table(figures))
+    if json_path:
+        artifact.write_beside(json_path, (json.dumps(figures, indent=1) + "\n").encode())
+
+
+@app.command()
+def inspect(
+    file: Annotated[Path, typer.Argument(help="Model file.")],
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
+) -> None:
+    """Show what is in a model file, tensor by tensor, byte by byte."""
+    from atmc.pack.inspect import inspection
+
+    found = inspection(file)
+    if as_json:
+        print(json.dumps(found, indent=1))
+    else:
+        console.print(inspection_table(found))
+
+
+def main() -> None:
+    """Run the command. Exit status: 0 done, 2 the user's input was wrong, 1 anything else."""
+    try:
+        app()
+    except ValueError as error:
+        print(f"atmc: {error}", file=sys.stderr)
+        sys.exit(2)
+    except OSError as error:
+        where = f"{error.filename}: " if error.filename else ""
+        print(f"atmc: {where}{error.strerror or error}", file=sys.stderr)
+        sys.exit(2 if isinstance(error, FileNotFoundError) else 1)
+    except RuntimeError as error:
+        print(f"atmc: {error}", file=sys.stderr)
+        sys.exit(1)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,1 @@
+"""Make it small: projections, constraints, factorization, the ADMM step, budgets."""

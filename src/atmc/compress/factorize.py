@@ -1,0 +1,268 @@
+"""W = U V + C for the weights of any model, as a torch parametrization.
+
+Legend: W a conv or linear weight seen as a matrix (out, in*kh*kw); U (out, r), V (r, in*kh*kw), C like W;
+r = min(out, in*kh*kw). Forms (Gui et al. 2019, eq. 3, and the identity-shifted forms of the authors' program):
+
+    left     W = (U + I) V + C    where out <= in*kh*kw; starts at V = W, U = C = 0
+    right    W = U (V + I) + C    otherwise;             starts at U = W, V = C = 0
+    svd      W = U V + C          starts at the singular value decomposition, C = 0
+    rank     W = U V              the same, cut to a rank below r, no C
+
+Grouped and depthwise convolutions have no matrix to factor: they keep C alone, which is their plain weight.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from fnmatch import fnmatch
+from typing import Any, Literal, cast
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from torch.nn.utils import parametrize
+
+Form = Literal["left", "right", "svd", "rank"]
+FORMS: tuple[Form, ...] = ("left", "right", "svd", "rank")
+CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
+TRANSPOSED = (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
+ATTENTION_WEIGHTS = ("in_proj_weight", "q_proj_weight", "k_proj_weight", "v_proj_weight")
+
+
+@dataclass(frozen=True)
+class Site:
+    """One compressible weight of a model: where it is and whether it can be factored."""
+
+    path: str  # "net.conv1.weight"
+    module: nn.Module
+    parameter: str  # "weight"
+    factorable: bool
+
+
+def sites(model: nn.Module, *, exclude: Sequence[str] = ()) -> list[Site]:
+    """Every conv, linear and attention weight of the model, less those that match a pattern in exclude.
+
+    Args:
+        exclude: shell patterns over paths such as ``net.head.*`` or ``*.weight``.
+
+    Raises:
+        ValueError: a weight is shared by two modules, or a pattern matches nothing.
+    """
+    found = list(_all_sites(model))
+    for pattern in exclude:
+        if not any(fnmatch(site.path, pattern) for site in found):
+            raise ValueError(f"exclude pattern {pattern!r} matches no weight; weights: {[s.path for s in found]}")
+    kept = [site for site in found if not any(fnmatch(site.path, pattern) for pattern in exclude)]
+    owners: dict[int, str] = {}
+    for site in kept:
+        if parametrize.is_parametrized(site.module, site.parameter):
+            continue
+        weight = getattr(site.module, site.parameter)
+        for name, parameter in model.named_parameters(remove_duplicate=False):
+            if parameter is weight and name != site.path:
+                raise ValueError(f"{site.path} and {name} share one weight, which cannot be compressed twice: exclude both")
+        owners[id(weight)] = site.path
+    return kept
+
+
+def _all_sites(model: nn.Module) -> Iterator[Site]:
+    for prefix, module in model.named_modules():
+        lead = f"{prefix}." if prefix else ""
+        if isinstance(module, TRANSPOSED):
+            continue  # their weight is laid out (in, out/groups, ...): left as it is
+        if isinstance(module, (*CONVOLUTIONS, nn.Linear)):
+            yield Site(f"{lead}weight", module, "weight", getattr(module, "groups", 1) == 1)
+        elif isinstance(module, nn.MultiheadAttention):
+            for parameter in ATTENTION_WEIGHTS:
+                if getattr(module, parameter, None) is not None:
+                    yield Site(f"{lead}{parameter}", module, parameter, True)
+
+
+def factored(site: Site) -> bool:
+    """Whether this weight is held as factors."""
+    return parametrize.is_parametrized(site.module, site.parameter)
+
+
+class Factors(nn.Module):
+    """The parametrization: (U, V[, C]) -> W in W's own shape."""
+
+    def __init__(self, form: Form, shape: Sequence[int], rank: int) -> None:
+        super().__init__()
+        self.form: Form = form
+        self.shape = tuple(shape)
+        self.rank = rank
+
+    def forward(self, u: Tensor, v: Tensor, c: Tensor | None = None) -> Tensor:
+        """W from its factors."""
+        w = u @ v
+        if self.form == "left":
+            w = w + v
+        elif self.form == "right":
+            w = w + u
+        w = w.view(self.shape)
+        return w if c is None else w + c
+
+    def right_inverse(self, w: Tensor) -> tuple[Tensor, ...]:
+        """The factors at which this form starts from W: exact but for `rank`, which is W's best approximation."""
+        matrix = w.detach().reshape(w.shape[0], -1)
+        out, columns = matrix.shape
+        zero = torch.zeros_like(w)
+        if self.form == "left":
+            return matrix.new_zeros(out, self.rank), matrix.clone(), zero
+        if self.form == "right":
+            return matrix.clone(), matrix.new_zeros(self.rank, columns), zero
+        u, s, v = torch.linalg.svd(matrix.double(), full_matrices=False)
+        root = s[: self.rank].sqrt()
+        u, v = (u[:, : self.rank] * root).to(w), (root[:, None] * v[: self.rank]).to(w)
+        return (u, v) if self.form == "rank" else (u, v, (w - (u @ v).view_as(w)))
+
+
+def factorize(
+    model: nn.Module, *, start: Literal["identity", "svd"] = "identity", exclude: Sequence[str] = ()
+) -> nn.Module:
+    """Hold every factorable weight of the model as U, V, C; in place, and returned.
+
+    >>> model = factorize(nn.Sequential(nn.Linear(3, 2)))
+    >>> sorted(factors(model)["0.weight"])
+    ['C', 'U', 'V']
+
+    Raises:
+        ValueError: shared weights (see `sites`), or the model is factorized already.
+    """
+    for site in sites(model, exclude=exclude):
+        if factored(site):
+            raise ValueError(f"{site.path} is factorized already")
+        if site.factorable:
+            out, columns = _matrix_shape(site)
+            form: Form = "svd" if start == "svd" else "left" if out <= columns else "right"
+            _register(site, form, min(out, columns))
+    return model
+
+
+def cut_ranks(model: nn.Module, ranks: Mapping[str, int]) -> nn.Module:
+    """Replace each named weight by its best approximation U V of the given rank; in place, and returned."""
+    for site in sites(model):
+        if site.path in ranks:
+            _register(site, "rank", ranks[site.path])
+    return model
+
+
+def _matrix_shape(site: Site) -> tuple[int, int]:
+    weight = getattr(site.module, site.parameter)
+    return weight.shape[0], weight[0].numel()
+
+
+def _register(site: Site, form: Form, rank: int) -> None:
+    shape = getattr(site.module, site.parameter).shape
+    # unsafe: torch's own check would compare W before and after, which a cut rank changes
+    parametrize.register_parametrization(site.module, site.parameter, Factors(form, shape, rank), unsafe=form == "rank")
+
+
+def structure(model: nn.Module) -> dict[str, tuple[Form, int]]:
+    """Path of each factorized weight -> (form, rank): with a state dict, all that is needed to rebuild the model."""
+    return {site.path: (_factors_module(site).form, _factors_module(site).rank) for site in _all_sites(model) if factored(site)}
+
+
+def restructure(model: nn.Module, shape: Mapping[str, tuple[str, int]]) -> nn.Module:
+    """Give a plain model the structure of `structure`, in place; its values mean nothing until a state is loaded."""
+    for site in _all_sites(model):
+        if site.path in shape:
+            form, rank = shape[site.path]
+            if form not in FORMS:
+                raise ValueError(f"unknown form {form!r} of {site.path}: expected one of {', '.join(FORMS)}")
+            _register(site, cast(Form, form), rank)
+    return model
+
+
+def _factors_module(site: Site) -> Factors:
+    parametrizations = cast(nn.ModuleDict, site.module.parametrizations)
+    return cast(Factors, cast(Any, parametrizations[site.parameter])[0])
+
+
+def factors(model: nn.Module, *, exclude: Sequence[str] = ()) -> dict[str, dict[str, nn.Parameter]]:
+    """Path of each compressible weight -> its parameters: {"U", "V", "C"}, {"U", "V"} for `rank`, {"W"} if plain."""
+    found: dict[str, dict[str, nn.Parameter]] = {}
+    for site in sites(model, exclude=exclude):
+        if factored(site):
+            holder = cast(Any, site.module.parametrizations)[site.parameter]
+            names = ("U", "V") if _factors_module(site).form == "rank" else ("U", "V", "C")
+            found[site.path] = {name: getattr(holder, f"original{i}") for i, name in enumerate(names)}
+        else:
+            found[site.path] = {"W": getattr(site.module, site.parameter)}
+    return found
+
+
+def compressible(model: nn.Module, *, exclude: Sequence[str] = ()) -> dict[str, nn.Parameter]:
+    """The flat view of `factors`: "net.conv1.weight.U" -> U, "net.fc.weight" -> a plain weight."""
+    return {
+        path if name == "W" else f"{path}.{name}": parameter
+        for path, parts in factors(model, exclude=exclude).items()
+        for name, parameter in parts.items()
+    }
+
+
+@contextmanager
+def built_once(model: nn.Module) -> Iterator[None]:
+    """Within, every W is built once, with its graph; parameters must not change inside."""
+    with parametrize.cached():
+        with torch.enable_grad():
+            for site in _all_sites(model):
+                if factored(site):
+                    getattr(site.module, site.parameter)
+        yield
+
+
+def compose(form: Form, u: np.ndarray, v: np.ndarray, c: np.ndarray | None) -> np.ndarray:
+    """W (out, columns) float32 from its factors, the same on every machine.
+
+    Each entry is summed in float64 in a fixed order - the products U[i, j] V[j, :] by rising j where both are nonzero,
+    then the identity's term, then C - and rounded once.
+    """
+    total = np.zeros((u.shape[0], v.shape[1]))
+    for j in range(u.shape[1]):
+        rows, columns = np.flatnonzero(u[:, j]), np.flatnonzero(v[j])
+        if len(rows) and len(columns):
+            total[np.ix_(rows, columns)] += np.outer(u[rows, j].astype(np.float64), v[j, columns].astype(np.float64))
+    if form == "left":
+        total += v
+    elif form == "right":
+        total += u
+    if c is not None:
+        total += c.reshape(total.shape)
+    return total.astype(np.float32)
+
+
+def composed(site: Site) -> Tensor:
+    """A factorized weight's W by `compose`, in its own shape, on the CPU."""
+    module = _factors_module(site)
+    holder = cast(Any, site.module.parametrizations)[site.parameter]
+    names = ["original0", "original1"] + ([] if module.form == "rank" else ["original2"])
+    u, v, *c = (getattr(holder, name).detach().float().cpu().numpy() for name in names)
+    return torch.from_numpy(compose(module.form, u, v, c[0] if c else None)).view(module.shape)
+
+
+def fold(model: nn.Module) -> nn.Module:
+    """A plain copy of the model: every factorized weight becomes an ordinary parameter holding W (see `compose`).
+
+    >>> model = factorize(nn.Sequential(nn.Linear(3, 2)))
+    >>> type(fold(model)[0]) is nn.Linear
+    True
+    """
+    plain = copy.deepcopy(model)
+    for site in list(_all_sites(plain)):
+        if not factored(site):
+            continue
+        weight = composed(site)
+        plain_class = parametrize.type_before_parametrizations(site.module)
+        holders = cast(nn.ModuleDict, site.module.parametrizations)
+        device = next(holders.parameters()).device
+        del holders[site.parameter]
+        if not holders:
+            # the class with the injected property is shared with the original: step back, leave the class alone
+            site.module.__class__ = plain_class
+            del site.module.parametrizations
+        site.module.register_parameter(site.parameter, nn.Parameter(weight.to(device)))
+    return plain

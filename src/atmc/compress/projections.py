@@ -1,0 +1,259 @@
+"""Projections onto the sets of small models: pure functions of tensors.
+
+The two quantizers, `zero_kmeans` and `exact_zero_kmeans`, are at home in `kmeans` and `kmeans_exact`.
+
+A float's bits without the sign bit, read as an integer, are called its *key* here: keys order as magnitudes do (IEEE
+754), equal keys are equal magnitudes, the key of 0 is 0, and from infinity's key on there are only infinities and NaN.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from atmc.compress.kmeans import zero_kmeans
+from atmc.compress.kmeans_exact import exact_zero_kmeans
+
+__all__ = [
+    "allocate_ranks",
+    "exact_zero_kmeans",
+    "keep_largest",
+    "kth_largest_magnitude",
+    "largest_masks",
+    "truncate_rank",
+    "zero_kmeans",
+]
+
+_INTEGERS = {
+    torch.float16: torch.int16,
+    torch.bfloat16: torch.int16,
+    torch.float32: torch.int32,
+    torch.float64: torch.int64,
+}
+_BLOCK = 2**15  # entries at a time on a CPU: they stay in cache, and no threads are woken for so few
+_SAMPLE = 2**18  # entries looked at for a first guess
+
+
+class _Keys:
+    """The keys of a sequence of tensors, made block by block and never all at once."""
+
+    def __init__(self, tensors: Sequence[Tensor]) -> None:
+        dtype = tensors[0].dtype if tensors else torch.float32
+        for tensor in tensors:
+            dtype = torch.promote_types(dtype, tensor.dtype)
+        if dtype not in _INTEGERS:
+            raise ValueError(f"expected tensors of floating point numbers, got {dtype}")
+        self.dtype = dtype
+        self.unsigned = torch.iinfo(_INTEGERS[dtype]).max
+        self.infinity = int(torch.tensor(math.inf, dtype=dtype).view(_INTEGERS[dtype]))
+        self.flats = [tensor.detach().flatten().to(dtype).view(_INTEGERS[dtype]) for tensor in tensors]
+        self.total = sum(len(flat) for flat in self.flats)
+
+    def magnitude(self, key: int) -> float:
+        return float(torch.tensor(key, dtype=_INTEGERS[self.dtype]).view(self.dtype))
+
+    def blocks(self, flat: Tensor) -> Iterator[Tensor]:
+        """The keys of one tensor in consecutive blocks; on a CPU each block overwrites the one before."""
+        if flat.device.type != "cpu":
+            yield flat & self.unsigned
+            return
+        buffer = torch.empty(min(len(flat), _BLOCK), dtype=flat.dtype)
+        for block in torch.split(flat, _BLOCK):
+            yield torch.bitwise_and(block, self.unsigned, out=buffer[: len(block)])
+
+    def sample(self, step: int) -> NDArray[Any]:
+        """Every step-th key, in descending order."""
+        parts, offset = [], 0
+        for flat in self.flats:
+            parts.append((flat[offset::step] & self.unsigned).cpu().numpy())
+            offset = (offset - len(flat)) % step
+        return np.sort(np.concatenate(parts))[::-1]
+
+    def between(self, low: int, high: int) -> tuple[int, NDArray[Any]]:
+        """(how many keys are above high, the keys in low..high), and an error if any entry is not finite."""
+        above, found = 0, [np.zeros(0, dtype=f"i{self.dtype.itemsize}")]
+        for index, flat in enumerate(self.flats):
+            for block in self.blocks(flat) if len(flat) else ():
+                largest = int(block.amax())
+                if largest >= self.infinity:
+                    raise ValueError(f"expected finite entries, got nan or inf in tensor {index}")
+                if largest >= low:
+                    keys = block[block >= low]
+                    inside = keys[keys <= high]
+                    above += len(keys) - len(inside)
+                    found.append(inside.cpu().numpy())
+        return above, np.concatenate(found)
+
+    def search(self, k: int) -> tuple[int, int]:
+        """(the k-th largest key or 1 if fewer than k are nonzero, how many keys are at least that large).
+
+        A sample brackets the answer, one pass counts what is above the bracket and gathers what is inside; if the
+        bracket missed, it widens until it holds everything.
+        """
+        if not 0 < k < self.total:
+            self.between(self.infinity, self.infinity)
+            return (1, 0) if k else (self.infinity, 0)
+        step = self.total // _SAMPLE | 1  # odd, so that it does not walk down one column of a matrix
+        sample, rank, slack = self.sample(step), k / step, 5.0 if step > 1 else 0.0
+        while True:
+            margin = slack * (math.sqrt(rank) + 1)
+            last, first = math.ceil(rank + margin), math.floor(rank - margin)
+            low = max(int(sample[last - 1]), 1) if last <= len(sample) else 1
+            high = int(sample[first - 1]) if first >= 1 else self.infinity
+            above, band = self.between(low, high)
+            if above < k and (low == 1 or k <= above + len(band)):
+                break
+            slack = 8 * slack + 5
+        if k > above + len(band):
+            return 1, above + len(band)
+        place = len(band) - (k - above)
+        key = int(np.partition(band, place)[place])
+        return key, above + int((band >= key).sum())
+
+    def at_least(self, flat: Tensor, key: int) -> Tensor:
+        """A flat mask of the keys of one tensor that are so large."""
+        mask = torch.empty(len(flat), dtype=torch.bool, device=flat.device)
+        start = 0
+        for block in self.blocks(flat):
+            torch.ge(block, key, out=mask[start : start + len(block)])
+            start += len(block)
+        return mask
+
+
+@torch.no_grad()
+def largest_masks(tensors: Sequence[Tensor], k: int) -> list[Tensor]:
+    """Argmax over supports of at most k entries, all tensors together, of the sum of squares inside the support.
+
+    Exact. Of equal magnitudes at the threshold the first stay, in the order of the tensors and then of the flat index,
+    so there are never more than k; zeros are never marked.
+
+    Args:
+        tensors: any shapes, of one or several floating point types, finite.
+        k: how many entries to mark.
+
+    Returns:
+        bool masks shaped like the tensors, with min(k, number of nonzeros) entries True.
+
+    Raises:
+        ValueError: k < 0, nan or inf among the entries, tensors that are not of floating point numbers.
+
+    >>> largest_masks([torch.tensor([1.0, -3.0]), torch.tensor([2.0, 2.0])], 2)
+    [tensor([False,  True]), tensor([ True, False])]
+    """
+    if k < 0:
+        raise ValueError(f"expected k >= 0, got {k}")
+    keys = _Keys(tensors)
+    key, marked = keys.search(k)
+    masks = [keys.at_least(flat, key) for flat in keys.flats]
+    excess = marked - k
+    for flat, mask in zip(reversed(keys.flats), reversed(masks), strict=True):
+        if excess <= 0:
+            break
+        ties = (mask & ~keys.at_least(flat, key + 1)).nonzero()[:, 0]
+        dropped = ties[max(0, len(ties) - excess) :]
+        mask[dropped] = False
+        excess -= len(dropped)
+    return [mask.view(tensor.shape) for mask, tensor in zip(masks, tensors, strict=True)]
+
+
+@torch.no_grad()
+def keep_largest(tensors: Sequence[Tensor], k: int) -> list[Tensor]:
+    """Argmin over z of sum (x - z)^2 such that at most k entries of z, all tensors together, differ from 0.
+
+    The k entries of largest magnitude stay as they are, the others become 0; ties, arguments and errors as for
+    `largest_masks`. The result shares no memory with the input.
+
+    >>> keep_largest([torch.tensor([1.0, -3.0]), torch.tensor([2.0, 2.0])], 2)
+    [tensor([ 0., -3.]), tensor([2., 0.])]
+    """
+    return [tensor.masked_fill(~mask, 0) for tensor, mask in zip(tensors, largest_masks(tensors, k), strict=True)]
+
+
+def kth_largest_magnitude(tensors: Sequence[Tensor], k: int) -> float:
+    """The k-th largest magnitude over all tensors: infinity for k = 0, 0 if fewer than k entries differ from 0.
+
+    Raises:
+        ValueError: as `largest_masks`.
+
+    >>> kth_largest_magnitude([torch.tensor([1.0, -3.0]), torch.tensor([2.0, 2.0])], 4)
+    1.0
+    """
+    if k < 0:
+        raise ValueError(f"expected k >= 0, got {k}")
+    keys = _Keys(tensors)
+    key, marked = keys.search(k)
+    return keys.magnitude(key) if k == 0 or marked >= k else 0.0
+
+
+@torch.no_grad()
+def truncate_rank(matrix: Tensor, rank: int) -> Tensor:
+    """Argmin over Z of ||M - Z||_F such that rank Z <= rank: the leading singular triples (Eckart and Young 1936).
+
+    Args:
+        matrix: (rows, columns), floating point (half types are computed in float32).
+        rank: at least 0; a matrix with no larger side than that comes back as it is.
+
+    Raises:
+        ValueError: not a matrix, rank < 0, nan or inf.
+
+    >>> truncate_rank(torch.tensor([[3.0, 0.0], [0.0, 1.0]]), 1).abs().tolist()
+    [[3.0, 0.0], [0.0, 0.0]]
+    """
+    if matrix.dim() != 2:
+        raise ValueError(f"expected a matrix, got {matrix.dim()} dimensions")
+    if rank < 0:
+        raise ValueError(f"expected rank >= 0, got {rank}")
+    if not bool(matrix.isfinite().all()):
+        raise ValueError("expected finite entries, got nan or inf")
+    if rank >= min(matrix.shape):
+        return matrix.clone()
+    wide = matrix.to(torch.promote_types(matrix.dtype, torch.float32))
+    u, s, vh = torch.linalg.svd(wide, full_matrices=False)
+    return ((u[:, :rank] * s[:rank]) @ vh[:rank]).to(matrix.dtype)
+
+
+def allocate_ranks(singular_values: Sequence[Tensor], costs: Sequence[int], budget: int) -> list[int]:
+    """Near argmax over ranks r_l >= 1 with sum r_l costs_l <= budget of the sum of the kept squared singular values.
+
+    Greedy, global over the layers: after one rank each, the largest singular values come first, as for the nonzeros of
+    `keep_largest`. A value that no longer fits is passed over, and with it the rest of its layer, and cheaper layers
+    may use what remains: stopping there instead would give the same ranks or fewer. So no layer could have a rank more
+    in the end. Zeros are not bought; equal values go by layer.
+
+    Args:
+        singular_values: one (n,) tensor for each layer, n >= 1, none negative, in any order.
+        costs: what one rank of each layer takes from the budget, out + in * kh * kw.
+        budget: what all ranks may take together.
+
+    Returns:
+        one rank for each layer.
+
+    Raises:
+        ValueError: the budget is below its floor sum(costs), or the arguments do not fit together.
+
+    >>> allocate_ranks([torch.tensor([9.0, 5.0, 1.0]), torch.tensor([4.0, 3.0])], [10, 2], 24)
+    [2, 2]
+    """
+    if len(singular_values) != len(costs):
+        raise ValueError(f"expected one cost per layer, got {len(costs)} for {len(singular_values)} layers")
+    if any(cost < 1 for cost in costs):
+        raise ValueError(f"expected costs >= 1, got {list(costs)}")
+    for layer, values in enumerate(singular_values):
+        if values.dim() != 1 or len(values) == 0 or not bool(((values >= 0) & values.isfinite()).all()):
+            raise ValueError(f"expected finite singular values >= 0, at least one, for layer {layer}")
+    left = budget - sum(costs)
+    if left < 0:
+        raise ValueError(f"expected a budget of at least {sum(costs)} (one rank for each layer), got {budget}")
+    ranks = [1] * len(costs)
+    rest = [(-s, layer) for layer, values in enumerate(singular_values) for s in sorted(values.tolist())[:-1] if s > 0]
+    for _, layer in sorted(rest):
+        if costs[layer] <= left:
+            left -= costs[layer]
+            ranks[layer] += 1
+    return ranks

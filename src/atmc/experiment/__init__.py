@@ -1,0 +1,1 @@
+"""Compare and show: configurations, run folders, reports."""

@@ -1,0 +1,130 @@
+"""What a run looks like in a terminal: a live line while it trains, a table when it is done."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Mapping
+from typing import Any
+
+from rich.console import Console
+from rich.progress import BarColumn, Progress as Bar, TextColumn, TimeRemainingColumn
+from rich.table import Table
+
+from atmc.experiment.run import Stage
+from atmc.phases import EpochEnd, Record
+from atmc.train import Progress
+
+
+class Display:
+    """Prints events of `run.run` as they come: one live line, and one line an epoch that stays."""
+
+    def __init__(self, console: Console) -> None:
+        self._console = console
+        self._bar = Bar(
+            TextColumn("{task.description}"),
+            BarColumn(bar_width=20),
+            TimeRemainingColumn(),
+            TextColumn("{task.fields[note]}"),
+            console=console,
+            transient=True,
+            disable=not console.is_terminal,
+        )
+        self._task = self._bar.add_task("starting", total=None, note="")
+        self._phase, self._last = "", 0.0
+
+    def __enter__(self) -> Display:
+        self._bar.start()
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Take the live line away."""
+        self._bar.stop()
+
+    def show(self, event: object) -> None:
+        """One event."""
+        if isinstance(event, Stage):
+            self._console.print(event.text, style="dim", highlight=False)
+        elif isinstance(event, Progress):
+            self._step(event)
+        elif isinstance(event, EpochEnd):
+            self._console.print(_line(event.record), highlight=False, soft_wrap=True)
+
+    def _step(self, event: Progress) -> None:
+        now = time.monotonic()
+        if now - self._last < 0.2 and not event.epoch_done:
+            return
+        self._last = now
+        done = (event.epoch - 1) * event.steps + event.step
+        self._bar.update(
+            self._task,
+            description=f"epoch {event.epoch}/{event.epochs}",
+            completed=done,
+            total=event.epochs * event.steps,
+            note=f"loss {event.loss:.4f}",
+        )
+
+
+def _line(record: Record) -> str:
+    loss = f"{record.loss:7.4f}" if record.loss is not None else "      -"
+    text = (
+        f"{record.phase:>5} {record.epoch:>3}  loss {loss}  clean {record.clean:6.2%}  robust {record.robust:6.2%}"
+        f"  nonzeros {record.nonzeros:,}"
+    )
+    if record.primal is not None and record.dual is not None:
+        text += f"  residuals {record.primal:.3g} / {record.dual:.3g}"
+    return f"{text}  {record.seconds:.1f} s"
+
+
+def percent(accuracy: Mapping[str, Any]) -> str:
+    """'97.50 % [95.33, 98.67] of 360'."""
+    low, high = accuracy["ci95"]
+    return f"{accuracy['accuracy']:.2%} [{low:.2%}, {high:.2%}] of {accuracy['n']:,}"
+
+
+def evaluation_table(figures: Mapping[str, Any]) -> Table:
+    """Accuracies with 95 % intervals."""
+    table = Table(title=f"{figures['model']} on {figures['data']}, {figures['threat']}", title_justify="left")
+    table.add_column("images")
+    table.add_column("accuracy [95 % interval]", justify="right")
+    table.add_row("clean", percent(figures["clean"]))
+    for name, accuracy in figures["attacks"].items():
+        table.add_row(name, percent(accuracy))
+    return table
+
+
+def result_table(metrics: Mapping[str, Any]) -> Table:
+    """Accuracies and sizes of a finished run."""
+    table = evaluation_table(metrics)
+    table.columns[0].header, table.columns[1].header = "test split, decoded file", "accuracy [95 % interval]"
+    dense = metrics["dense_file_bytes"]
+    size = metrics["file_bytes"]
+    table.add_section()
+    table.add_row("file", f"{size:,} bytes")
+    table.add_row("dense float32", f"{dense:,} bytes ({dense / size:.1f} times the file)")
+    table.add_row("nonzeros", f"{metrics['nonzeros']:,} of {metrics['dense_weights']:,} weights")
+    table.add_row("nominal ratio", f"{metrics['nominal_ratio']:.5f}")
+    return table
+
+
+def inspection_table(found: Mapping[str, Any]) -> Table:
+    """The parts of a model file."""
+    table = Table(title=f"{found['file']}: {found['file_bytes']:,} bytes", title_justify="left")
+    for name in ("tensor", "shape", "encoding"):
+        table.add_column(name)
+    parts = ("header", "positions", "codebook", "codes", "values", "total")
+    for name in ("nonzeros", "levels", *parts):
+        table.add_column(name, justify="right")
+    for row in found["tensors"]:
+        sizes = [str(row["bytes"][part]) for part in parts]
+        shape = "×".join(map(str, row["shape"]))
+        table.add_row(row["name"], shape, row["encoding"], f"{row['nonzeros']:,}", str(row["levels"]), *sizes)
+    totals = found["totals"]
+    table.add_section()
+    sums = [str(totals[part]) for part in parts[:-1]]
+    tensors = found["file_bytes"] - totals["metadata and checksum"]
+    table.add_row("all tensors", "", "", f"{totals['nonzeros']:,}", "", *sums, str(tensors))
+    table.add_row("metadata, checksum", "", "", "", "", "", "", "", "", "", str(totals["metadata and checksum"]))
+    return table

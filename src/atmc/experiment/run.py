@@ -1,0 +1,290 @@
+"""One configuration -> one run folder, resumable after a kill at any moment.
+
+A folder holds config.toml, log.jsonl, checkpoint/ while running, and in the end model.atmc, metrics.json, report.html.
+The checkpoint of an epoch is written beside the old one and renamed; it says how many lines the log had.
+"""
+
+from __future__ import annotations
+
+import copy
+import fcntl
+import json
+import shutil
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from io import BytesIO
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file
+from torch import nn
+
+from atmc import api, models
+from atmc.compress.budget import nominal_bits
+from atmc.compress.factorize import compressible
+from atmc.data import Data, load_data
+from atmc.experiment.config import RunConfig, parse, read_toml
+from atmc.experiment.report import write_report
+from atmc.pack import artifact
+from atmc.phases import EpochEnd, State
+from atmc.train import Progress
+from atmc.version import __version__
+
+
+@dataclass(frozen=True)
+class Stage:
+    """Something other than training begins; text for a person."""
+
+    text: str
+
+
+@dataclass(frozen=True)
+class Finished:
+    """The run is complete: its metrics, as in metrics.json."""
+
+    metrics: dict[str, Any]
+
+
+class FolderInUse(ValueError):
+    """Another process is writing to the run folder."""
+
+
+def run(config: RunConfig, folder: Path, *, resume: bool = False, overwrite: bool = False) -> Iterator[Any]:
+    """Carry a run out; yields `Stage`, `Progress`, `EpochEnd` and at last `Finished`.
+
+    Raises:
+        ValueError: the configuration, its data, checkpoint or folder are not as they must be; nothing was lost.
+    """
+    config = config.resolved()
+    if config.threads:
+        torch.set_num_threads(config.threads)
+    resuming = _check_folder(folder, resume=resume, overwrite=overwrite)
+    yield Stage(f"reading {config.data}")
+    data = load_data(
+        config.data, image_column=config.image_column, label_column=config.label_column, limit=config.limit
+    )
+    model = build_model(config, data)
+    config = config.completed(config.recipe(model))
+    if resuming:
+        _expect_same(config, parse(read_toml(folder / "config.toml"), str(folder / "config.toml")), folder)
+        if (folder / "metrics.json").exists():
+            yield Finished(json.loads((folder / "metrics.json").read_text()))
+            return
+    job = api.Job(
+        model,
+        data.train,
+        data.val,
+        threat=config.parsed_threat(),
+        budget=config.budget(),
+        method=config.method,
+        recipe=config.recipe(model),
+        device=torch.device(config.device),
+        classes=data.num_classes,
+    )
+    with _locked(folder):
+        if not resuming:
+            _clear(folder)
+            artifact.write_beside(folder / "config.toml", config.to_toml().encode())
+        yield from _train_and_judge(job, config, data, folder)
+
+
+def _train_and_judge(job: api.Job, config: RunConfig, data: Data, folder: Path) -> Iterator[Any]:
+    state, spent = _read_checkpoint(folder)
+    began = time.monotonic() - spent
+    for event in job.run(state):
+        if isinstance(event, EpochEnd):
+            _append(folder / "log.jsonl", asdict(event.record))
+            _write_checkpoint(folder, event.state, time.monotonic() - began)
+        yield event
+    yield Stage("last choices on the validation split")
+    result = job.result()
+    size = result.save(folder / "model.atmc")
+    yield Stage("evaluating the file on the test split")
+    device = torch.device(config.device)
+    decoded = artifact.load(folder / "model.atmc", factory=lambda num_classes: build_model(config, data))
+    report = api.evaluate(
+        decoded.to(device),
+        data.test,
+        threat=config.parsed_threat(),
+        attack=config.attacks,
+        n=config.eval_n,
+        steps=config.steps,
+        seed=config.seed,
+    )
+    metrics = _metrics(job, result, config, report, size, time.monotonic() - began)
+    write_report(folder, config, metrics, decoded.cpu(), data.test)
+    artifact.write_beside(folder / "metrics.json", (json.dumps(metrics, indent=1) + "\n").encode())
+    shutil.rmtree(folder / "checkpoint", ignore_errors=True)
+    yield Finished(metrics)
+
+
+def _metrics(
+    job: api.Job, result: api.Result, config: RunConfig, report: api.Report, size: int, seconds: float
+) -> dict[str, Any]:
+    tensors = compressible(job.runner.model)
+    nonzeros = sum(int(tensor.count_nonzero()) for tensor in tensors.values())
+    bits = nominal_bits(tensors, config.bits)
+    decided = result.decided
+    return {
+        "method": config.method,
+        "model": config.model,
+        "data": config.data,
+        "threat": config.threat,
+        "seed": config.seed,
+        "file_bytes": size,
+        "dense_file_bytes": sum(4 * value.numel() for value in result.model.state_dict().values()),
+        "nominal_bits": bits,
+        "nominal_ratio": bits / (32 * job.dense_weights),
+        "nonzeros": nonzeros,
+        "dense_weights": job.dense_weights,
+        "bits": config.bits,
+        **report.to_json(),
+        "validation": {
+            "clean": decided["clean"].to_json(),
+            "pgd": decided["robust"].to_json(),
+            "fp16": decided["fp16"],
+            "batch_norm_reestimated": decided["batch_norm"],
+        },
+        "evaluated_on": "model.atmc",
+        "seconds": round(seconds, 1),
+        "versions": {"atmc": __version__, "torch": torch.__version__},
+    }
+
+
+def build_model(config: RunConfig, data: Data) -> nn.Module:
+    """The configuration's model for its data, with a checkpoint's weights if one is named.
+
+    Raises:
+        ValueError: unknown model, or a checkpoint that is missing, damaged or of another model.
+    """
+    own = ":" in config.model  # a user's factory normalizes by itself
+    mean, std = (data.mean, data.std) if config.normalize and not own else (None, None)
+    options = {} if config.dropout is None else {"dropout": config.dropout}
+    model = models.build(
+        config.model, data.num_classes, input_shape=data.input_shape, mean=mean, std=std, seed=config.seed, **options
+    )
+    if config.checkpoint:
+        load_checkpoint(model, config.checkpoint)
+    return model
+
+
+def load_checkpoint(model: nn.Module, path: str) -> None:
+    """Fill a model from a .atmc file, a .safetensors file, or somebody's .pt (read with weights_only=True).
+
+    Raises:
+        ValueError: the file is missing, damaged, not a state dict, or of another model.
+    """
+    if not Path(path).is_file():
+        raise ValueError(f"checkpoint {path} does not exist")
+    if path.endswith(".atmc"):
+        state = artifact.load(path, factory=lambda num_classes: copy.deepcopy(model)).state_dict()
+    elif path.endswith(".safetensors"):
+        try:
+            state = load_file(path)
+        except (SafetensorError, OSError) as error:
+            raise ValueError(f"checkpoint {path} is damaged or not a safetensors file: {error}") from error
+    else:
+        state = _read_torch_file(path)
+    wanted = model.state_dict()
+    renamed = {name.removeprefix("module."): value for name, value in state.items()}
+    renamed = {name if name in wanted or f"net.{name}" not in wanted else f"net.{name}": v for name, v in renamed.items()}
+    for name, value in wanted.items():
+        if name not in renamed and name.startswith("normalize."):
+            renamed[name] = value
+    problems = [f"{name} is missing" for name in wanted if name not in renamed]
+    problems += [f"{name} is not in the model" for name in renamed if name not in wanted]
+    problems += [
+        f"{name} has shape {tuple(renamed[name].shape)}, not {tuple(value.shape)}"
+        for name, value in wanted.items()
+        if name in renamed and renamed[name].shape != value.shape
+    ]
+    if problems:
+        more = f", and {len(problems) - 3} more" if len(problems) > 3 else ""
+        raise ValueError(f"checkpoint {path} is of another model: {'; '.join(problems[:3])}{more}")
+    model.load_state_dict(renamed)
+
+
+def _read_torch_file(path: str) -> dict[str, torch.Tensor]:
+    import pickle
+
+    try:
+        loaded = torch.load(path, map_location="cpu", weights_only=True)
+    except (pickle.UnpicklingError, RuntimeError, EOFError, OSError, ValueError, KeyError) as error:
+        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+        raise ValueError(f"checkpoint {path} is damaged or holds more than weights: {reason}") from error
+    for key in ("state_dict", "model", "net"):
+        if isinstance(loaded, dict) and isinstance(loaded.get(key), dict):
+            loaded = loaded[key]
+    if not (isinstance(loaded, dict) and loaded and all(isinstance(value, torch.Tensor) for value in loaded.values())):
+        raise ValueError(f"checkpoint {path} holds no state dict of tensors")
+    return loaded
+
+
+def _check_folder(folder: Path, *, resume: bool, overwrite: bool) -> bool:
+    """Whether there is a run to go on with."""
+    if folder.exists() and not folder.is_dir():
+        raise ValueError(f"{folder} is a file: give a folder")
+    started = (folder / "config.toml").exists()
+    if started and not (resume or overwrite):
+        raise ValueError(f"{folder} holds a run already: add --resume to go on with it or --overwrite to replace it")
+    if folder.exists() and not started and any(path.name != ".lock" for path in folder.iterdir()) and not resume:
+        raise ValueError(f"{folder} is not empty and holds no run of atmc: choose another folder")
+    return started and resume
+
+
+def _clear(folder: Path) -> None:
+    for name in ("model.atmc", "metrics.json", "report.html", "log.jsonl"):
+        (folder / name).unlink(missing_ok=True)
+    shutil.rmtree(folder / "checkpoint", ignore_errors=True)
+
+
+@contextmanager
+def _locked(folder: Path) -> Iterator[None]:
+    """Only one process at a time writes to a folder; the lock ends with the process, however it ends."""
+    folder.mkdir(parents=True, exist_ok=True)
+    with open(folder / ".lock", "w") as lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise FolderInUse(f"{folder} is in use by another run") from None
+        yield
+    (folder / ".lock").unlink(missing_ok=True)
+
+
+def _expect_same(asked: RunConfig, stored: RunConfig, folder: Path) -> None:
+    """A resumed run goes on as it began."""
+    ours, theirs = asked.model_dump(), stored.model_dump()
+    flat = {key: (ours[key], theirs[key]) for key in ours if key != "training"}
+    flat |= {f"training.{key}": (ours["training"][key], theirs["training"][key]) for key in ours["training"]}
+    changed = [f"{key} was {before!r}, is {now!r}" for key, (now, before) in flat.items() if now != before]
+    if changed:
+        raise ValueError(f"{folder} was begun with other settings: {'; '.join(changed)}")
+
+
+def _append(path: Path, record: dict[str, Any]) -> None:
+    with open(path, "a", encoding="utf-8") as file:
+        file.write(json.dumps(record) + "\n")
+
+
+def _write_checkpoint(folder: Path, state: State, seconds: float) -> None:
+    buffer = BytesIO()
+    lines = len((folder / "log.jsonl").read_text().splitlines())
+    torch.save({"state": vars(state), "log_lines": lines, "seconds": seconds}, buffer)
+    (folder / "checkpoint").mkdir(exist_ok=True)
+    artifact.write_beside(folder / "checkpoint" / "state.pt", buffer.getvalue())
+
+
+def _read_checkpoint(folder: Path) -> tuple[State | None, float]:
+    """The saved state and the seconds spent; the log is cut back to the lines that belong to it."""
+    path, log = folder / "checkpoint" / "state.pt", folder / "log.jsonl"
+    if not path.exists():
+        log.unlink(missing_ok=True)
+        return None, 0.0
+    saved = torch.load(path, map_location="cpu", weights_only=True)
+    kept = log.read_text().splitlines(keepends=True)[: saved["log_lines"]]
+    artifact.write_beside(log, "".join(kept).encode())
+    return State(**saved["state"]), saved["seconds"]

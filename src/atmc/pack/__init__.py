@@ -1,0 +1,1 @@
+"""Make it a file: the coder and the format."""

@@ -1,0 +1,1 @@
+"""Make it hard to fool: perturbation balls, attacks, training objectives, evaluation."""

@@ -1,0 +1,127 @@
+"""Training losses: (model, x, y, perturb) -> scalar loss.
+
+`perturb(x, y)` gives adversarial images; it attacks the bare model in evaluation mode and changes nothing in it, so
+that the passes counted below are the only ones that batch norm's running statistics see. Images x are (n, c, h, w) in
+[0, 1], labels y (n,) int64.
+
+How many passes a step makes matters to batch norm: `mixed` makes two, clean and adversarial, each normalized by its
+own statistics, as the paper's program does; every other objective makes one (`trades` and `mart` on the clean and the
+adversarial images together).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Protocol
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from atmc.rng import Noise
+from atmc.robust.attacks import Loss, attack_mode, kl_from, pgd
+from atmc.robust.threats import Threat
+
+
+class Perturb(Protocol):
+    """Makes adversarial images for a batch; `loss` overrides the cross-entropy that it maximizes."""
+
+    def __call__(self, x: Tensor, y: Tensor, *, loss: str | Loss = "ce") -> Tensor:
+        """(n, c, h, w) adversarial images for x and what the loss takes as y."""
+
+
+Objective = Callable[[nn.Module, Tensor, Tensor, Perturb], Tensor]
+
+
+@dataclass(frozen=True)
+class TrainingAttack:
+    """PGD as training uses it: steps of relative_step * eps / steps (Madry et al. 2018; the paper: 1.25, start at x).
+
+    Args:
+        threat: the ball.
+        steps: ascent steps.
+        relative_step: total path length over eps.
+        random_start: begin at a random point of the ball.
+        batch_statistics: let batch norm use the attacked batch's statistics (buffers are restored).
+    """
+
+    threat: Threat
+    steps: int
+    relative_step: float = 2.0
+    random_start: bool = True
+    batch_statistics: bool = False
+
+    def on(self, model: nn.Module, noise: Noise, *, eps_scale: float = 1.0) -> Perturb:
+        """This attack on a model; eps_scale in (0, 1] shrinks the ball (for a ramp at the start of training)."""
+        threat = self.threat.with_eps(self.threat.eps * eps_scale)
+
+        def perturb(x: Tensor, y: Tensor, *, loss: str | Loss = "ce") -> Tensor:
+            return pgd(
+                model,
+                x,
+                y,
+                threat,
+                steps=self.steps,
+                step_size=self.relative_step * threat.eps / self.steps,
+                noise=noise if self.random_start else None,
+                loss=loss,
+                batch_statistics=self.batch_statistics,
+            )
+
+        return perturb
+
+
+def natural(model: nn.Module, x: Tensor, y: Tensor, perturb: Perturb) -> Tensor:
+    """Cross-entropy on clean images; the attack is not used. One pass."""
+    return F.cross_entropy(model(x).float(), y)
+
+
+def pgd_at(model: nn.Module, x: Tensor, y: Tensor, perturb: Perturb) -> Tensor:
+    """Cross-entropy on adversarial images alone (Madry et al. 2018). One pass."""
+    return F.cross_entropy(model(perturb(x, y)).float(), y)
+
+
+def mixed(model: nn.Module, x: Tensor, y: Tensor, perturb: Perturb) -> Tensor:
+    """Half clean, half adversarial cross-entropy, the paper's loss. Two passes."""
+    adv = perturb(x, y)
+    return (F.cross_entropy(model(x).float(), y) + F.cross_entropy(model(adv).float(), y)) / 2
+
+
+def _clean_and_adversarial(model: nn.Module, x: Tensor, adv: Tensor) -> tuple[Tensor, Tensor]:
+    """Logits (n, classes) of both, from one pass over 2n images."""
+    clean, attacked = model(torch.cat((x, adv))).float().chunk(2)
+    return clean, attacked
+
+
+def trades(model: nn.Module, x: Tensor, y: Tensor, perturb: Perturb, *, beta: float = 6.0) -> Tensor:
+    """Clean cross-entropy + beta * KL(clean || adversarial), the attack maximizing the KL (Zhang et al. 2019, eq. 5)."""
+    target = _evaluation_probabilities(model, x)
+    adv = perturb(x, target, loss=kl_from)
+    clean, attacked = _clean_and_adversarial(model, x, adv)
+    return F.cross_entropy(clean, y) + beta * kl_from(attacked, clean.softmax(1)).mean()
+
+
+def mart(model: nn.Module, x: Tensor, y: Tensor, perturb: Perturb, *, weight: float = 5.0) -> Tensor:
+    """Boosted adversarial cross-entropy + weight * KL, heavier where the clean image is doubtful (Wang et al. 2020)."""
+    clean, attacked = _clean_and_adversarial(model, x, perturb(x, y))
+    wrong = attacked.softmax(1).scatter(1, y[:, None], 0.0).amax(1)
+    boosted = F.cross_entropy(attacked, y) - torch.log1p(-wrong.clamp_max(1 - 1e-6)).mean()
+    probabilities = clean.softmax(1)
+    doubt = 1 - probabilities.gather(1, y[:, None])[:, 0]
+    return boosted + weight * (kl_from(attacked, probabilities) * doubt).mean()
+
+
+def _evaluation_probabilities(model: nn.Module, x: Tensor) -> Tensor:
+    """(n, classes) softmax outputs in evaluation mode, without gradients; the model keeps its modes."""
+    with attack_mode(model), torch.no_grad():
+        return model(x).float().softmax(1)
+
+
+OBJECTIVES: dict[str, Objective] = {
+    "natural": natural,
+    "mixed": mixed,
+    "pgd_at": pgd_at,
+    "trades": trades,
+    "mart": mart,
+}

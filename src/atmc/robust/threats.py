@@ -1,0 +1,272 @@
+"""Perturbation balls around an image, inside the box [0, 1] of valid pixels.
+
+A threat says what an adversary may do. Attacks know nothing else about the geometry: they draw a start
+(`random_start`), go uphill (`ascent`) and come back (`project`).
+
+Legend: x clean images, adv adversarial images, both (n, ...) float32 in [0, 1]; d pixels per image; eps the radius
+in pixel units (8/255 = 0.0314).
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from difflib import get_close_matches
+from fractions import Fraction
+from typing import ClassVar, Protocol
+
+import torch
+from torch import Tensor
+
+from atmc.rng import Noise
+
+
+class Threat(Protocol):
+    """The set of images an adversary may show in place of x: a ball of radius eps, cut with the box [0, 1]."""
+
+    name: ClassVar[str]
+
+    @property
+    def eps(self) -> float:
+        """Radius, in pixel units."""
+
+    def random_start(self, x: Tensor, noise: Noise) -> Tensor:
+        """A random point of the set; (n, ...) like x."""
+
+    def ascent(self, adv: Tensor, grad: Tensor, step_size: float) -> Tensor:
+        """adv moved by a step of length step_size, in this norm, that raises the loss most."""
+
+    def project(self, adv: Tensor, x: Tensor) -> Tensor:
+        """The point of the set that is nearest (Euclidean) to adv."""
+
+    def distance(self, adv: Tensor, x: Tensor) -> Tensor:
+        """(n,) distances in this norm."""
+
+    def with_eps(self, eps: float) -> Threat:
+        """The same norm with another radius."""
+
+    def largest_eps(self, pixels: int) -> float:
+        """The radius beyond which the ball holds the whole box, for images of so many values."""
+
+
+def _check_eps(eps: float) -> None:
+    if not (isinstance(eps, int | float) and math.isfinite(eps) and eps > 0):
+        raise ValueError(f"expected a finite eps > 0, got {eps}")
+
+
+def _per_example(values: Tensor, like: Tensor) -> Tensor:
+    """(n,) -> (n, 1, ..., 1) for broadcasting against like."""
+    return values.view(-1, *[1] * (like.dim() - 1))
+
+
+def _write(name: str, eps: float) -> str:
+    """'linf:8/255' where eps is a whole number of 255ths (and not a short decimal), else 'linf:0.2'."""
+    steps = Fraction(eps * 255).limit_denominator(10)
+    if float(f"{eps:.3g}") != eps and abs(float(steps) / 255 - eps) < 1e-12 and steps.denominator == 1:
+        return f"{name}:{steps.numerator}/255"
+    return f"{name}:{eps!r}"
+
+
+@dataclass(frozen=True)
+class Linf:
+    """No pixel moves by more than eps.
+
+    >>> str(Linf(8 / 255))
+    'linf:8/255'
+    """
+
+    eps: float
+    name: ClassVar[str] = "linf"
+
+    def __post_init__(self) -> None:
+        _check_eps(self.eps)
+
+    def __str__(self) -> str:
+        return _write(self.name, self.eps)
+
+    def random_start(self, x: Tensor, noise: Noise) -> Tensor:
+        """Uniform in the ball, then clipped to the box; (n, ...) like x."""
+        return (x + (2 * noise.uniform(x.shape[1:]) - 1) * self.eps).clamp_(0, 1)
+
+    def ascent(self, adv: Tensor, grad: Tensor, step_size: float) -> Tensor:
+        """Steepest ascent of the maximum norm: the sign of the gradient."""
+        return adv + step_size * grad.sign()
+
+    def project(self, adv: Tensor, x: Tensor) -> Tensor:
+        """Clip each pixel to [x - eps, x + eps] and [0, 1]; exact."""
+        return torch.minimum(torch.maximum(adv, x - self.eps), x + self.eps).clamp_(0, 1)
+
+    def distance(self, adv: Tensor, x: Tensor) -> Tensor:
+        """(n,) largest absolute differences."""
+        return (adv - x).flatten(1).abs().amax(1)
+
+    def with_eps(self, eps: float) -> Linf:
+        """The same norm with another radius."""
+        return Linf(eps)
+
+    def largest_eps(self, pixels: int) -> float:
+        """1: any image of the box is that near to any other."""
+        return 1.0
+
+
+@dataclass(frozen=True)
+class L2:
+    """The Euclidean length of the change is at most eps."""
+
+    eps: float
+    name: ClassVar[str] = "l2"
+
+    def __post_init__(self) -> None:
+        _check_eps(self.eps)
+
+    def __str__(self) -> str:
+        return _write(self.name, self.eps)
+
+    def random_start(self, x: Tensor, noise: Noise) -> Tensor:
+        """Uniform in the ball (a normal direction times U^(1/d)), then into the box; (n, ...) like x."""
+        direction = noise.normal(x.shape[1:])
+        length = direction.flatten(1).norm(dim=1).clamp_min(1e-12)
+        radius = self.eps * noise.uniform(()) ** (1 / direction[0].numel())
+        return (x + direction * _per_example(radius / length, x)).clamp_(0, 1)
+
+    def ascent(self, adv: Tensor, grad: Tensor, step_size: float) -> Tensor:
+        """A step along the gradient of Euclidean length step_size (none where the gradient is zero)."""
+        length = grad.flatten(1).norm(dim=1).clamp_min(1e-30)
+        return adv + grad * _per_example(step_size / length, grad)
+
+    def project(self, adv: Tensor, x: Tensor) -> Tensor:
+        """Nearest point of ball and box: the change divided by 1 + t and clipped, t >= 0 found by bisection."""
+        eps = self.eps
+
+        def at(t: Tensor) -> Tensor:
+            return (x + (adv - x) / (1 + _per_example(t, x))).clamp_(0, 1)
+
+        def fits(candidate: Tensor) -> Tensor:
+            return self.distance(candidate, x) <= eps
+
+        return _smallest_shrinkage(at, fits, limit=self.distance(adv, x) / eps)
+
+    def distance(self, adv: Tensor, x: Tensor) -> Tensor:
+        """(n,) Euclidean distances."""
+        return (adv - x).flatten(1).norm(dim=1)
+
+    def with_eps(self, eps: float) -> L2:
+        """The same norm with another radius."""
+        return L2(eps)
+
+    def largest_eps(self, pixels: int) -> float:
+        """The box's diagonal, sqrt(d)."""
+        return math.sqrt(pixels)
+
+
+@dataclass(frozen=True)
+class L1:
+    """The absolute changes of all pixels add up to at most eps."""
+
+    eps: float
+    name: ClassVar[str] = "l1"
+    ascent_share: ClassVar[float] = 0.05  # share of the pixels that one ascent step moves
+
+    def __post_init__(self) -> None:
+        _check_eps(self.eps)
+
+    def __str__(self) -> str:
+        return _write(self.name, self.eps)
+
+    def random_start(self, x: Tensor, noise: Noise) -> Tensor:
+        """Uniform in the ball (signed exponentials over their sum with one more), then into the box."""
+        size = noise.exponential(x.shape[1:])
+        sign = 1.0 - 2.0 * noise.integers(2, x.shape[1:])
+        total = size.flatten(1).sum(1) + noise.exponential(())
+        return (x + sign * size * _per_example(self.eps / total, x)).clamp_(0, 1)
+
+    def ascent(self, adv: Tensor, grad: Tensor, step_size: float) -> Tensor:
+        """Equal steps on the largest gradient entries that can still move, l1 length step_size together.
+
+        Sparse l1 descent (Tramer and Boneh 2019, section 4.1), leaving out pixels that the box holds where they
+        are (Croce and Hein 2021, "Mind the box").
+        """
+        stuck = ((grad > 0) & (adv >= 1)) | ((grad < 0) & (adv <= 0))
+        strength = grad.abs().masked_fill(stuck, 0).flatten(1)
+        count = max(1, round(self.ascent_share * strength.shape[1]))
+        chosen = torch.zeros_like(strength).scatter_(1, strength.topk(count, dim=1).indices, 1.0)
+        return adv + step_size / count * chosen.view_as(grad) * grad.sign()
+
+    def project(self, adv: Tensor, x: Tensor) -> Tensor:
+        """Nearest point of ball and box: soft threshold t >= 0, then clip; t found by bisection."""
+        eps = self.eps
+        change = adv - x
+
+        def at(t: Tensor) -> Tensor:
+            size = (change.abs() - _per_example(t, x)).clamp_min_(0)
+            return (x + size * change.sign()).clamp_(0, 1)
+
+        def fits(candidate: Tensor) -> Tensor:
+            return self.distance(candidate, x) <= eps
+
+        return _smallest_shrinkage(at, fits, limit=change.flatten(1).abs().amax(1))
+
+    def distance(self, adv: Tensor, x: Tensor) -> Tensor:
+        """(n,) sums of absolute differences."""
+        return (adv - x).flatten(1).abs().sum(1)
+
+    def with_eps(self, eps: float) -> L1:
+        """The same norm with another radius."""
+        return L1(eps)
+
+    def largest_eps(self, pixels: int) -> float:
+        """The number of values, d."""
+        return float(pixels)
+
+
+def _smallest_shrinkage(at: Callable[[Tensor], Tensor], fits: Callable[[Tensor], Tensor], limit: Tensor) -> Tensor:
+    """at(t) for each example's smallest t in [0, limit] that fits, to 2^-30 of limit; at(limit) must fit."""
+    low, high = torch.zeros_like(limit), limit * 1.0001 + 1e-6
+    inside = fits(at(low))
+    if bool(inside.all()):
+        return at(low)
+    for _ in range(30):
+        middle = (low + high) / 2
+        good = fits(at(middle))
+        low, high = torch.where(good, low, middle), torch.where(good, middle, high)
+    return at(torch.where(inside, torch.zeros_like(high), high))
+
+
+BALLS: dict[str, type[Linf] | type[L2] | type[L1]] = {"linf": Linf, "l2": L2, "l1": L1}
+
+
+def parse_threat(text: str) -> Threat:
+    """The threat written as ``norm:radius``, the radius a number or a fraction.
+
+    >>> parse_threat("linf:8/255") == Linf(8 / 255)
+    True
+
+    Raises:
+        ValueError: not of that form, unknown norm, or a radius that is not finite and positive.
+    """
+    norm, colon, radius = text.strip().lower().partition(":")
+    if not colon:
+        raise ValueError(f"expected a threat like linf:8/255, l2:0.5 or l1:12, got {text!r}")
+    if norm not in BALLS:
+        near = get_close_matches(norm, BALLS, n=1)
+        hint = f"; did you mean {near[0]!r}?" if near else ""
+        raise ValueError(f"unknown norm {norm!r} in threat {text!r}: expected linf, l2 or l1{hint}")
+    numerator, slash, denominator = radius.partition("/")
+    try:
+        eps = float(numerator) / (float(denominator) if slash else 1.0)
+    except (ValueError, ZeroDivisionError):
+        raise ValueError(f"expected a radius like 8/255 or 0.03 in threat {text!r}, got {radius!r}") from None
+    try:
+        return BALLS[norm](eps)
+    except ValueError as error:
+        raise ValueError(f"threat {text!r}: {error}") from None
+
+
+def check_threat(threat: Threat, pixels: int) -> None:
+    """ValueError if eps is above what the norm allows in the box of images with so many values."""
+    if threat.eps > threat.largest_eps(pixels):
+        raise ValueError(
+            f"eps {threat.eps:g} is above the largest {threat.name} distance in [0, 1]: "
+            f"{threat.largest_eps(pixels):g} for images of {pixels} values (is it in pixel units of 255?)"
+        )

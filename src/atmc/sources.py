@@ -1,0 +1,294 @@
+"""Reading labelled images from where they lie: scikit-learn's digits, parquet files, image folders, the hub.
+
+Package-private: `atmc.data.load_data` is the door. Everything comes back as whole splits of uint8 pixels.
+
+Decoding: 8-bit gray stays one channel, everything else of 8 bits (palette, RGBA, CMYK, ...) becomes RGB, alpha
+dropped; images of more than 8 bits per channel are refused. Where gray and RGB images meet in one data set, the gray
+ones are repeated over three channels. An orientation noted by a camera is applied.
+"""
+
+from __future__ import annotations
+
+import io
+import json
+import re
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from difflib import get_close_matches
+from pathlib import Path
+from typing import Any, NamedTuple, TypeVar
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+from numpy.typing import NDArray
+from PIL import Image, ImageOps
+
+KNOWN = ("digits", "ylecun/mnist", "uoft-cs/cifar10", "uoft-cs/cifar100", "ufldl-stanford/svhn:cropped_digits")
+SPLITS = {"train": "train", "training": "train", "test": "test", "testing": "test"} | dict.fromkeys(
+    ("validation", "valid", "val", "dev"), "validation"
+)
+SUFFIXES = {".png", ".jpg", ".jpeg", ".bmp", ".gif", ".ppm", ".pgm", ".tif", ".tiff", ".webp"}
+_GRAY = {"1", "L", "LA", "La"}  # Pillow's modes of 8 bits and less
+_COLOR = {"P", "PA", "RGB", "RGBA", "RGBa", "RGBX", "CMYK", "YCbCr", "HSV", "LAB"}
+_UNREADABLE = (OSError, SyntaxError, ValueError, EOFError, Image.DecompressionBombError)  # what Pillow raises
+_HUB_ID = re.compile(r"\w[\w.-]*/\w[\w.-]*(:[\w.-]+)?")
+_MAX_UNNAMED = 2**16  # classes, where the source does not name them: more is a column of something else
+
+T = TypeVar("T")
+
+
+class Split(NamedTuple):
+    """One split as read: pixels (n, c, h, w) uint8, labels (n,) int64, and the classes' names where given."""
+
+    pixels: NDArray[np.uint8]
+    labels: NDArray[np.int64]
+    class_names: tuple[str, ...] | None
+
+
+def read(name: str, image_column: str | None, label_column: str | None) -> tuple[dict[str, Split], tuple[str, ...]]:
+    """Splits (keys among ``train``, ``validation``, ``test``) and class names of a local folder or a hub id.
+
+    Raises:
+        ValueError: nothing of this name, or what it holds is no set of equally large labelled images.
+    """
+    folder = Path(name).expanduser()
+    if folder.is_file():
+        raise ValueError(f"expected a folder or a hub id, got the file {name}")
+    files = _parquet_files(folder) if folder.is_dir() else {}
+    if folder.is_dir() and not files:
+        if image_column is not None or label_column is not None:
+            raise ValueError(f"an image folder has no columns, but image_column or label_column was given for {name}")
+        return _agreeing(_read_image_folder(folder), name)
+    tables = _ordered({split: _open(paths) for split, paths in files.items()} or _hub_tables(name), name)
+    return _agreeing({split: _read_table(split, t, image_column, label_column) for split, t in tables.items()}, name)
+
+
+def _ordered(found: dict[str, T], name: str) -> dict[str, T]:
+    """The splits with train first; raises ValueError where train, or both of test and validation, are missing."""
+    if "train" not in found or not {"test", "validation"} & set(found):
+        raise ValueError(f"expected the splits train and test in {name}, found {' and '.join(found) or 'neither'}")
+    return {split: found[split] for split in ("train", "validation", "test") if split in found}
+
+
+def digits() -> tuple[NDArray[np.uint8], NDArray[np.int64]]:
+    """Pixels (1797, 1, 28, 28) and labels of scikit-learn's digits: 8x8, each pixel tripled, a border of 2 zeros."""
+    from sklearn.datasets import load_digits
+
+    values, labels = load_digits(return_X_y=True)
+    levels = np.rint(values.reshape(-1, 8, 8) / 16 * 255).astype(np.uint8)
+    pixels = np.pad(levels.repeat(3, axis=1).repeat(3, axis=2), ((0, 0), (2, 2), (2, 2)))
+    return pixels[:, None], labels.astype(np.int64)
+
+
+def image_array(image: Image.Image) -> NDArray[np.uint8]:
+    """An image's pixels, (h, w) where it is gray, else (h, w, 3)."""
+    if image.mode not in _GRAY | _COLOR:
+        raise ValueError(f"expected at most 8 bits per channel, got Pillow's mode {image.mode}")
+    mode = "L" if image.mode in _GRAY else "RGB"
+    upright = ImageOps.exif_transpose(image)
+    return np.array(upright if upright.mode == mode else upright.convert(mode))
+
+
+def check_labels(labels: NDArray[np.int64], num_classes: int | None, place: str) -> None:
+    """Raises ValueError unless all labels are >= 0 and, where num_classes is given, below it."""
+    wrong = labels < 0 if num_classes is None else (labels < 0) | (labels >= num_classes)
+    if wrong.any():
+        row = int(wrong.argmax())
+        wanted = ">= 0" if num_classes is None else f"in 0 .. {num_classes - 1}"
+        raise ValueError(f"expected labels {wanted}, got {labels[row]} in row {row} of {place}")
+
+
+def _stack(sources: Iterable[bytes | Path], places: Iterable[str]) -> NDArray[np.uint8]:
+    """Decodes files (or their bytes) into (n, c, h, w); places name them in errors."""
+    arrays: list[NDArray[np.uint8]] = []
+    for source, place in zip(sources, places, strict=True):
+        try:
+            with Image.open(io.BytesIO(source) if isinstance(source, bytes) else source) as image:
+                arrays.append(image_array(image))
+        except _UNREADABLE as error:
+            raise ValueError(f"cannot read the image in {place}: {error}") from error
+        if arrays[-1].shape[:2] != arrays[0].shape[:2]:
+            sizes = f"{_size(arrays[0])} and, in {place}, {_size(arrays[-1])}"
+            raise ValueError(f"expected images of one size, got {sizes}")
+    channels = max(3 if array.ndim == 3 else 1 for array in arrays)
+    pixels = np.empty((len(arrays), channels, *arrays[0].shape[:2]), dtype=np.uint8)
+    for row, array in enumerate(arrays):
+        pixels[row] = array if array.ndim == 2 else array.transpose(2, 0, 1)
+    return pixels
+
+
+def _size(image: NDArray[np.uint8]) -> str:
+    return f"{image.shape[0]}x{image.shape[1]}"
+
+
+def _agreeing(splits: dict[str, Split], name: str) -> tuple[dict[str, Split], tuple[str, ...]]:
+    """The splits, brought to one number of channels, and their class names; sizes, classes and labels checked."""
+    channels = max(split.pixels.shape[1] for split in splits.values())
+    first = splits["train"]
+    names = first.class_names
+    if names is None:
+        top = int(first.labels.max())
+        if top >= _MAX_UNNAMED:
+            raise ValueError(f"expected labels below {_MAX_UNNAMED} in {name}, which names no classes, got {top}")
+        names = tuple(map(str, range(top + 1)))
+    for which, split in splits.items():
+        if split.pixels.shape[2:] != first.pixels.shape[2:]:
+            sizes = f"{_size(first.pixels[0, 0])} in train and {_size(split.pixels[0, 0])} in {which}"
+            raise ValueError(f"expected images of one size in {name}, got {sizes}")
+        if split.class_names != first.class_names:
+            classes = [", ".join(s.class_names or ("none named",)) for s in (first, split)]
+            raise ValueError(f"expected the same classes in train and {which}, got {classes[0]} and {classes[1]}")
+        check_labels(split.labels, len(names), which)
+        splits[which] = split._replace(pixels=split.pixels.repeat(channels // split.pixels.shape[1], axis=1))
+    return splits, names
+
+
+def _read_image_folder(root: Path) -> dict[str, Split]:
+    """Reads ``split/class/*.png`` (and the like); classes are the folders' names, sorted as text."""
+    folders = {SPLITS[path.name]: path for path in _subfolders(root) if path.name in SPLITS}
+    if not folders:
+        raise ValueError(f"found neither parquet files nor train/<class>/ with images in the folder {root}")
+    splits = {}
+    for split, folder in _ordered(folders, str(root)).items():
+        classes = _subfolders(folder)
+        files = [[path for path in sorted(place.iterdir()) if path.suffix.lower() in SUFFIXES] for place in classes]
+        if not any(files):
+            raise ValueError(f"the split {split} is empty: found no images in {folder}/<class>/")
+        paths = [path for group in files for path in group]
+        labels = np.repeat(np.arange(len(classes)), [len(group) for group in files])
+        splits[split] = Split(_stack(paths, map(str, paths)), labels, tuple(place.name for place in classes))
+    return splits
+
+
+def _subfolders(folder: Path) -> list[Path]:
+    return sorted(path for path in folder.iterdir() if path.is_dir() and not path.name.startswith("."))
+
+
+def _parquet_files(root: Path) -> dict[str, list[Path]]:
+    """Each split's files, told by ``train-00000-of-00001.parquet``, ``train.parquet`` or ``train/0000.parquet``."""
+    found: dict[str, list[Path]] = {}
+    paths = [path for path in sorted(root.rglob("*.parquet")) if "/." not in f"/{path.relative_to(root).as_posix()}"]
+    for path in paths:
+        split = SPLITS.get(re.split(r"[-_.]", path.name)[0]) or SPLITS.get(path.parent.name)
+        if split is not None:
+            found.setdefault(split, []).append(path)
+    if paths and not found:
+        raise ValueError(f"expected files named train-*.parquet and test-*.parquet in {root}, got {paths[0].name}")
+    for split, files in found.items():
+        folders = sorted({str(path.parent) for path in files})
+        if len(folders) > 1:
+            raise ValueError(f"found several sets with a split {split}, name the folder of one: {', '.join(folders)}")
+    return found
+
+
+def _open(paths: list[Path]) -> Any:
+    """The rows of all files of a split, one pyarrow.Table."""
+    tables = []
+    for path in paths:
+        try:
+            tables.append(pq.ParquetFile(path).read())
+        except (pa.ArrowException, OSError) as error:
+            raise ValueError(f"cannot read the parquet file {path}: {error}") from error
+        if tables[-1].schema != tables[0].schema:
+            raise ValueError(f"expected the same columns in {paths[0]} and {path}")
+    return pa.concat_tables(tables)
+
+
+def _read_table(split: str, table: Any, image_column: str | None, label_column: str | None) -> Split:
+    """Decodes the image and label columns of a pyarrow.Table in the hub's layout."""
+    if len(table) == 0:
+        raise ValueError(f"the split {split} is empty")
+    features = json.loads((table.schema.metadata or {}).get(b"huggingface", b"{}")).get("info", {}).get("features", {})
+    image_column = _image_column(table.schema, features, image_column)
+    if label_column is None:
+        label_column = next((name for name in ("label", "fine_label") if name in table.column_names), "label")
+    if label_column not in table.column_names:
+        columns = ", ".join(table.column_names)
+        raise ValueError(f"found no label column {label_column} in {split}; name one by label_column, of: {columns}")
+    column = table.column(label_column)
+    if not pa.types.is_integer(column.type) or column.null_count:
+        kind = f"{column.type}, {column.null_count} of them missing" if column.null_count else column.type
+        raise ValueError(f"expected integers in the label column {label_column} of {split}, got {kind}")
+    labels = column.to_numpy().astype(np.int64)
+    names = features.get(label_column, {}).get("names")
+    check_labels(labels, len(names) if names else None, split)  # before the images, which take longer
+    places = [f"row {row} of {split}" for row in range(len(table))]
+    files = (_encoded(value.as_py(), place) for value, place in zip(table.column(image_column), places, strict=True))
+    return Split(_stack(files, places), labels, tuple(names) if names else None)
+
+
+def _image_column(schema: Any, features: dict[str, Any], wanted: str | None) -> str:
+    """The column whose type says image: a struct with the file's bytes, or what the hub's metadata declares one."""
+
+    def holds_images(field: Any) -> bool:
+        feature = features.get(field.name)
+        declared = isinstance(feature, dict) and feature.get("_type") == "Image"
+        return declared or (pa.types.is_struct(field.type) and field.type.get_field_index("bytes") >= 0)
+
+    found = [field.name for field in schema if holds_images(field)]
+    if not found:
+        raise ValueError(f"found no image column, the columns are: {', '.join(schema.names)}")
+    if wanted is None and len(found) > 1:
+        raise ValueError(f"found several image columns, name one by image_column: {', '.join(found)}")
+    if wanted is not None and wanted not in found:
+        raise ValueError(f"expected image_column to be one of the image columns {', '.join(found)}, got {wanted}")
+    return wanted or found[0]
+
+
+def _encoded(value: bytes | dict[str, Any] | None, place: str) -> bytes | Path:
+    """An image's file as bytes, or where it lies (the hub's image folders, once fetched)."""
+    content = value.get("bytes") or value.get("path") if isinstance(value, dict) else value
+    if not content:
+        raise ValueError(f"expected an image in {place}, got none")
+    return Path(content) if isinstance(content, str) else content
+
+
+def _hub_tables(name: str) -> dict[str, Any]:
+    """The splits of a hub data set, pyarrow.Tables; a name without ``owner/`` never asks the hub."""
+    if not _HUB_ID.fullmatch(name):
+        raise ValueError(f"found no data set {name}: no folder here, and no hub id like owner/name{_hint(name)}")
+    import datasets
+    from huggingface_hub.errors import HfHubHTTPError
+
+    repository, _, configuration = name.partition(":")
+    refused = (ConnectionError, FileNotFoundError, HfHubHTTPError, datasets.exceptions.DatasetsError, ValueError)
+    try:
+        with _quiet():
+            loaded = datasets.load_dataset(repository, configuration or None)
+    except (*refused, RuntimeError) as error:  # RuntimeError: the set is a script, which `datasets` no longer runs
+        reason = str(error).partition("\n")[0] or type(error).__name__
+        raise ValueError(f"found no folder {name}, and cannot load it from the hub: {reason}{_hint(name)}") from error
+    return {
+        SPLITS[split]: rows.with_format("arrow")[:].replace_schema_metadata(rows.features.arrow_schema.metadata)
+        for split, rows in loaded.items()
+        if split in SPLITS
+    }
+
+
+def _hint(name: str) -> str:
+    """Near names: of the usual data sets, and of the folders beside the one that was meant."""
+    known = {short: full for full in KNOWN for short in (full, full.split("/")[-1])}
+    parent = Path(name).expanduser().parent
+    beside = {str(path): str(path) for path in _subfolders(parent)} if parent.is_dir() else {}
+    near = get_close_matches(name, known, n=2) or get_close_matches(name.split("/")[-1], known, n=2)
+    near = [known[short] for short in near] + get_close_matches(name, beside, n=1, cutoff=0.8)
+    near = [other for other in dict.fromkeys(near) if other != name]
+    return f"; did you mean {' or '.join(near)}?" if near else ""
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """No progress bars inside."""
+    import datasets
+    import huggingface_hub
+
+    both: tuple[Any, ...] = (datasets.utils, huggingface_hub.utils)
+    shown = [bars for bars in both if not bars.are_progress_bars_disabled()]
+    for bars in shown:
+        bars.disable_progress_bars()
+    try:
+        yield
+    finally:
+        for bars in shown:
+            bars.enable_progress_bars()

@@ -1,0 +1,216 @@
+"""Constraints' contract, and ADMM on problems with known answers."""
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from atmc.compress.admm import Admm
+from atmc.compress.budget import Budget, distinct_nonzero, nominal_bits
+from atmc.compress.constraints import Codebook, Each, FixedCodes, FixedMask, NonzeroBudget
+from atmc.compress.projections import exact_zero_kmeans
+
+
+def tensors(seed: int = 0) -> dict[str, torch.Tensor]:
+    generator = torch.Generator().manual_seed(seed)
+    return {
+        "a": torch.randn(4, 6, generator=generator),
+        "b": torch.randn(10, generator=generator) * 3,
+        "c": torch.randn(2, 3, 5, generator=generator) / 2,
+    }
+
+
+def count(values) -> int:
+    return sum(int(value.count_nonzero()) for value in values.values())
+
+
+def few_levels(values, bits: int) -> bool:
+    return all(distinct_nonzero(value) <= 2**bits for value in values.values())
+
+
+MASK = FixedMask({name: value > 0 for name, value in tensors(1).items()})
+CODES = FixedCodes.of(Codebook(2).project(NonzeroBudget(40).project(tensors(2))))
+CONSTRAINTS = {
+    "nonzeros": (NonzeroBudget(17), lambda v: count(v) <= 17),
+    "mask": (MASK, lambda v: all(not v[n][~MASK.masks[n]].any() for n in v)),
+    "codes": (CODES, lambda v: few_levels(v, 2) and count(v) <= 40),
+    "codebook": (Codebook(2), lambda v: few_levels(v, 2)),
+    "exact codebook": (Codebook(2, exact_below=100), lambda v: few_levels(v, 2)),
+    "mixed codebook": (Codebook({"a": 1, "b": 2, "c": 3}), lambda v: few_levels({"a": v["a"]}, 1) and few_levels(v, 3)),
+    "both": (Each((NonzeroBudget(17), Codebook(1))), lambda v: few_levels(v, 1) and count(v) <= 17),
+}
+
+
+@pytest.mark.parametrize("name", CONSTRAINTS)
+@given(seed=st.integers(0, 1000))
+@settings(max_examples=15, deadline=None)
+def test_constraint_contract(name, seed):
+    """Feasible, idempotent, shapes kept, and the input untouched."""
+    constraint, feasible = CONSTRAINTS[name]
+    values = tensors(seed)
+    before = {key: value.clone() for key, value in values.items()}
+    projected = constraint.project(values)
+    assert feasible(projected)
+    assert all(projected[key].shape == value.shape for key, value in values.items())
+    again = constraint.project(projected)
+    assert all(torch.equal(again[key], projected[key]) for key in values)
+    assert all(torch.equal(values[key], before[key]) for key in values)
+
+
+@pytest.mark.parametrize("name", ["nonzeros", "mask", "codes"])
+def test_exact_projections_have_no_nearer_feasible_point(name):
+    constraint, _ = CONSTRAINTS[name]
+    values = tensors(5)
+
+    def distance(point):
+        return sum(float((point[key] - values[key]).square().sum()) for key in values)
+
+    nearest = constraint.project(values)
+    for seed in range(200):
+        other = tensors(seed + 10)
+        blend = {key: nearest[key] + (seed % 10 + 1) / 100 * other[key] for key in values}
+        for candidate in (other, blend):
+            assert distance(constraint.project(candidate)) >= distance(nearest) - 1e-5
+
+
+def test_mask_leaves_no_negative_zeros():
+    kept = FixedMask({"a": torch.tensor([False])}).project({"a": torch.tensor([-1.0])})["a"]
+    assert not torch.signbit(kept).item()
+
+
+@pytest.mark.parametrize(("make", "message"), [(lambda: NonzeroBudget(0), "at least 1"), (lambda: Codebook(9), "1 to 8"), (lambda: Codebook({"a": 0}), "1 to 8")])
+def test_constraints_that_make_no_sense(make, message):
+    with pytest.raises(ValueError, match=message):
+        make()
+
+
+class TestBudget:
+    def test_paper_ratio(self):
+        assert Budget(ratio=0.0015).resolve(430_500) == 645
+        assert Budget(nonzeros=7).resolve(10) == 7
+
+    @pytest.mark.parametrize(
+        ("settings", "message"),
+        [
+            ({}, "exactly one"),
+            ({"ratio": 0.1, "nonzeros": 3}, "exactly one"),
+            ({"ratio": 0.0}, "above 0"),
+            ({"ratio": 1.5}, "at most 1"),
+            ({"ratio": float("nan")}, "above 0"),
+            ({"nonzeros": 0}, "nonzeros >= 1"),
+            ({"ratio": 0.1, "bits": 9}, "1 to 8 bits"),
+        ],
+    )
+    def test_refused(self, settings, message):
+        with pytest.raises(ValueError, match=message):
+            Budget(**settings)
+
+    def test_larger_than_the_model_or_below_its_floor(self):
+        with pytest.raises(ValueError, match="larger than the model: 10 weights"):
+            Budget(nonzeros=11).resolve(10)
+        with pytest.raises(ValueError, match="below the floor of this model and method, 4"):
+            Budget(nonzeros=3).resolve(10, floor=4)
+
+    def test_nominal_bits_by_hand(self):
+        values = {"big": torch.tensor([1.0, 2.0] * 10 + [0.0] * 9), "small": torch.tensor([1.0, 0.0, 5.0])}
+        assert nominal_bits(values, None) == 32 * 22
+        assert nominal_bits(values, 2) == (2 * 20 + 32 * 2) + 32 * 2
+
+
+class TestAdmm:
+    def test_first_step_by_hand(self):
+        theta = {"w": torch.tensor([0.0, 1.0, 1.2, 3.0])}
+        state = Admm(Codebook(1)).step(theta)
+        copy, _ = exact_zero_kmeans(theta["w"], 2)
+        assert torch.allclose(state.copy_of("w", theta["w"]), copy)
+        assert torch.allclose(state.shares["w"].dual, (theta["w"] - copy)[1:])
+        assert state.primal == pytest.approx(float((theta["w"] - copy).norm()), rel=1e-6)
+        assert state.dual == pytest.approx(0.1 * float(copy.norm()), rel=1e-6)
+
+    def test_penalty_gradient_is_the_gradient_of_the_penalty(self):
+        theta = {"w": torch.randn(20, requires_grad=True)}
+        with torch.no_grad():
+            theta["w"][:12] = 0
+        state = Admm(Codebook(1), rho=0.7).step(theta)
+        with torch.no_grad():
+            theta["w"][10:14] = torch.tensor([0.5, -1.0, 0.0, 2.0])  # the support has moved since
+        copy = state.copy_of("w", theta["w"])
+        dual = torch.zeros(20)
+        dual[state.shares["w"].positions] = state.shares["w"].dual
+        expected = 0.7 / 2 * (theta["w"].detach() - copy + dual).square().sum()
+        assert state.penalty(theta) == pytest.approx(float(expected), rel=1e-5)
+        theta["w"].grad = torch.ones(20)
+        state.add_penalty_gradient(theta)
+        assert torch.allclose(theta["w"].grad, 1 + 0.7 * (theta["w"] - copy + dual).detach(), atol=1e-6)
+
+    def test_nothing_before_the_first_step(self):
+        theta = {"w": torch.ones(3, requires_grad=True)}
+        theta["w"].grad = torch.zeros(3)
+        Admm(Codebook(1)).add_penalty_gradient(theta)
+        assert not theta["w"].grad.any()
+        assert Admm(Codebook(1)).penalty(theta) == 0
+
+    def test_sparse_state_equals_dense_admm(self):
+        """Against the textbook update on whole tensors, over a support that moves."""
+        generator = torch.Generator().manual_seed(0)
+        theta = {"w": torch.zeros(40)}
+        state, dense_dual = Admm(Codebook(2)), torch.zeros(40)
+        for _ in range(6):
+            theta["w"] = NonzeroBudget(10).project({"w": theta["w"] + torch.randn(40, generator=generator)})["w"]
+            before = dense_dual.clone()
+            state = state.step(theta)
+            copy = state.copy_of("w", theta["w"])
+            dense_dual = before + theta["w"] - copy
+            sparse = torch.zeros(40)
+            sparse[state.shares["w"].positions] = state.shares["w"].dual
+            assert torch.allclose(sparse, dense_dual, atol=1e-6)
+            assert distinct_nonzero(copy) <= 4
+            assert len(state.shares["w"].positions) <= 40
+
+    def test_state_round_trip(self):
+        theta = tensors(3)
+        one = Admm(Codebook(2)).step(theta)
+        two = Admm(Codebook(2)).restored(one.state())
+        moved = tensors(4)
+        one, two = one.step(moved), two.step(moved)
+        assert one.primal == two.primal
+        assert all(torch.equal(one.shares[name].dual, two.shares[name].dual) for name in moved)
+
+    def test_least_squares_with_a_sparse_two_valued_truth_is_recovered(self):
+        """min |A w - A w*|^2 with 12 nonzeros among 60 that take two values: found exactly."""
+        generator = torch.Generator().manual_seed(1)
+        design = torch.randn(200, 60, generator=generator)
+        truth = torch.zeros(60)
+        chosen = torch.randperm(60, generator=generator)[:12]
+        truth[chosen[:6]], truth[chosen[6:]] = 1.0, -2.0
+        target = design @ truth
+        theta = {"w": torch.zeros(60, requires_grad=True)}
+        budget, state = NonzeroBudget(12), Admm(Codebook(1), rho=0.1)
+        for step in range(400):
+            loss = (design @ theta["w"] - target).square().mean() / 2
+            theta["w"].grad = None
+            loss.backward()
+            state.add_penalty_gradient(theta)
+            with torch.no_grad():
+                theta["w"] -= 0.3 * theta["w"].grad
+                theta["w"].copy_(budget.project({"w": theta["w"]})["w"])
+            if step % 5 == 0:
+                state = state.step({"w": theta["w"].detach()})
+        found = Each((budget, Codebook(1))).project({"w": theta["w"].detach()})["w"]
+        assert torch.allclose(found, truth, atol=1e-3)
+        assert state.primal < 1e-2
+        assert state.dual < 1e-2
+
+    def test_balancing_moves_rho_toward_the_larger_residual(self):
+        theta = {"w": torch.tensor([1.0, 1.5, 4.0])}
+        state = Admm(Codebook(1), rho=1e-4, balance=True).step(theta)
+        assert state.rho == 2e-4  # the primal residual is far above the dual one
+        duals = state.shares["w"].dual
+        plain = Admm(Codebook(1), rho=1e-4).step(theta).shares["w"].dual
+        assert torch.allclose(duals, plain / 2)
+        assert Admm(Codebook(1), rho=1e3, balance=True).step(theta).rho == 500
+
+    @pytest.mark.parametrize("rho", [0.0, -1.0, float("nan"), float("inf")])
+    def test_rho_that_makes_no_sense(self, rho):
+        with pytest.raises(ValueError, match="rho > 0"):
+            Admm(Codebook(1), rho=rho)

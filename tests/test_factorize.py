@@ -1,0 +1,170 @@
+"""W = U V + C: exact starts, plain copies, and weights that cannot be factored."""
+
+import copy
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+from torch.nn.utils import parametrize
+
+from atmc.compress.factorize import (
+    built_once,
+    compose,
+    compressible,
+    cut_ranks,
+    factored,
+    factorize,
+    factors,
+    fold,
+    restructure,
+    sites,
+    structure,
+)
+
+
+def zoo() -> dict[str, tuple[nn.Module, torch.Tensor]]:
+    """Every kind of layer that must be handled, with an input."""
+    torch.manual_seed(0)
+    return {
+        "conv1d": (nn.Sequential(nn.Conv1d(3, 8, 3), nn.Conv1d(8, 2, 1)), torch.randn(2, 3, 9)),
+        "conv2d": (nn.Sequential(nn.Conv2d(3, 8, 3), nn.ReLU(), nn.Conv2d(8, 40, 1)), torch.randn(2, 3, 6, 6)),
+        "conv3d": (nn.Sequential(nn.Conv3d(2, 4, 2)), torch.randn(2, 2, 4, 4, 4)),
+        "linear wide and tall": (nn.Sequential(nn.Linear(6, 3), nn.Linear(3, 7)), torch.randn(2, 6)),
+        "grouped": (nn.Sequential(nn.Conv2d(4, 8, 3, groups=2), nn.Conv2d(8, 8, 3, groups=8)), torch.randn(2, 4, 8, 8)),
+        "attention": (nn.TransformerEncoderLayer(8, 2, 16, batch_first=True, dropout=0.0), torch.randn(2, 5, 8)),
+    }
+
+
+@pytest.mark.parametrize("start", ["identity", "svd"])
+@pytest.mark.parametrize("kind", zoo())
+def test_start_is_exact_and_fold_gives_back_plain_modules(kind, start):
+    model, x = zoo()[kind]
+    model.eval()
+    expected = model(x)
+    held = factorize(copy.deepcopy(model), start=start)
+    assert (held(x) - expected).abs().max() <= 1e-5
+    plain = fold(held)
+    assert (plain(x) - expected).abs().max() <= 1e-5
+    assert [type(m) for m in plain.modules()] == [type(m) for m in model.modules()]
+    assert plain.state_dict().keys() == model.state_dict().keys()
+    assert not any(parametrize.is_parametrized(module) for module in plain.modules())
+    assert (held(x) - expected).abs().max() <= 1e-5  # the original still works
+
+
+def test_identity_start_needs_no_extra_nonzeros():
+    model = nn.Sequential(nn.Linear(6, 3, bias=False), nn.Linear(3, 7, bias=False))
+    dense = sum(p.numel() for p in model.parameters())
+    assert sum(int(t.count_nonzero()) for t in compressible(factorize(model)).values()) == dense
+
+
+@pytest.mark.parametrize(("sizes", "form"), [((6, 3), "left"), ((4, 4), "left"), ((3, 7), "right")])
+def test_form_follows_the_shape(sizes, form):
+    model = factorize(nn.Sequential(nn.Linear(*sizes)))
+    assert structure(model) == {"0.weight": (form, min(sizes))}
+
+
+def test_grouped_convolutions_keep_their_plain_weight():
+    model = factorize(nn.Sequential(nn.Conv2d(4, 8, 3, groups=4), nn.Conv2d(8, 2, 1)))
+    assert set(factors(model)["0.weight"]) == {"W"}
+    assert set(factors(model)["1.weight"]) == {"U", "V", "C"}
+
+
+def test_zero_row_of_v_lowers_the_rank():
+    model = factorize(nn.Sequential(nn.Linear(8, 4, bias=False)))
+    parts = factors(model)["0.weight"]
+    with torch.no_grad():
+        parts["V"][1:] = 0
+        parts["U"].copy_(torch.randn(4, 4))
+    assert torch.linalg.matrix_rank(model[0].weight) == 1
+
+
+def test_weights_are_built_once_with_their_graph():
+    model = factorize(nn.Sequential(nn.Linear(6, 4), nn.ReLU(), nn.Linear(4, 3)))
+    calls = []
+    for layer in (model[0], model[2]):
+        layer.parametrizations.weight[0].register_forward_hook(lambda *_: calls.append(1))
+    x = torch.randn(5, 6)
+    with built_once(model):
+        with torch.no_grad():
+            model(x)  # a first pass without gradients must not leave weights without them
+        for _ in range(10):
+            model(x)
+        model(x).square().sum().backward()
+    assert len(calls) == 2
+    cached = {name: t.grad.clone() for name, t in compressible(model).items()}
+    model.zero_grad()
+    model(x).square().sum().backward()
+    assert all(torch.equal(cached[name], t.grad) for name, t in compressible(model).items())
+
+
+def test_structure_and_state_rebuild_the_model():
+    model, x = zoo()["conv2d"]
+    held = factorize(copy.deepcopy(model))
+    with torch.no_grad():
+        for tensor in compressible(held).values():
+            tensor.copy_(torch.randn_like(tensor))
+    other = restructure(copy.deepcopy(model), structure(held))
+    other.load_state_dict(held.state_dict())
+    assert torch.equal(other(x), held(x))
+    with pytest.raises(ValueError, match="unknown form 'up'"):
+        restructure(copy.deepcopy(model), {"0.weight": ("up", 1)})
+
+
+def test_cut_ranks_gives_the_best_approximation():
+    model = nn.Sequential(nn.Conv2d(3, 6, 2), nn.Linear(5, 4))
+    weight = model[0].weight.detach().clone().view(6, -1)
+    cut_ranks(model, {"0.weight": 2})
+    singular = torch.linalg.svdvals(weight)
+    gap = torch.linalg.matrix_norm(model[0].weight.view(6, -1) - weight)
+    assert torch.isclose(gap, singular[2:].norm(), rtol=1e-4)
+    assert set(factors(model)["0.weight"]) == {"U", "V"}
+    assert set(factors(model)["1.weight"]) == {"W"}
+    assert torch.allclose(fold(model)[0].weight, model[0].weight, atol=1e-6)
+
+
+def test_shared_weights_are_refused_unless_excluded():
+    model = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 4), nn.Linear(4, 2))
+    model[1].weight = model[0].weight
+    with pytest.raises(ValueError, match="share one weight"):
+        factorize(model)
+    factorize(model, exclude=("0.*", "1.*"))
+    assert [factored(site) for site in sites(model, exclude=("0.*", "1.*"))] == [True]
+
+
+def test_embedding_shared_with_a_layer_is_refused():
+    class Tied(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.embedding, self.head = nn.Embedding(5, 4), nn.Linear(4, 5)
+            self.head.weight = self.embedding.weight
+
+    with pytest.raises(ValueError, match="share one weight"):
+        factorize(Tied())
+
+
+def test_exclude_patterns():
+    model = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 2))
+    assert [site.path for site in sites(model, exclude=("1.*",))] == ["0.weight"]
+    with pytest.raises(ValueError, match=r"'head\.\*' matches no weight"):
+        sites(model, exclude=("head.*",))
+    with pytest.raises(ValueError, match="factorized already"):
+        factorize(factorize(model))
+
+
+def test_compose_is_the_sum_in_a_fixed_order():
+    rng = np.random.default_rng(0)
+    u = rng.standard_normal((4, 4)).astype(np.float32) * (rng.random((4, 4)) < 0.5)
+    v = rng.standard_normal((4, 9)).astype(np.float32) * (rng.random((4, 9)) < 0.5)
+    c = rng.standard_normal((4, 9)).astype(np.float32)
+    expected = np.zeros((4, 9))
+    for i in range(4):
+        for k in range(9):
+            for j in range(4):
+                expected[i, k] += float(u[i, j]) * float(v[j, k])
+            expected[i, k] += float(v[i, k])
+            expected[i, k] += float(c[i, k])
+    assert np.array_equal(compose("left", u, v, c), expected.astype(np.float32))
+    tall = np.concatenate((v.T, v.T))  # (18, 4)
+    assert np.allclose(compose("right", tall, u, None), tall @ u + tall, atol=1e-6)
+    assert np.allclose(compose("svd", u, v, c), u @ v + c, atol=1e-6)
