@@ -116,7 +116,7 @@ def test_cut_ranks_gives_the_best_approximation():
     weight = model[0].weight.detach().clone().view(6, -1)
     cut_ranks(model, {"0.weight": 2})
     singular = torch.linalg.svdvals(weight)
-    gap = torch.linalg.matrix_norm(model[0].weight.view(6, -1) - weight)
+    gap = torch.linalg.matrix_norm(model[0].weight.flatten(1) - weight)
     assert torch.isclose(gap, singular[2:].norm(), rtol=1e-4)
     assert set(factors(model)["0.weight"]) == {"U", "V"}
     assert set(factors(model)["1.weight"]) == {"W"}
@@ -168,3 +168,19 @@ def test_compose_is_the_sum_in_a_fixed_order():
     tall = np.concatenate((v.T, v.T))  # (18, 4)
     assert np.allclose(compose("right", tall, u, None), tall @ u + tall, atol=1e-6)
     assert np.allclose(compose("svd", u, v, c), u @ v + c, atol=1e-6)
+
+
+def test_product_skips_dead_rows_and_columns_but_not_their_gradients():
+    torch.manual_seed(0)
+    model = factorize(nn.Sequential(nn.Linear(9, 6, bias=False)))
+    parts, x = factors(model)["0.weight"], torch.randn(4, 9)
+    with torch.no_grad():
+        parts["U"][:, :2] = torch.randn(6, 2)
+        parts["V"][1:4] = 0
+    model(x).square().sum().backward()
+    u, v, c = (parts[name].detach().clone().requires_grad_() for name in "UVC")
+    w = u @ v + v + c
+    (x @ w.T).square().sum().backward()
+    assert torch.allclose(model[0].weight, w, atol=1e-6)
+    for name, plain in zip("UVC", (u, v, c), strict=True):
+        assert torch.allclose(parts[name].grad, plain.grad, rtol=1e-4, atol=1e-5)

@@ -139,7 +139,7 @@ class Job:
         phases = phases_of(method, plan)
         self._plain = copy.deepcopy(model).cpu()
         self._about = {"input_shape": shape, "classes": classes, "threat": str(threat), "method": method}
-        working = copy.deepcopy(model).to(device)
+        working = copy.deepcopy(model).to(device, memory_format=torch.channels_last)  # type: ignore[call-overload]
         recipe = replace(recipe, objective=objective_of(method, recipe.objective))
         self.records: list[Record] = []
         self.runner = Runner(

@@ -113,7 +113,7 @@ def fit(
                 loss.backward()  # type: ignore[no-untyped-call]
             total += float(loss.detach())
             if not math.isfinite(total):
-                raise TrainingDiverged(f"the loss became {float(loss)} in epoch {epoch + 1}; try a lower learning rate")
+                raise TrainingDiverged(f"the loss became {total} in epoch {epoch + 1}; try a lower learning rate")
             if admm is not None:
                 admm.add_penalty_gradient(tensors)
             optimizer.step()

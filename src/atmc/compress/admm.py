@@ -88,7 +88,9 @@ class Admm:
                 continue
             assert theta.grad is not None
             theta.grad.add_(theta, alpha=self.rho)
-            theta.grad.view(-1).index_add_(0, share.positions, self.rho * (share.dual - share.copy))
+            pull = theta.new_zeros(theta.numel())
+            pull[share.positions] = share.dual - share.copy
+            theta.grad.add_(pull.view_as(theta), alpha=self.rho)
 
     def penalty(self, tensors: Mapping[str, Tensor]) -> float:
         """rho/2 |theta - theta' + u|^2 over all tensors."""

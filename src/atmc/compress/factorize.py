@@ -86,6 +86,26 @@ def factored(site: Site) -> bool:
     return parametrize.is_parametrized(site.module, site.parameter)
 
 
+class _Product(torch.autograd.Function):
+    """U V for factors with dead columns and rows, which cost nothing: the values and gradients of ``u @ v``."""
+
+    @staticmethod
+    def forward(ctx: Any, u: Tensor, v: Tensor) -> Tensor:
+        columns, rows = u.any(0), v.any(1)
+        ctx.save_for_backward(u, v, columns, rows)
+        both = columns & rows
+        return u[:, both] @ v[both]
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, Tensor]:
+        (grad,) = grads
+        u, v, columns, rows = ctx.saved_tensors
+        grad_u, grad_v = torch.zeros_like(u), torch.zeros_like(v)
+        grad_u[:, rows] = grad @ v[rows].T
+        grad_v[columns] = u[:, columns].T @ grad
+        return grad_u, grad_v
+
+
 class Factors(nn.Module):
     """The parametrization: (U, V[, C]) -> W in W's own shape."""
 
@@ -97,19 +117,20 @@ class Factors(nn.Module):
 
     def forward(self, u: Tensor, v: Tensor, c: Tensor | None = None) -> Tensor:
         """W from its factors."""
-        w = u @ v
+        w = cast(Tensor, _Product.apply(u, v))  # type: ignore[no-untyped-call]
         if self.form == "left":
             w = w + v
         elif self.form == "right":
             w = w + u
         w = w.view(self.shape)
-        return w if c is None else w + c
+        w = w if c is None else w + c
+        return w.contiguous(memory_format=torch.channels_last) if w.dim() == 4 else w  # what convolutions run best on
 
     def right_inverse(self, w: Tensor) -> tuple[Tensor, ...]:
         """The factors at which this form starts from W: exact but for `rank`, which is W's best approximation."""
         matrix = w.detach().reshape(w.shape[0], -1)
         out, columns = matrix.shape
-        zero = torch.zeros_like(w)
+        zero = torch.zeros(w.shape, dtype=w.dtype, device=w.device)
         if self.form == "left":
             return matrix.new_zeros(out, self.rank), matrix.clone(), zero
         if self.form == "right":

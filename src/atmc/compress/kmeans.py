@@ -13,7 +13,6 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
-import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
@@ -89,7 +88,7 @@ def _best_cuts(
     """For each interval low..high the best place to cut it, and what that gains over leaving it whole.
 
     `free` says which sides of the cut get their mean as center; the others have center 0. The places tried are `now`,
-    which wins ties, and a grid: every place in a short interval. Equal values are never parted.
+    which wins ties, and a grid: every place in a short interval.
     """
     steps = max(_PLACES // len(low), 32)
     grid = low[:, None] + (high - low)[:, None] * np.arange(steps + 1) // steps
@@ -102,8 +101,6 @@ def _best_cuts(
     weights = np.where((free[0] & free[1])[:, None], pooled, np.where(free[0][:, None], before, after))
     gains = weights * (left - right) ** 2
     gains[:, 1:] -= _ROUNDING * (before * left**2 + after * right**2)[:, 1:]
-    inner = (before > 0) & (after > 0)
-    gains[inner & (line.values[places * inner] == line.values[(places - 1) * inner])] = -np.inf
     best = gains.argmax(axis=1)
     rows = np.arange(len(low))
     return places[rows, best], gains[rows, best]
@@ -205,8 +202,9 @@ def _lloyd(line: Line, centers: Floats, levels: int, iterations: int) -> Floats:
 
 def _tidy(centers: NDArray[Any]) -> Floats:
     """Centers in order, once each, without 0, rounded to float32."""
-    found = np.unique(centers.astype(np.float32)).astype(np.float64)
-    return found[found != 0]
+    found: Floats = np.unique(centers.astype(np.float32)).astype(np.float64)
+    kept: Floats = found[found != 0]
+    return kept
 
 
 def _given(centers: Tensor, levels: int) -> Floats:
@@ -239,6 +237,7 @@ def zero_kmeans(
     Raises:
         ValueError: levels < 1, iterations < 0, another dtype, too many centers, nan or inf.
 
+    >>> import torch
     >>> zero_kmeans(torch.tensor([0.0, 1.0, 2.0, -5.0]), 2)
     (tensor([ 0.0000,  1.5000,  1.5000, -5.0000]), tensor([-5.0000,  1.5000]))
     """

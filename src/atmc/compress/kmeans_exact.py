@@ -8,7 +8,6 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import numpy as np
-import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
@@ -117,6 +116,7 @@ def exact_zero_kmeans(x: Tensor, levels: int) -> tuple[Tensor, Tensor]:
 
     Args, returns and raises: as `zero_kmeans`.
 
+    >>> import torch
     >>> exact_zero_kmeans(torch.tensor([0.0, 1.0, 2.0, -5.0]), 2)
     (tensor([ 0.0000,  1.5000,  1.5000, -5.0000]), tensor([-5.0000,  1.5000]))
     """

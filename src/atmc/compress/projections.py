@@ -36,7 +36,7 @@ _INTEGERS = {
     torch.float32: torch.int32,
     torch.float64: torch.int64,
 }
-_BLOCK = 2**15  # entries at a time on a CPU: they stay in cache, and no threads are woken for so few
+_BLOCK = 2**14  # entries at a time on a CPU: they stay in cache, and PyTorch wakes no threads for so few
 _SAMPLE = 2**18  # entries looked at for a first guess
 
 
@@ -59,12 +59,10 @@ class _Keys:
         return float(torch.tensor(key, dtype=_INTEGERS[self.dtype]).view(self.dtype))
 
     def blocks(self, flat: Tensor) -> Iterator[Tensor]:
-        """The keys of one tensor in consecutive blocks; on a CPU each block overwrites the one before."""
-        if flat.device.type != "cpu":
-            yield flat & self.unsigned
-            return
-        buffer = torch.empty(min(len(flat), _BLOCK), dtype=flat.dtype)
-        for block in torch.split(flat, _BLOCK):
+        """The keys of one tensor in consecutive blocks; each overwrites the one before."""
+        size = min(len(flat), _BLOCK) if flat.device.type == "cpu" else len(flat)
+        buffer = torch.empty(size, dtype=flat.dtype, device=flat.device)
+        for block in torch.split(flat, max(size, 1)):
             yield torch.bitwise_and(block, self.unsigned, out=buffer[: len(block)])
 
     def sample(self, step: int) -> NDArray[Any]:
@@ -75,20 +73,28 @@ class _Keys:
             offset = (offset - len(flat)) % step
         return np.sort(np.concatenate(parts))[::-1]
 
-    def between(self, low: int, high: int) -> tuple[int, NDArray[Any]]:
-        """(how many keys are above high, the keys in low..high), and an error if any entry is not finite."""
-        above, found = 0, [np.zeros(0, dtype=f"i{self.dtype.itemsize}")]
+    def between(self, low: int, high: int) -> tuple[int, int, NDArray[Any]]:
+        """(how many keys are above high, how many in low..high, the latter); an error if any entry is not finite.
+
+        With low = high the keys themselves are left out: all would be the same.
+        """
+        above, inside, found = 0, 0, [np.zeros(0, dtype=f"i{self.dtype.itemsize}")]
         for index, flat in enumerate(self.flats):
             for block in self.blocks(flat) if len(flat) else ():
                 largest = int(block.amax())
                 if largest >= self.infinity:
                     raise ValueError(f"expected finite entries, got nan or inf in tensor {index}")
-                if largest >= low:
-                    keys = block[block >= low]
-                    inside = keys[keys <= high]
-                    above += len(keys) - len(inside)
-                    found.append(inside.cpu().numpy())
-        return above, np.concatenate(found)
+                if largest < low:
+                    continue
+                mask = block >= low
+                if largest > high:
+                    over = block > high
+                    above += int(over.count_nonzero())
+                    mask ^= over
+                inside += int(mask.count_nonzero())
+                if low < high:
+                    found.append(block.masked_select(mask).cpu().numpy())
+        return above, inside, np.concatenate(found)
 
     def search(self, k: int) -> tuple[int, int]:
         """(the k-th largest key or 1 if fewer than k are nonzero, how many keys are at least that large).
@@ -96,8 +102,8 @@ class _Keys:
         A sample brackets the answer, one pass counts what is above the bracket and gathers what is inside; if the
         bracket missed, it widens until it holds everything.
         """
-        if not 0 < k < self.total:
-            self.between(self.infinity, self.infinity)
+        if k == 0 or k > self.total:
+            self.between(self.infinity, self.infinity)  # nothing to find, but all must be finite
             return (1, 0) if k else (self.infinity, 0)
         step = self.total // _SAMPLE | 1  # odd, so that it does not walk down one column of a matrix
         sample, rank, slack = self.sample(step), k / step, 5.0 if step > 1 else 0.0
@@ -106,13 +112,13 @@ class _Keys:
             last, first = math.ceil(rank + margin), math.floor(rank - margin)
             low = max(int(sample[last - 1]), 1) if last <= len(sample) else 1
             high = int(sample[first - 1]) if first >= 1 else self.infinity
-            above, band = self.between(low, high)
-            if above < k and (low == 1 or k <= above + len(band)):
+            above, inside, band = self.between(low, high)
+            if above < k and (low == 1 or k <= above + inside):
                 break
             slack = 8 * slack + 5
-        if k > above + len(band):
-            return 1, above + len(band)
-        place = len(band) - (k - above)
+        if low == high or k > above + inside:
+            return low, above + inside
+        place = inside - (k - above)
         key = int(np.partition(band, place)[place])
         return key, above + int((band >= key).sum())
 
@@ -154,11 +160,15 @@ def largest_masks(tensors: Sequence[Tensor], k: int) -> list[Tensor]:
     excess = marked - k
     for flat, mask in zip(reversed(keys.flats), reversed(masks), strict=True):
         if excess <= 0:
-            break
-        ties = (mask & ~keys.at_least(flat, key + 1)).nonzero()[:, 0]
-        dropped = ties[max(0, len(ties) - excess) :]
-        mask[dropped] = False
-        excess -= len(dropped)
+            break  # nearly always at once: what follows drops the last of several equal magnitudes
+        above = keys.at_least(flat, key + 1)
+        ties = mask ^ above
+        count = int(ties.count_nonzero())
+        if count <= excess:
+            mask.copy_(above)
+        else:
+            mask[ties.nonzero()[count - excess :, 0]] = False
+        excess -= min(count, excess)
     return [mask.view(tensor.shape) for mask, tensor in zip(masks, tensors, strict=True)]
 
 
@@ -215,7 +225,18 @@ def truncate_rank(matrix: Tensor, rank: int) -> Tensor:
         return matrix.clone()
     wide = matrix.to(torch.promote_types(matrix.dtype, torch.float32))
     u, s, vh = torch.linalg.svd(wide, full_matrices=False)
-    return ((u[:, :rank] * s[:rank]) @ vh[:rank]).to(matrix.dtype)
+    nearest: Tensor = (u[:, :rank] * s[:rank]) @ vh[:rank]
+    return nearest.to(matrix.dtype)
+
+
+def _check_layers(singular_values: Sequence[Tensor], costs: Sequence[int]) -> None:
+    if len(singular_values) != len(costs):
+        raise ValueError(f"expected one cost per layer, got {len(costs)} for {len(singular_values)} layers")
+    if any(cost < 1 for cost in costs):
+        raise ValueError(f"expected costs >= 1, got {list(costs)}")
+    for layer, values in enumerate(singular_values):
+        if values.dim() != 1 or len(values) == 0 or not bool(((values >= 0) & values.isfinite()).all()):
+            raise ValueError(f"expected finite singular values >= 0, at least one, for layer {layer}")
 
 
 def allocate_ranks(singular_values: Sequence[Tensor], costs: Sequence[int], budget: int) -> list[int]:
@@ -232,7 +253,7 @@ def allocate_ranks(singular_values: Sequence[Tensor], costs: Sequence[int], budg
         budget: what all ranks may take together.
 
     Returns:
-        one rank for each layer.
+        One rank for each layer.
 
     Raises:
         ValueError: the budget is below its floor sum(costs), or the arguments do not fit together.
@@ -240,13 +261,7 @@ def allocate_ranks(singular_values: Sequence[Tensor], costs: Sequence[int], budg
     >>> allocate_ranks([torch.tensor([9.0, 5.0, 1.0]), torch.tensor([4.0, 3.0])], [10, 2], 24)
     [2, 2]
     """
-    if len(singular_values) != len(costs):
-        raise ValueError(f"expected one cost per layer, got {len(costs)} for {len(singular_values)} layers")
-    if any(cost < 1 for cost in costs):
-        raise ValueError(f"expected costs >= 1, got {list(costs)}")
-    for layer, values in enumerate(singular_values):
-        if values.dim() != 1 or len(values) == 0 or not bool(((values >= 0) & values.isfinite()).all()):
-            raise ValueError(f"expected finite singular values >= 0, at least one, for layer {layer}")
+    _check_layers(singular_values, costs)
     left = budget - sum(costs)
     if left < 0:
         raise ValueError(f"expected a budget of at least {sum(costs)} (one rank for each layer), got {budget}")

@@ -16,7 +16,7 @@ from atmc.robust.attacks import attack_mode, pgd
 from atmc.robust.threats import Threat
 
 AT_ONCE, SEARCHED = 16, 64  # images attacked in one go, and at most
-NEGATIVE, ZERO, POSITIVE = (0.13, 0.40, 0.67), (0.97, 0.97, 0.97), (0.90, 0.38, 0.0)  # blue, near white, orange
+PALETTE = ((0.13, 0.40, 0.67), (0.97, 0.97, 0.97), (0.90, 0.38, 0.0))  # of a gray change: blue, near white, orange
 
 
 @dataclass(frozen=True, eq=False)
@@ -48,7 +48,9 @@ def predicted(outputs: Tensor) -> int:
     return int(outputs.argmax()) if bool(outputs.isfinite().all()) else -1
 
 
-def adversarial_examples(model: nn.Module, test: Images, threat: Threat, *, steps: int, count: int = 8) -> list[Example]:
+def adversarial_examples(
+    model: nn.Module, test: Images, threat: Threat, *, steps: int, count: int = 8
+) -> list[Example]:
     """Up to `count` test images that the model has right, with what `pgd` of the evaluation makes of them.
 
     Half of them fooled, half not, as far as the first `SEARCHED` images hold them; of each kind different classes
@@ -87,7 +89,8 @@ def _attacked(model: nn.Module, test: Images, rows: list[int], threat: Threat, s
 @torch.no_grad()
 def _softmax(model: nn.Module, x: Tensor) -> Tensor:
     with attack_mode(model):
-        return model(x).float().softmax(1)
+        logits: Tensor = model(x)
+    return torch.softmax(logits.float(), 1)
 
 
 def _varied(examples: Iterable[Example]) -> list[Example]:
@@ -106,12 +109,15 @@ def change_scale(example: Example, threat: Threat) -> float:
 
 
 def change_picture(example: Example, scale: float) -> Tensor:
-    """(3, h, w) in [0, 1]: of a gray image blue where darkened and orange where lightened, else 1/2 + change / 2 scale."""
-    change = (_visible(example.adv) - _visible(example.clean)).div(scale).clamp(-1, 1)
+    """The change as colours, (3, h, w) in [0, 1], clipped at scale.
+
+    Of a gray image: from `PALETTE`, by -scale, 0 and scale. Of a coloured one: 1/2 + change / (2 scale).
+    """
+    change: Tensor = (_visible(example.adv) - _visible(example.clean)).div(scale).clamp(-1, 1)
     if len(change) == 3:
         return 0.5 + change / 2
-    zero = torch.tensor(ZERO)[:, None, None]
-    down, up = torch.tensor(NEGATIVE)[:, None, None], torch.tensor(POSITIVE)[:, None, None]
+    colours = torch.tensor(PALETTE)[:, :, None, None]
+    down, zero, up = colours[0], colours[1], colours[2]
     return zero + change.clamp(min=0) * (up - zero) + change.clamp(max=0).abs() * (down - zero)
 
 

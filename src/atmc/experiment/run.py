@@ -116,7 +116,7 @@ def _train_and_judge(job: api.Job, config: RunConfig, data: Data, folder: Path) 
         seed=config.seed,
     )
     metrics = _metrics(job, result, config, report, size, time.monotonic() - began)
-    write_report(folder, config, metrics, decoded.cpu(), data.test)
+    write_report(folder, config, metrics, decoded.cpu(), data.test, class_names=data.class_names)
     artifact.write_beside(folder / "metrics.json", (json.dumps(metrics, indent=1) + "\n").encode())
     shutil.rmtree(folder / "checkpoint", ignore_errors=True)
     yield Finished(metrics)
@@ -251,8 +251,10 @@ def _locked(folder: Path) -> Iterator[None]:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
             raise FolderInUse(f"{folder} is in use by another run") from None
-        yield
-    (folder / ".lock").unlink(missing_ok=True)
+        try:
+            yield
+        finally:
+            (folder / ".lock").unlink(missing_ok=True)
 
 
 def _expect_same(asked: RunConfig, stored: RunConfig, folder: Path) -> None:

@@ -2,38 +2,45 @@
 
 Each chart is a `<figure>` that stands alone in an HTML page with `STYLE` in its head: no script, no fonts, no
 external parts; colours follow the reader's light or dark preference, and hovering a mark tells its figures. Charts
-are `WIDTH` units wide, which a phone shows at about 3/4 size: text stays readable.
+are `WIDTH` units wide, which a phone shows at about 5/6 size: text stays readable.
 """
 
 from __future__ import annotations
 
-import html
-import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Literal
+from itertools import groupby
 
-WIDTH, LINE_HEIGHT = 480, 250
+from atmc.experiment.axes import Axis, Scale, usable
+from atmc.experiment.markup import cut, element, escape
+
+WIDTH, LINE_HEIGHT = 430, 235
 LEFT, RIGHT, TOP, BOTTOM = 50, 8, 24, 40  # margins of a line chart
-NAMES, TOTALS, ROW = 148, 62, 22  # bar chart: name column, total column, height of a bar with its gap
+NAMES, TOTALS, ROW = 140, 56, 22  # bar chart: name column, total column, height of a bar with its gap
+BESIDE, ABOVE = 18, 58  # letters of a name that fit
+DOTTED = 40  # epochs of a phase up to which each has its dot
 NARROWEST = 0.1  # least share of the width that a phase is given
-MINUS = "\u2212"
-
-Scale = Literal["percent", "linear", "log"]
 
 # Okabe and Ito (2008), "Color universal design", lightened for dark pages; lines differ in dashes as well
 STYLE = """
-:root{--s0:#0072b2;--s1:#d55e00;--s2:#009e73;--s3:#b4568f;--s4:#e69f00;--s5:#7a7a7a}
-@media (prefers-color-scheme:dark){:root{--s0:#56b4e9;--s1:#f08a4b;--s2:#2bc49a;--s3:#dd93bd;--s4:#f0c04c;--s5:#a0a0a0}}
-figure{margin:0;min-width:0}figcaption{font-weight:600;margin-bottom:.15rem}
-figure svg{display:block;width:100%;height:auto;overflow:visible}
-svg text{font:12px system-ui,sans-serif;fill:var(--soft)}svg .name{fill:var(--ink)}
-svg .grid{stroke:var(--line);stroke-width:1}svg .band{fill:var(--ink);fill-opacity:.055}svg .band.even{fill-opacity:0}
-svg .line{fill:none;stroke-width:2;stroke-linejoin:round}svg .dash{stroke-dasharray:6 4}
-.key{font-size:.8rem;color:var(--soft);display:flex;flex-wrap:wrap;gap:.1rem .9rem;margin-bottom:.2rem}
-.key svg{display:inline-block;width:24px;height:10px;vertical-align:middle;margin-right:.3rem}
-svg.interval{width:130px;height:16px;vertical-align:middle}
-""" + "".join(f".c{i}{{stroke:var(--s{i})}}.f{i}{{fill:var(--s{i})}}" for i in range(6))
+:root { --s0: #0072b2; --s1: #d55e00; --s2: #009e73; --s3: #b4568f; --s4: #e69f00; --s5: #7a7a7a }
+@media (prefers-color-scheme: dark) { :root { --s0: #56b4e9; --s1: #f08a4b; --s2: #2bc49a; --s3: #dd93bd;
+  --s4: #f0c04c; --s5: #a0a0a0 } }
+figure { margin: 0; min-width: 0 }
+figcaption { font-weight: 600; margin-bottom: .15rem }
+figure > svg { display: block; width: 100%; height: auto; overflow: visible }
+svg text { font: 12px system-ui, sans-serif; fill: var(--soft) }
+svg text.name { fill: var(--ink) }
+.grid { stroke: var(--line); stroke-width: 1 }
+.band { fill: var(--ink); fill-opacity: .055 }
+.band.even { fill-opacity: 0 }
+.line { fill: none; stroke-width: 2; stroke-linejoin: round; stroke-linecap: round }
+.dash { stroke-dasharray: 5 5 }
+.hit { fill-opacity: 0 }
+.key { font-size: .8rem; color: var(--soft); display: flex; flex-wrap: wrap; gap: .1rem .9rem; margin-bottom: .2rem }
+.key svg { width: 24px; height: 10px; margin-right: .3rem }
+.interval { width: 130px; height: 16px; vertical-align: middle }
+""" + "".join(f".c{i} {{ stroke: var(--s{i}) }} .f{i} {{ fill: var(--s{i}) }}\n" for i in range(6))
 
 
 @dataclass(frozen=True)
@@ -52,98 +59,6 @@ class Bar:
     parts: Mapping[str, float]
 
 
-def element(name: str, *content: str, **attributes: object) -> str:
-    """Markup of one element; content is markup, attributes are escaped here (class_ is class, a_b is a-b).
-
-    >>> element("p", escape("1 < 2"), class_="a")
-    '<p class="a">1 &lt; 2</p>'
-    """
-    given = "".join(
-        f' {key.rstrip("_").replace("_", "-")}="{escape(f"{value:.1f}" if isinstance(value, float) else str(value))}"'
-        for key, value in attributes.items()
-    )
-    return f"<{name}{given}>{''.join(content)}</{name}>"
-
-
-def escape(text: str) -> str:
-    """Text for an element's content or a quoted attribute."""
-    return html.escape(text, quote=True)
-
-
-def short(value: float) -> str:
-    """A number in at most about five characters.
-
-    >>> short(430_500), short(2000), short(0.25), short(0.00002), short(0.0)
-    ('430k', '2k', '0.25', '2e-5', '0')
-    """
-    size = abs(value)
-    for unit, letter in ((1e9, "G"), (1e6, "M"), (1e3, "k")):
-        if size >= unit * 0.9995:
-            return f"{value / unit:.3g}{letter}".replace("-", MINUS)
-    if 0 < size < 0.001:
-        digits, _, exponent = f"{value:.0e}".partition("e")
-        return f"{digits}e{int(exponent)}"
-    return f"{value:.3g}".replace("-", MINUS)
-
-
-def linear_ticks(low: float, high: float, count: int = 5) -> list[float]:
-    """About `count` round numbers from at most low to at least high; they are the axis.
-
-    >>> linear_ticks(0.1, 2.3)
-    [0.0, 0.5, 1.0, 1.5, 2.0, 2.5]
-    """
-    if high - low <= 1e-9 * max(abs(low), abs(high)):
-        high = low + (abs(low) or 1.0)
-    raw = (high - low) / count
-    power = 10.0 ** math.floor(math.log10(raw))
-    step = next(m * power for m in (1, 2, 2.5, 5, 10) if m * power >= raw * 0.999)
-    first, last = math.floor(low / step + 1e-6), math.ceil(high / step - 1e-6)
-    return [round(i * step, 12) for i in range(first, last + 1)]
-
-
-def log_ticks(low: float, high: float) -> list[float]:
-    """Round numbers between low and high, both > 0: whole decades, or finer where there are fewer than 3 of them.
-
-    >>> log_ticks(900, 430_500)
-    [1000.0, 10000.0, 100000.0]
-    """
-    decades = range(math.floor(math.log10(low)), math.ceil(math.log10(high)) + 1)
-    ticks: list[float] = []
-    for steps in ((1,), (1, 2, 5), tuple(range(1, 10))):
-        ticks = [step * 10.0**d for d in decades for step in steps if low <= step * 10.0**d <= high]
-        if len(ticks) >= 3:
-            break
-    return ticks[:: math.ceil(len(ticks) / 7)] if ticks else [low]
-
-
-@dataclass(frozen=True)
-class _Axis:
-    """The vertical axis: a value's height, and the values marked."""
-
-    low: float
-    high: float
-    ticks: list[float]
-    scale: Scale
-
-    @classmethod
-    def of(cls, values: Sequence[float], scale: Scale) -> _Axis:
-        if scale == "percent":
-            return cls(0.0, 1.0, [i / 5 for i in range(6)], scale)
-        if scale == "linear":
-            ticks = linear_ticks(min(0.0, *values), max(values))
-            return cls(ticks[0], ticks[-1], ticks, scale)
-        low, high = min(values), max(values)
-        low, high = (low / 1.3, high * 1.3) if high / low > 4 else (low / 3, high * 3)
-        return cls(math.log10(low), math.log10(high), log_ticks(low, high), scale)
-
-    def height(self, value: float) -> float:
-        at = math.log10(value) if self.scale == "log" else value
-        return TOP + (self.high - at) / (self.high - self.low) * (LINE_HEIGHT - TOP - BOTTOM)
-
-    def say(self, value: float) -> str:
-        return f"{value * 100:.0f} %" if self.scale == "percent" else short(value)
-
-
 def line_chart(
     title: str, bands: Sequence[Band], lines: Mapping[str, Sequence[float | None]], *, scale: Scale = "linear"
 ) -> str:
@@ -157,12 +72,12 @@ def line_chart(
         scale: `percent` takes fractions and shows 0 to 100 %.
     """
     slots = sum(len(band.epochs) for band in bands)
-    assert all(len(values) == slots for values in lines.values()) and len(lines) <= 6
-    shown = {name: [_usable(value, scale) for value in values] for name, values in lines.items()}
+    assert all(len(values) == slots for values in lines.values())
+    shown = {name: [usable(value, scale) for value in values] for name, values in lines.items()}
     present = [value for values in shown.values() for value in values if value is not None]
     if not present:
         return ""
-    axis = _Axis.of(present, scale)
+    axis = Axis.of(present, scale, TOP, LINE_HEIGHT - BOTTOM)
     parts = [*_grid(axis), *_bands(bands)]
     for number, (name, values) in enumerate(shown.items()):
         start = 0
@@ -170,18 +85,13 @@ def line_chart(
             run = values[start : start + len(places)]
             parts += _line(f"{name}, {band.name}", band.epochs, places, run, axis, number)
             start += len(places)
-    foot = "epoch within the phase (0: the model it starts from)" if any(0 in b.epochs for b in bands) else "epoch within the phase"
+    starts = " (0: the model it starts from)" if any(0 in band.epochs for band in bands) else ""
+    foot = f"epoch within the phase{starts}"
     parts.append(element("text", foot, x=(LEFT + WIDTH - RIGHT) / 2, y=LINE_HEIGHT - 5, text_anchor="middle"))
-    return _figure(title, list(shown) if len(shown) > 1 else [], parts, LINE_HEIGHT, dashes=True)
+    return _figure(title, list(shown), parts, LINE_HEIGHT, dashes=True)
 
 
-def _usable(value: float | None, scale: Scale) -> float | None:
-    if value is None or not math.isfinite(value) or (scale == "log" and value <= 0):
-        return None
-    return value
-
-
-def _grid(axis: _Axis) -> list[str]:
+def _grid(axis: Axis) -> list[str]:
     parts = []
     for tick in axis.ticks:
         y = axis.height(tick)
@@ -210,7 +120,7 @@ def _places(bands: Sequence[Band]) -> list[list[float]]:
 
 
 def _bands(bands: Sequence[Band]) -> list[str]:
-    parts = []
+    parts, taken = [], 0.0  # right end of the last epoch number
     floor = LINE_HEIGHT - BOTTOM
     for number, (band, (left, right), places) in enumerate(zip(bands, _edges(bands), _places(bands), strict=True)):
         count = len(band.epochs)
@@ -224,50 +134,61 @@ def _bands(bands: Sequence[Band]) -> list[str]:
         step = next(s * 10**p for p in range(9) for s in (1, 2, 5) if s * 10**p >= least)
         marked = [i for i, epoch in enumerate(band.epochs) if epoch % step == 0] or [count - 1]
         for i in marked:
-            parts.append(element("text", str(band.epochs[i]), x=places[i], y=floor + 15, text_anchor="middle"))
+            half = 3.6 * len(str(band.epochs[i]))
+            if places[i] - half > taken + 5:
+                parts.append(element("text", str(band.epochs[i]), x=places[i], y=floor + 15, text_anchor="middle"))
+                taken = places[i] + half
     return parts
 
 
 def _line(
-    name: str, epochs: Sequence[int], places: list[float], values: Sequence[float | None], axis: _Axis, number: int
+    name: str, epochs: Sequence[int], places: list[float], values: Sequence[float | None], axis: Axis, number: int
 ) -> list[str]:
-    path, marks, pen = "", [], "M"
-    for epoch, x, value in zip(epochs, places, values, strict=True):
-        if value is None:
-            pen = "M"
-            continue
-        y = axis.height(value)
-        path, pen = f"{path}{pen}{x:.1f} {y:.1f}", "L"
-        exact = f"{value:.2%}".replace("%", " %") if axis.scale == "percent" else f"{value:,.6g}"
-        tip = element("title", escape(f"{name} epoch {epoch}: {exact}"))
-        marks.append(element("circle", tip, class_=f"f{number}", cx=x, cy=y, r=3.0 if len(values) <= 40 else 1.8))
+    path, marks, few = "", [], len(values) <= DOTTED
+    points = list(zip(epochs, places, values, strict=True))
+    for there, run in groupby(points, key=lambda point: point[2] is not None):
+        spots = [(epoch, x, axis.height(value), value) for epoch, x, value in run if value is not None]
+        if there:  # h0 makes a dot of a single point
+            path += "M" + "L".join(f"{x:.1f} {y:.1f}" for _, x, y, _ in spots) + "h0"
+        for epoch, x, y, value in spots:
+            exact = f"{value * 100:.2f} %" if axis.scale == "percent" else f"{value:,.6g}"
+            tip = element("title", escape(f"{name} epoch {epoch}: {exact}"))
+            kind = f"f{number}" if few else "hit"
+            marks.append(element("circle", tip, class_=kind, cx=x, cy=y, r=3.0 if few else 5.0))
     dash = " dash" if number % 2 else ""
     return [element("path", class_=f"line c{number}{dash}", d=path), *marks] if path else []
 
 
 def bar_chart(title: str, bars: Sequence[Bar], *, unit: str, most: int = 60) -> str:
-    """Horizontal stacked bars with their totals, in the order given; beyond `most`, the longest of them."""
-    parts_named = list(dict.fromkeys(part for bar in bars for part in bar.parts))
+    """Horizontal stacked bars with their totals, in the order given; beyond `most`, the longest of them.
+
+    Names stand beside the bars, or above them where one is too long for that.
+    """
+    every = dict.fromkeys(part for bar in bars for part in bar.parts)
+    named = [part for part in every if any(bar.parts.get(part) for bar in bars)]
     totals = [sum(bar.parts.values()) for bar in bars]
     kept = sorted(sorted(range(len(bars)), key=lambda i: -totals[i])[:most])
     if len(kept) < len(bars):
         title = f"{title} (the {most} largest of {len(bars)})"
     longest = max([totals[i] for i in kept], default=0) or 1.0
+    above = any(len(bars[i].name) > BESIDE for i in kept)
+    left, row = (0, ROW + 14) if above else (NAMES, ROW)
+    unit_length = (WIDTH - left - TOTALS) / longest
     markup: list[str] = []
-    for row, i in enumerate(kept):
-        markup += _bar(bars[i], row * ROW, (WIDTH - NAMES - TOTALS) / longest, parts_named, unit)
-    return _figure(title, parts_named if len(parts_named) > 1 else [], markup, max(len(kept), 1) * ROW, dashes=False)
+    for number, i in enumerate(kept):
+        name = element("title", escape(bars[i].name)) + escape(cut(bars[i].name, ABOVE if above else BESIDE))
+        place = {"x": 0, "y": number * row + 13} if above else {"x": left - 8, "y": number * row + 15}
+        markup.append(element("text", name, class_="name", text_anchor="start" if above else "end", **place))
+        markup += _bar(bars[i], left, (number + 1) * row - ROW, unit_length, named, unit)
+    return _figure(title, named, markup, max(len(kept), 1) * row, dashes=False)
 
 
-def _bar(bar: Bar, top: int, unit_length: float, named: list[str], unit: str) -> list[str]:
-    label = element("title", escape(bar.name)) + escape(cut(bar.name, 22))
-    markup = [element("text", label, class_="name", x=NAMES - 8, y=top + 15, text_anchor="end")]
-    x = float(NAMES)
+def _bar(bar: Bar, left: int, top: int, unit_length: float, named: list[str], unit: str) -> list[str]:
+    markup, x = [], float(left)
     for part, value in bar.parts.items():
-        tip = element("title", escape(f"{bar.name}, {part}: {value:,.0f} {unit}"))
-        color = named.index(part) % 6
         if value > 0:
-            length = value * unit_length
+            tip = element("title", escape(f"{bar.name}, {part}: {value:,.0f} {unit}"))
+            length, color = value * unit_length, named.index(part) % 6
             markup.append(element("rect", tip, class_=f"f{color}", x=x, y=top + 3, width=length, height=ROW - 6))
             x += length
     return [*markup, element("text", f"{sum(bar.parts.values()):,.0f}", x=x + 5, y=top + 15)]
@@ -275,30 +196,19 @@ def _bar(bar: Bar, top: int, unit_length: float, named: list[str], unit: str) ->
 
 def interval(accuracy: float, low: float, high: float) -> str:
     """A point and its interval on a line from 0 to 1."""
-    tip = element("title", f"{accuracy:.2%}, 95 % interval {low:.2%} to {high:.2%}".replace("%", " %").replace("  ", " "))
+    tip = element("title", f"{accuracy * 100:.2f} %, 95 % interval {low * 100:.2f} to {high * 100:.2f} %")
     x = [5 + 120 * value for value in (low, high, accuracy)]
     return element(
         "svg",
         tip,
         element("line", class_="grid", x1=5, x2=125, y1=8, y2=8),
         *(element("line", class_="grid", x1=end, x2=end, y1=4, y2=12) for end in (5, 125)),
-        element("line", class_="line c0", x1=x[0], x2=x[1], y1=8, y2=8, stroke_linecap="round"),
+        element("line", class_="line c0", x1=x[0], x2=x[1], y1=8, y2=8),
         element("circle", class_="f0", cx=x[2], cy=8, r=4),
         class_="interval",
         viewBox="0 0 130 16",
         role="img",
     )
-
-
-def cut(text: str, length: int) -> str:
-    """Text with its middle left out where it is longer.
-
-    >>> cut("layer1.0.conv1.very_long_name", 12)
-    'layer1…_name'
-    """
-    if len(text) <= length:
-        return text
-    return f"{text[: length // 2]}…{text[len(text) - (length - 1) // 2 :]}"
 
 
 def _figure(title: str, key: Sequence[str], parts: Sequence[str], height: int, *, dashes: bool) -> str:
@@ -314,7 +224,7 @@ def _key(names: Sequence[str], dashes: bool) -> str:
         swatch = (
             element("line", class_=f"line c{number}{dash}", x1=0, x2=24, y1=5, y2=5)
             if dashes
-            else element("rect", class_=f"f{number % 6}", x=6, y=0, width=12, height=10)
+            else element("rect", class_=f"f{number % 6}", x=12, y=0, width=12, height=10)
         )
         entries.append(element("span", element("svg", swatch, viewBox="0 0 24 10", aria_hidden="true"), escape(name)))
     return element("div", *entries, class_="key") if entries else ""

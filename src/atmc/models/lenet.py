@@ -46,8 +46,8 @@ class LeNet(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Images (n, C, H, W) to logits (n, num_classes)."""
-        x = F.max_pool2d(F.relu(self.conv1(self.normalize(x))), 2)
-        x = F.max_pool2d(F.relu(self.conv2(x)), 2)
+        x = F.relu(F.max_pool2d(self.conv1(self.normalize(x)), 2))  # relu and maximum commute: a quarter of the work
+        x = F.relu(F.max_pool2d(self.conv2(x), 2))
         logits: Tensor = self.fc2(F.relu(self.fc1(torch.flatten(x, 1))))
         return logits
 

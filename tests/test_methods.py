@@ -1,0 +1,297 @@
+"""Every method end to end on a few digits: constraints hold in what is validated, written and decoded."""
+
+import copy
+import io
+from dataclasses import replace
+
+import pytest
+import torch
+from torch import nn
+
+import atmc
+from atmc import api, models
+from atmc.api import Job, check_model, default_recipe
+from atmc.compress.budget import distinct_nonzero
+from atmc.compress.factorize import compressible, fold, structure
+from atmc.methods import METHODS, Plan, floor_of, phases_of
+from atmc.phases import EpochEnd, State
+from atmc.robust.evaluate import clean_accuracy
+from atmc.robust.objectives import TrainingAttack, mixed
+from atmc.train import Loop, Progress, TrainingDiverged, cosine, reestimate_batch_norm
+
+EPOCHS = {"dense": 1, "l0": 1, "admm": 1, "tune": 1}
+
+
+def tiny() -> nn.Module:
+    """Enough of a network for what does not depend on its kind."""
+    torch.manual_seed(0)
+    return nn.Sequential(nn.Conv2d(1, 4, 5, stride=3), nn.ReLU(), nn.Flatten(), nn.Linear(256, 10))
+
+
+def job(few, *, method="atmc", bits=3, ratio=0.02, model=None, threat=None, **settings) -> Job:
+    train, val = few
+    model = model or tiny()
+    settings = {"epochs": EPOCHS, "batch_size": 64, "attack_steps": 2, "interval": 2, **settings}
+    return Job(
+        model,
+        train,
+        val,
+        threat=threat or atmc.Linf(0.1),
+        budget=atmc.Budget(ratio=ratio, bits=bits),
+        method=method,
+        recipe=default_recipe(model, **settings),
+        device=torch.device("cpu"),
+    )
+
+
+CASES = [("atmc", 3), ("atmc", None), ("al0", None), ("al0q", 3), ("ap", None), ("alr", None), ("nap", None), ("da", None)]
+
+
+@pytest.mark.parametrize(("method", "bits"), CASES)
+def test_method_end_to_end(few, method, bits):
+    lenet = models.build("lenet", 10, seed=0)
+    work = job(few, method=method, bits=bits, model=lenet, batch_size=128, attack_steps=1)
+    events = list(work.run())
+    result = work.result()
+    records = [event.record for event in events if isinstance(event, EpochEnd)]
+    assert records == result.records
+    tensors = compressible(work.runner.model)
+    if method != "da":
+        for record in records:
+            assert record.phase == "dense" or record.nonzeros <= work.nonzeros
+        assert sum(int(tensor.count_nonzero()) for tensor in tensors.values()) <= work.nonzeros
+    if bits:
+        assert all(distinct_nonzero(tensor) <= 2**bits for tensor in tensors.values())
+    assert bool(structure(work.runner.model)) == (method in ("atmc", "alr"))
+    plain = fold(work.runner.model)
+    for name, value in result.model.state_dict().items():
+        assert torch.equal(value, plain.state_dict()[name])
+    assert len(result.data) < (2_000_000 if method == "da" else 100_000)
+    accuracy = clean_accuracy(result.model, few[1])
+    assert accuracy.accuracy == result.decided["clean"].accuracy
+    assert work.runner.phases[0].name == "dense"
+
+
+def test_residuals_are_in_the_log_of_the_phase_that_has_them(few):
+    work = job(few, epochs={"dense": 1, "l0": 1, "admm": 3, "tune": 0}, rho=1.0, bits=2)
+    list(work.run())
+    held = [record for record in work.records if record.phase == "admm"]
+    assert all(record.primal > 0 and record.dual > 0 for record in held)
+    assert all(record.primal is None for record in work.records if record.phase != "admm")
+
+
+def test_the_budget_is_reached_gradually_and_held(few):
+    work = job(few, method="al0", bits=None, epochs={"dense": 0, "l0": 4, "tune": 0}, gradual=0.5)
+    tensors = compressible(work.runner.model)
+    counts = []
+    for event in work.run():
+        if isinstance(event, Progress):
+            counts.append(sum(int(tensor.count_nonzero()) for tensor in tensors.values()))
+    assert counts == sorted(counts, reverse=True)
+    assert counts[0] > 1500
+    assert set(counts[9:]) == {work.nonzeros}
+
+
+def test_ap_keeps_the_support_of_its_one_shot_mask(few):
+    dense = job(few, method="da", bits=None)
+    list(dense.run())
+    start = fold(dense.runner.model)
+    work = job(few, method="ap", bits=None, model=start, epochs={"dense": 0, "tune": 2})
+    list(work.run())
+    magnitudes = torch.cat([value.abs().flatten() for value in compressible(start).values()])
+    threshold = magnitudes.topk(work.nonzeros).values[-1]
+    for name, tensor in compressible(work.runner.model).items():
+        assert not tensor[compressible(start)[name].abs() < threshold].any()
+
+
+def test_tuning_moves_only_the_codebook(few):
+    work = job(few, epochs={"dense": 1, "l0": 1, "admm": 1, "tune": 2}, bits=2)
+    patterns = {}
+    for event in work.run():
+        if isinstance(event, EpochEnd) and event.record.phase == "tune":
+            for name, tensor in compressible(work.runner.model).items():
+                levels = torch.unique(tensor.detach(), return_inverse=True)[1]
+                assert torch.equal(levels, patterns.setdefault(name, levels))
+    assert patterns
+
+
+RESUMED = {"epochs": {"dense": 2, "l0": 1, "admm": 2, "tune": 1}, "bits": 2, "ratio": 0.2}
+
+
+@pytest.fixture(scope="module")
+def uninterrupted(few) -> bytes:
+    work = job(few, **RESUMED)
+    list(work.run())
+    return work.result().data
+
+
+@pytest.mark.parametrize("stop", [1, 2, 3, 4, 5, 6, 7])
+def test_resumed_anywhere_the_file_is_the_same(few, uninterrupted, stop):
+    """A checkpoint goes through torch.save, as in a run folder."""
+    begun, ends = job(few, **RESUMED), 0
+    for event in begun.run():
+        if isinstance(event, EpochEnd):
+            ends += 1
+            if ends == stop:
+                buffer = io.BytesIO()
+                torch.save(vars(event.state), buffer)
+                break
+    buffer.seek(0)
+    resumed = job(few, **RESUMED)
+    list(resumed.run(State(**torch.load(buffer, weights_only=True))))
+    assert resumed.result().data == uninterrupted
+
+
+def test_batch_norm_is_reestimated_in_the_objectives_own_mixture(few):
+    """With one batch of all images the statistics are the mean of the clean and the adversarial batch's."""
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.BatchNorm2d(1, momentum=0.3), nn.Flatten(), nn.Linear(784, 10))
+    train, _ = few
+    attack = TrainingAttack(atmc.Linf(0.3), steps=2)
+    loop = Loop(batch_size=256, learning_rate=cosine(0.0))
+    adversarial = []
+
+    def keeping(network, x, y, perturb):
+        adversarial.append((x, perturb(x, y)))
+        return mixed(network, x, y, perturb)
+
+    assert reestimate_batch_norm(model, train, loop, objective=keeping, attack=attack)
+    clean, attacked = adversarial[0]
+    assert torch.allclose(model[0].running_mean, (clean.mean() + attacked.mean()) / 2, rtol=1e-4)
+    assert model[0].momentum == 0.3
+    assert not reestimate_batch_norm(model[1:], train, loop, objective=mixed, attack=attack)
+
+
+@pytest.mark.parametrize("bf16", [True, False])
+def test_a_network_with_batch_norm(few, bf16):
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Conv2d(1, 8, 5, stride=3), nn.BatchNorm2d(8), nn.ReLU(), nn.Flatten(), nn.Linear(512, 10))
+    work = job(few, model=model, bits=None, method="al0", ratio=0.3, epochs={"dense": 1, "l0": 1, "tune": 0}, bf16=bf16)
+    list(work.run())
+    result = work.result()
+    assert result.decided["batch_norm"] in (True, False)
+    assert result.decided["clean"].accuracy == clean_accuracy(result.model, few[1]).accuracy
+
+
+def test_compress_leaves_the_users_model_alone(few, lenet):
+    before = copy.deepcopy(lenet.state_dict())
+    seen = []
+    result = atmc.compress(
+        lenet, few[0], few[1], threat=atmc.L2(0.5), budget=atmc.Budget(nonzeros=2000), epochs=1, on_event=seen.append
+    )
+    assert all(torch.equal(before[name], value) for name, value in lenet.state_dict().items())
+    assert result.records[-1].nonzeros <= 2000
+    assert len(seen) > len(result.records)
+
+
+def test_result_can_be_saved_and_evaluated(few, tmp_path):
+    train, val = few
+    loader = torch.utils.data.DataLoader(
+        torch.utils.data.TensorDataset(train.float_pixels(torch.arange(256)), train.labels), batch_size=50
+    )
+    result = atmc.compress(
+        tiny(), loader, val, threat=atmc.Linf(0.1), budget=atmc.Budget(ratio=0.2, bits=4), epochs=1, attack_steps=1
+    )
+    size = result.save(tmp_path / "m.atmc")
+    assert size == (tmp_path / "m.atmc").stat().st_size
+    report = atmc.evaluate(
+        atmc.load(tmp_path / "m.atmc", factory=lambda num_classes: tiny()), val, threat=atmc.Linf(0.1), attack=["fgsm", "pgd", "pgd-strong", "wrm"], n=40
+    )
+    assert report.attacks["pgd-strong"].accuracy <= report.attacks["pgd"].accuracy
+    assert report.attacks["pgd"].n == 40
+    assert report.clean.n == 100
+    assert report.attacks["wrm"].to_json()["mean_l2"] > 0
+
+
+def test_a_users_module_without_a_specification(few, tmp_path):
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Flatten(), nn.Linear(784, 32), nn.ReLU(), nn.Linear(32, 10))
+    result = atmc.compress(
+        model, few[0], few[1], threat=atmc.Linf(0.1), budget=atmc.Budget(ratio=0.05), epochs=1, exclude=("3.*",)
+    )
+    result.save(tmp_path / "m.atmc")
+    with pytest.raises(ValueError, match="give the factory"):
+        atmc.load(tmp_path / "m.atmc")
+    loaded = atmc.load(tmp_path / "m.atmc", factory=lambda num_classes: copy.deepcopy(model))
+    assert torch.equal(loaded[1].weight, result.model[1].weight)
+    assert loaded[3].weight.count_nonzero() == 320  # excluded: dense as it was
+
+
+class TestRefused:
+    @pytest.mark.parametrize(
+        ("settings", "message"),
+        [
+            ({"method": "atcm"}, "did you mean 'atmc'"),
+            ({"method": "al0"}, "has no codebook"),
+            ({"method": "al0q", "bits": None}, "give bits"),
+            ({"ratio": 5e-6}, "below the floor"),
+            ({"method": "alr", "bits": None, "ratio": 0.001}, "below the floor of this model and method, 295"),
+            ({"threat": atmc.Linf(1.5)}, "above the largest"),
+            ({"epochs": {"dens": 1}}, "unknown phase 'dens'"),
+            ({"epochs": -1}, "epochs >= 0"),
+            ({"optimizer": "lion"}, "unknown optimizer"),
+        ],
+    )
+    def test_before_training(self, few, settings, message):
+        with pytest.raises(ValueError, match=message):
+            job(few, **settings)
+
+    @pytest.mark.parametrize(
+        ("model", "message"),
+        [
+            (nn.Sequential(nn.Flatten(), nn.Linear(784, 10), nn.Softmax(1)), "look like probabilities"),
+            (nn.Sequential(nn.Flatten(), nn.Linear(784, 7)), "7 outputs, the data 10 classes"),
+            (nn.Sequential(nn.Flatten(), nn.Linear(100, 10)), "does not take images of shape"),
+            (nn.Conv2d(3, 10, 3), "does not take images of shape"),
+            (nn.Flatten(0), "expected logits of shape"),
+            (nn.Conv2d(1, 10, 3), "expected logits of shape"),
+        ],
+    )
+    def test_models_that_do_not_fit(self, few, model, message):
+        with pytest.raises(ValueError, match=message):
+            job(few, model=model)
+
+    def test_not_a_number(self, few, lenet):
+        with torch.no_grad():
+            lenet.fc2.bias[0] = torch.nan
+        with pytest.raises(ValueError, match="not finite"):
+            check_model(lenet, few[0], 10)
+        assert lenet.training
+
+    def test_labels_beyond_the_outputs(self, few):
+        model = nn.Sequential(nn.Flatten(), nn.Linear(784, 4))
+        with pytest.raises(ValueError, match="labels go up to 9"):
+            atmc.evaluate(model, few[1], threat=atmc.Linf(0.1))
+
+    def test_recipe_and_settings(self, few, lenet):
+        with pytest.raises(ValueError, match="recipe or settings, got both: seed"):
+            atmc.compress(
+                lenet, *few, threat=atmc.Linf(0.1), budget=atmc.Budget(ratio=0.1), recipe=default_recipe(lenet), seed=1
+            )
+
+    def test_divergence_is_one_clear_error(self, few):
+        work = job(few, learning_rate=1e12, optimizer="sgd", epochs={"dense": 5})
+        with pytest.raises(TrainingDiverged, match="try a lower learning rate"):
+            list(work.run())
+
+
+def test_floors(lenet):
+    assert floor_of("alr", lenet) == 2405
+    assert floor_of("atmc", lenet) == 4
+    assert floor_of("da", lenet) == 1
+
+
+def test_every_method_has_phases():
+    for method in METHODS:
+        bits = 4 if method == "al0q" else None
+        assert phases_of(method, Plan(10, 100, bits))[0].name == "dense"
+
+
+def test_recipe_follows_the_model():
+    assert default_recipe(models.build("lenet", 10)).optimizer == "adamw"
+    recipe = default_recipe(models.build("resnet18", 10), epochs=3, learning_rate={"dense": 0.2})
+    assert recipe.optimizer == "sgd"
+    assert set(recipe.epochs.values()) == {3}
+    assert recipe.learning_rate["dense"] == 0.2
+    assert recipe.learning_rate["l0"] == api.LEARNING_RATES["sgd"]["l0"]
+    assert replace(recipe, seed=1).seed == 1
