@@ -78,7 +78,10 @@ def test_mask_leaves_no_negative_zeros():
     assert not torch.signbit(kept).item()
 
 
-@pytest.mark.parametrize(("make", "message"), [(lambda: NonzeroBudget(0), "at least 1"), (lambda: Codebook(9), "1 to 8"), (lambda: Codebook({"a": 0}), "1 to 8")])
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [(lambda: NonzeroBudget(0), "at least 1"), (lambda: Codebook(9), "1 to 8"), (lambda: Codebook({"a": 0}), "1 to 8")],
+)
 def test_constraints_that_make_no_sense(make, message):
     with pytest.raises(ValueError, match=message):
         make()

@@ -44,7 +44,16 @@ def job(few, *, method="atmc", bits=3, ratio=0.02, model=None, threat=None, **se
     )
 
 
-CASES = [("atmc", 3), ("atmc", None), ("al0", None), ("al0q", 3), ("ap", None), ("alr", None), ("nap", None), ("da", None)]
+CASES = [
+    ("atmc", 3),
+    ("atmc", None),
+    ("al0", None),
+    ("al0q", 3),
+    ("ap", None),
+    ("alr", None),
+    ("nap", None),
+    ("da", None),
+]
 
 
 @pytest.mark.parametrize(("method", "bits"), CASES)
@@ -195,7 +204,11 @@ def test_result_can_be_saved_and_evaluated(few, tmp_path):
     size = result.save(tmp_path / "m.atmc")
     assert size == (tmp_path / "m.atmc").stat().st_size
     report = atmc.evaluate(
-        atmc.load(tmp_path / "m.atmc", factory=lambda num_classes: tiny()), val, threat=atmc.Linf(0.1), attack=["fgsm", "pgd", "pgd-strong", "wrm"], n=40
+        atmc.load(tmp_path / "m.atmc", factory=lambda num_classes: tiny()),
+        val,
+        threat=atmc.Linf(0.1),
+        attack=["fgsm", "pgd", "pgd-strong", "wrm"],
+        n=40,
     )
     assert report.attacks["pgd-strong"].accuracy <= report.attacks["pgd"].accuracy
     assert report.attacks["pgd"].n == 40

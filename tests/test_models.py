@@ -504,7 +504,7 @@ def test_a_rebuilt_model_computes_the_same(name: str) -> None:
     state = torch.get_rng_state()
     again = build_from_spec(model.atmc_spec).eval()
     assert torch.equal(torch.get_rng_state(), state)
-    again.load_state_dict({key: value for key, value in model.state_dict().items()})
+    again.load_state_dict(model.state_dict())
     assert torch.equal(again(images(model)), model(images(model)))
 
 

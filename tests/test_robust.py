@@ -224,10 +224,18 @@ def test_eps_above_what_the_box_allows(ball, limit):
         check_threat(ball(limit * 1.001), 784)
 
 
-@pytest.mark.parametrize(("settings", "message"), [({"steps": 0}, "steps >= 1, got 0"), ({"step_size": 0}, "step_size > 0")])
+@pytest.mark.parametrize(
+    ("settings", "message"), [({"steps": 0}, "steps >= 1, got 0"), ({"step_size": 0}, "step_size > 0")]
+)
 def test_attack_arguments_that_make_no_sense(settings, message):
     with pytest.raises(ValueError, match=message):
-        pgd(linear_model(), images(), torch.zeros(8, dtype=torch.int64), Linf(0.1), **{"steps": 1, "step_size": 0.1, **settings})
+        pgd(
+            linear_model(),
+            images(),
+            torch.zeros(8, dtype=torch.int64),
+            Linf(0.1),
+            **{"steps": 1, "step_size": 0.1, **settings},
+        )
     with pytest.raises(ValueError, match="penalty > 0"):
         wrm(linear_model(), images(), torch.zeros(8, dtype=torch.int64), penalty=0)
     with pytest.raises(ValueError, match="steps >= 1"):

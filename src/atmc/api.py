@@ -13,7 +13,7 @@ import torch
 from torch import nn
 
 from atmc.compress.budget import Budget
-from atmc.compress.factorize import sites
+from atmc.compress.factorize import fold, sites
 from atmc.data import Images, as_images
 from atmc.methods import Plan, floor_of, objective_of, phases_of
 from atmc.pack import artifact
@@ -131,20 +131,24 @@ class Job:
             self.dense_weights,
             budget.bits,
             recipe.gradual,
+            recipe.regrow,
             recipe.rho,
             recipe.balance,
             recipe.factor_start,
             recipe.exclude,
         )
         phases = phases_of(method, plan)
-        self._plain = copy.deepcopy(model).cpu()
-        self._about = {"input_shape": shape, "classes": classes, "threat": str(threat), "method": method}
+        self._plain = fold(model).cpu()
+        self._about: dict[str, Any] = {
+            "input_shape": shape,
+            "classes": classes,
+            "threat": str(threat),
+            "method": method,
+        }
         working = copy.deepcopy(model).to(device, memory_format=torch.channels_last)  # type: ignore[call-overload]
         recipe = replace(recipe, objective=objective_of(method, recipe.objective))
         self.records: list[Record] = []
-        self.runner = Runner(
-            working, train.to(device), val.to(device), threat, phases, recipe, bits=budget.bits
-        )
+        self.runner = Runner(working, train.to(device), val.to(device), threat, phases, recipe, bits=budget.bits)
 
     def run(self, state: State | None = None) -> Iterator[Progress | EpochEnd]:
         """Train, from a saved state if there is one; yields every step and every epoch's end."""

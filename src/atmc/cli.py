@@ -32,7 +32,9 @@ def _version(value: bool) -> None:
 
 @app.callback()
 def _root(
-    version: Annotated[bool, typer.Option("--version", callback=_version, is_eager=True, help="Print the version.")] = False,
+    version: Annotated[
+        bool, typer.Option("--version", callback=_version, is_eager=True, help="Print the version.")
+    ] = False,
 ) -> None:
     """Make an image classifier small and hard to fool at once."""
 
@@ -41,13 +43,17 @@ def _root(
 def compress(
     out: Annotated[Path, typer.Option(help="Run folder to write.")],
     model: Annotated[str | None, typer.Option(help="Zoo name or package.module:factory.")] = None,
-    data: Annotated[str | None, typer.Option(help="digits, a hub id, a folder of parquet files, or an image folder.")] = None,
+    data: Annotated[
+        str | None, typer.Option(help="digits, a hub id, a folder of parquet files, or an image folder.")
+    ] = None,
     threat: Annotated[str | None, typer.Option(help="linf:8/255, l2:0.5 or l1:12, in pixel units.")] = None,
     ratio: Annotated[float | None, typer.Option(help="Nonzeros over conv and linear weights.")] = None,
     nonzeros: Annotated[int | None, typer.Option(help="The number of nonzeros itself.")] = None,
     bits: Annotated[int | None, typer.Option(help="At most 2^bits distinct values a tensor (1 to 8).")] = None,
     method: Annotated[str | None, typer.Option(help="atmc, al0, al0q, alr, ap, nap or da.")] = None,
-    checkpoint: Annotated[str | None, typer.Option(help="Start from these weights: .atmc, .safetensors or .pt.")] = None,
+    checkpoint: Annotated[
+        str | None, typer.Option(help="Start from these weights: .atmc, .safetensors or .pt.")
+    ] = None,
     epochs: Annotated[str | None, typer.Option(help="20, or dense=20,l0=10,admm=10,tune=5.")] = None,
     objective: Annotated[str | None, typer.Option(help="natural, mixed, pgd_at, trades or mart.")] = None,
     attack: Annotated[str | None, typer.Option(help="Attacks of the final evaluation, separated by commas.")] = None,
@@ -123,7 +129,9 @@ def evaluate(
     attack: Annotated[str, typer.Option(help="fgsm, pgd, pgd-strong, wrm; several separated by commas.")] = "pgd",
     n: Annotated[int | None, typer.Option(help="Images under attack (default: all).")] = None,
     steps: Annotated[int | None, typer.Option(help="Steps of pgd.")] = None,
-    model: Annotated[str | None, typer.Option(help="package.module:factory, where the file is of your own class.")] = None,
+    model: Annotated[
+        str | None, typer.Option(help="package.module:factory, where the file is of your own class.")
+    ] = None,
     seed: Annotated[int, typer.Option(help="Keys random starts.")] = 0,
     json_path: Annotated[Path | None, typer.Option("--json", help="Also write the figures here.")] = None,
     overwrite: Annotated[bool, typer.Option(help="Replace the file given with --json.")] = False,

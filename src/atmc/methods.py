@@ -15,7 +15,7 @@ from torch import nn
 
 from atmc.compress.admm import Admm
 from atmc.compress.constraints import Codebook, Constraint, Each, FixedCodes, FixedMask, NonzeroBudget
-from atmc.compress.factorize import Site, compressible, cut_ranks, factorize, sites
+from atmc.compress.factorize import Site, compressible, cut_ranks, factorize, sites, structure
 from atmc.compress.projections import allocate_ranks
 from atmc.phases import Phase, Tensors
 from atmc.train import assign
@@ -31,7 +31,8 @@ class Plan:
         nonzeros: k, the budget over all compressed tensors.
         dense_weights: N, the entries of those tensors in the dense model.
         bits: codebook bits, None for 32-bit values.
-        gradual: share of the l0 phase in which the nonzeros shrink to k.
+        gradual: share of the l0 (and admm) phase in which the nonzeros shrink to k.
+        regrow: the admm phase begins with so many times k, so that factors which start at zero can take part.
         rho, balance: ADMM's penalty and whether it adapts.
         factor_start: ``identity`` or ``svd``.
         exclude: patterns of weights that stay as they are.
@@ -41,6 +42,7 @@ class Plan:
     dense_weights: int
     bits: int | None = None
     gradual: float = 0.5
+    regrow: float = 1.0
     rho: float = 0.1
     balance: bool = False
     factor_start: Literal["identity", "svd"] = "identity"
@@ -121,7 +123,9 @@ def phases_of(method: str, plan: Plan) -> list[Phase]:
         hint = f"; did you mean {near[0]!r}?" if near else ""
         raise ValueError(f"unknown method {method!r}: expected one of {', '.join(METHODS)}{hint}")
     if plan.bits is not None and method not in CODEBOOK_METHODS:
-        raise ValueError(f"method {method!r} has no codebook: leave out bits, or use one of {', '.join(CODEBOOK_METHODS)}")
+        raise ValueError(
+            f"method {method!r} has no codebook: leave out bits, or use one of {', '.join(CODEBOOK_METHODS)}"
+        )
     if plan.bits is None and method == "al0q":
         raise ValueError("method 'al0q' is al0 with a codebook: give bits")
     return METHODS[method](plan)
@@ -149,37 +153,37 @@ def _dense() -> Phase:
 
 
 def _l0(plan: Plan) -> Phase:
-    """Projection on a number of nonzeros that falls from N to k over the first part of the phase, cubically."""
-    final = NonzeroBudget(plan.nonzeros)
-
-    def schedule(_: Tensors) -> Callable[[float], Constraint]:
-        def at(done: float) -> Constraint:
-            if done >= plan.gradual:
-                return final
-            left = (1 - done / plan.gradual) ** 3
-            return NonzeroBudget(plan.nonzeros + int((plan.dense_weights - plan.nonzeros) * left))
-
-        return at
-
-    return Phase("l0", constraint=schedule, feasible=final)
+    """Projection on a number of nonzeros that falls from N to k over the first part of the phase."""
+    return Phase("l0", constraint=_shrinking(plan, plan.dense_weights), feasible=NonzeroBudget(plan.nonzeros))
 
 
 def _held(plan: Plan, *, factored: bool) -> Phase:
-    """The budget at full strength; with bits, ADMM beside it and a validated model that satisfies both."""
-    budget = NonzeroBudget(plan.nonzeros)
+    """The budget, with bits ADMM beside it, and a validated model that satisfies both."""
+    feasible: Constraint = NonzeroBudget(plan.nonzeros)
+    admm = None
+    if plan.bits is not None:
+        feasible = Each((feasible, Codebook(plan.bits, exact_below=EXACT_BELOW)))
+        admm = Admm(Codebook(plan.bits), rho=plan.rho, balance=plan.balance)
 
     def enter(model: nn.Module) -> None:
-        factorize(model, start=plan.factor_start, exclude=plan.exclude)
+        if factored and not structure(model):
+            factorize(model, start=plan.factor_start, exclude=plan.exclude)
 
-    if plan.bits is None:
-        return Phase("admm", enter if factored else None, lambda _: lambda _: budget, feasible=budget)
-    return Phase(
-        "admm",
-        enter if factored else None,
-        lambda _: lambda _: budget,
-        feasible=Each((budget, Codebook(plan.bits, exact_below=EXACT_BELOW))),
-        admm=Admm(Codebook(plan.bits), rho=plan.rho, balance=plan.balance),
-    )
+    start = max(plan.nonzeros, min(int(plan.regrow * plan.nonzeros), plan.dense_weights))
+    return Phase("admm", enter, _shrinking(plan, start), feasible, admm)
+
+
+def _shrinking(plan: Plan, start: int) -> Callable[[Tensors], Callable[[float], Constraint]]:
+    """A budget that falls cubically from start to k while `gradual` of the phase goes by (Zhu and Gupta 2018)."""
+    final = NonzeroBudget(plan.nonzeros)
+
+    def at(done: float) -> Constraint:
+        if done >= plan.gradual:
+            return final
+        left = (1 - done / plan.gradual) ** 3
+        return NonzeroBudget(plan.nonzeros + int((start - plan.nonzeros) * left))
+
+    return lambda _: at
 
 
 def _tune(bits: int | None) -> Phase:

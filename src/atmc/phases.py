@@ -10,7 +10,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -41,7 +41,8 @@ class Recipe:
         optimizer: ``adamw`` or ``sgd`` (momentum 0.9).
         warmup: share of the dense phase in which the rate rises.
         eps_ramp: epochs of the dense phase in which the ball grows to full size.
-        gradual: share of the l0 phase in which the nonzeros shrink to the budget, cubically (Zhu and Gupta 2018).
+        gradual: share of the l0 and admm phases in which the nonzeros shrink to the budget (Zhu and Gupta 2018).
+        regrow: the admm phase begins with so many times the budget, so that factors starting at zero can take part.
         rho, interval, balance: ADMM's penalty, steps between refreshes, residual balancing.
         factor_start: ``identity`` or ``svd``.
         exclude: patterns of weights that stay as they are.
@@ -61,10 +62,11 @@ class Recipe:
     warmup: float = 0.15
     eps_ramp: float = 0.0
     gradual: float = 0.5
+    regrow: float = 4.0
     rho: float = 0.1
     interval: int = 10
     balance: bool = False
-    factor_start: str = "identity"
+    factor_start: Literal["identity", "svd"] = "identity"
     exclude: tuple[str, ...] = ()
     augment: str = "none"
     bf16: bool = False
@@ -152,7 +154,9 @@ class Runner:
         bits: int | None = None,
     ) -> None:
         self.model = model
-        self.phases = [phase for phase in phases if recipe.epochs.get(phase.name, 0) > 0 or phase.enter or phase.feasible]
+        self.phases = [
+            phase for phase in phases if recipe.epochs.get(phase.name, 0) > 0 or phase.enter or phase.feasible
+        ]
         self._train, self._val, self._threat, self._recipe, self._bits = train, val, threat, recipe, bits
         self._attack = TrainingAttack(
             threat, recipe.attack_steps, recipe.relative_step, recipe.random_start, recipe.batch_statistics
@@ -162,7 +166,7 @@ class Runner:
     def run(self, state: State | None = None) -> Iterator[Progress | EpochEnd]:
         """Train from a state (by default from the start); yields every step and every epoch's end."""
         state = state or State()
-        if state.model:
+        if state.model and not structure(self.model):
             restructure(self.model, state.structure)
         for index in range(state.phase, len(self.phases)):
             if index != state.phase:

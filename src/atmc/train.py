@@ -99,7 +99,9 @@ def fit(
     for epoch in range(start, epochs):
         began, total = time.perf_counter(), 0.0
         model.train()
-        for step, batch in enumerate(batches(train, loop.batch_size, seed=loop.seed, epoch=epoch, augment=loop.augment)):
+        for step, batch in enumerate(
+            batches(train, loop.batch_size, seed=loop.seed, epoch=epoch, augment=loop.augment)
+        ):
             done = (epoch + step / steps) / epochs
             for group in optimizer.param_groups:
                 group["lr"] = loop.learning_rate(done)
@@ -108,7 +110,11 @@ def fit(
             perturb = attack.on(model, noise, eps_scale=ramp)
             x = batch.x.contiguous(memory_format=torch.channels_last)
             optimizer.zero_grad(set_to_none=True)
-            with seeded(derived_seed(loop.seed, epoch, step), x.device), built_once(model), autocast(x.device, loop.bf16):
+            with (
+                seeded(derived_seed(loop.seed, epoch, step), x.device),
+                built_once(model),
+                autocast(x.device, loop.bf16),
+            ):
                 loss = objective(model, x, batch.y, perturb)
                 loss.backward()  # type: ignore[no-untyped-call]
             total += float(loss.detach())
@@ -157,7 +163,9 @@ def cosine(peak: float, warmup: float = 0.0) -> Schedule:
 
 
 @torch.no_grad()
-def reestimate_batch_norm(model: nn.Module, train: Images, loop: Loop, *, objective: Objective, attack: TrainingAttack) -> bool:
+def reestimate_batch_norm(
+    model: nn.Module, train: Images, loop: Loop, *, objective: Objective, attack: TrainingAttack
+) -> bool:
     """Running statistics recomputed over one epoch, in the objective's own mixture of clean and adversarial passes.
 
     The plain mean over all batches takes the place of the running one. False, and nothing done, without batch norm.

@@ -105,7 +105,12 @@ class Admm:
 
     def copy_of(self, name: str, like: Tensor) -> Tensor:
         """theta' of one tensor, dense, in the shape of like."""
-        return torch.zeros_like(like).flatten().index_put_((self.shares[name].positions,), self.shares[name].copy).view_as(like)
+        return (
+            torch.zeros_like(like)
+            .flatten()
+            .index_put_((self.shares[name].positions,), self.shares[name].copy)
+            .view_as(like)
+        )
 
     def state(self) -> dict[str, Any]:
         """Plain tensors and numbers, for a checkpoint."""

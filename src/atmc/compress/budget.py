@@ -9,6 +9,7 @@ import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 
+import torch
 from torch import Tensor
 
 
@@ -58,7 +59,8 @@ class Budget:
 
 def distinct_nonzero(tensor: Tensor) -> int:
     """Number of distinct nonzero values."""
-    return len(tensor.detach()[tensor.detach() != 0].unique())
+    flat = tensor.detach()
+    return len(torch.unique(flat[flat != 0]))
 
 
 def nominal_bits(tensors: Mapping[str, Tensor], bits: int | None) -> int:

@@ -63,7 +63,9 @@ def sites(model: nn.Module, *, exclude: Sequence[str] = ()) -> list[Site]:
         weight = getattr(site.module, site.parameter)
         for name, parameter in model.named_parameters(remove_duplicate=False):
             if parameter is weight and name != site.path:
-                raise ValueError(f"{site.path} and {name} share one weight, which cannot be compressed twice: exclude both")
+                raise ValueError(
+                    f"{site.path} and {name} share one weight, which cannot be compressed twice: exclude both"
+                )
         owners[id(weight)] = site.path
     return kept
 
@@ -184,7 +186,11 @@ def _register(site: Site, form: Form, rank: int) -> None:
 
 def structure(model: nn.Module) -> dict[str, tuple[Form, int]]:
     """Path of each factorized weight -> (form, rank): with a state dict, all that is needed to rebuild the model."""
-    return {site.path: (_factors_module(site).form, _factors_module(site).rank) for site in _all_sites(model) if factored(site)}
+    return {
+        site.path: (_factors_module(site).form, _factors_module(site).rank)
+        for site in _all_sites(model)
+        if factored(site)
+    }
 
 
 def restructure(model: nn.Module, shape: Mapping[str, tuple[str, int]]) -> nn.Module:
@@ -194,7 +200,7 @@ def restructure(model: nn.Module, shape: Mapping[str, tuple[str, int]]) -> nn.Mo
             form, rank = shape[site.path]
             if form not in FORMS:
                 raise ValueError(f"unknown form {form!r} of {site.path}: expected one of {', '.join(FORMS)}")
-            _register(site, cast(Form, form), rank)
+            _register(site, form, rank)
     return model
 
 
@@ -223,6 +229,15 @@ def compressible(model: nn.Module, *, exclude: Sequence[str] = ()) -> dict[str, 
         for path, parts in factors(model, exclude=exclude).items()
         for name, parameter in parts.items()
     }
+
+
+@torch.no_grad()
+def assign_factors(model: nn.Module, values: Mapping[str, np.ndarray]) -> None:
+    """Copy values into the factors of a factorized model; keys as in `compressible`, others are passed over."""
+    for path, parts in factors(model).items():
+        for name, parameter in parts.items():
+            if name != "W":
+                parameter.copy_(torch.from_numpy(values[f"{path}.{name}"]))
 
 
 @contextmanager

@@ -44,6 +44,7 @@ class Training(BaseModel):
     warmup: float | None = Field(default=None, ge=0, lt=1)
     eps_ramp: float | None = Field(default=None, ge=0)
     gradual: float | None = Field(default=None, ge=0, le=1)
+    regrow: float | None = Field(default=None, ge=1)
     rho: float | None = Field(default=None, gt=0)
     interval: int | None = Field(default=None, ge=1)
     balance: bool | None = None
@@ -139,7 +140,7 @@ class RunConfig(BaseModel):
 
 def _fast_bf16(device: str) -> bool:
     if device == "cuda":
-        return torch.cuda.is_bf16_supported()
+        return bool(torch.cuda.is_bf16_supported())
     return bool(torch.cpu._is_avx512_bf16_supported())
 
 

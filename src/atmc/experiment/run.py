@@ -6,7 +6,6 @@ The checkpoint of an epoch is written beside the old one and renamed; it says ho
 
 from __future__ import annotations
 
-import copy
 import fcntl
 import json
 import shutil
@@ -19,19 +18,17 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file
 from torch import nn
 
 from atmc import api, models
 from atmc.compress.budget import nominal_bits
-from atmc.compress.factorize import compressible
+from atmc.compress.factorize import compressible, fold
 from atmc.data import Data, load_data
 from atmc.experiment.config import RunConfig, parse, read_toml
 from atmc.experiment.report import write_report
+from atmc.experiment.weights import load_weights
 from atmc.pack import artifact
 from atmc.phases import EpochEnd, State
-from atmc.train import Progress
 from atmc.version import __version__
 
 
@@ -105,7 +102,7 @@ def _train_and_judge(job: api.Job, config: RunConfig, data: Data, folder: Path) 
     size = result.save(folder / "model.atmc")
     yield Stage("evaluating the file on the test split")
     device = torch.device(config.device)
-    decoded = artifact.load(folder / "model.atmc", factory=lambda num_classes: build_model(config, data))
+    decoded = artifact.load(folder / "model.atmc", factory=lambda num_classes: fold(build_model(config, data)))
     report = api.evaluate(
         decoded.to(device),
         data.test,
@@ -168,60 +165,8 @@ def build_model(config: RunConfig, data: Data) -> nn.Module:
         config.model, data.num_classes, input_shape=data.input_shape, mean=mean, std=std, seed=config.seed, **options
     )
     if config.checkpoint:
-        load_checkpoint(model, config.checkpoint)
+        load_weights(model, config.checkpoint, factorized=config.method == "atmc")
     return model
-
-
-def load_checkpoint(model: nn.Module, path: str) -> None:
-    """Fill a model from a .atmc file, a .safetensors file, or somebody's .pt (read with weights_only=True).
-
-    Raises:
-        ValueError: the file is missing, damaged, not a state dict, or of another model.
-    """
-    if not Path(path).is_file():
-        raise ValueError(f"checkpoint {path} does not exist")
-    if path.endswith(".atmc"):
-        state = artifact.load(path, factory=lambda num_classes: copy.deepcopy(model)).state_dict()
-    elif path.endswith(".safetensors"):
-        try:
-            state = load_file(path)
-        except (SafetensorError, OSError) as error:
-            raise ValueError(f"checkpoint {path} is damaged or not a safetensors file: {error}") from error
-    else:
-        state = _read_torch_file(path)
-    wanted = model.state_dict()
-    renamed = {name.removeprefix("module."): value for name, value in state.items()}
-    renamed = {name if name in wanted or f"net.{name}" not in wanted else f"net.{name}": v for name, v in renamed.items()}
-    for name, value in wanted.items():
-        if name not in renamed and name.startswith("normalize."):
-            renamed[name] = value
-    problems = [f"{name} is missing" for name in wanted if name not in renamed]
-    problems += [f"{name} is not in the model" for name in renamed if name not in wanted]
-    problems += [
-        f"{name} has shape {tuple(renamed[name].shape)}, not {tuple(value.shape)}"
-        for name, value in wanted.items()
-        if name in renamed and renamed[name].shape != value.shape
-    ]
-    if problems:
-        more = f", and {len(problems) - 3} more" if len(problems) > 3 else ""
-        raise ValueError(f"checkpoint {path} is of another model: {'; '.join(problems[:3])}{more}")
-    model.load_state_dict(renamed)
-
-
-def _read_torch_file(path: str) -> dict[str, torch.Tensor]:
-    import pickle
-
-    try:
-        loaded = torch.load(path, map_location="cpu", weights_only=True)
-    except (pickle.UnpicklingError, RuntimeError, EOFError, OSError, ValueError, KeyError) as error:
-        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-        raise ValueError(f"checkpoint {path} is damaged or holds more than weights: {reason}") from error
-    for key in ("state_dict", "model", "net"):
-        if isinstance(loaded, dict) and isinstance(loaded.get(key), dict):
-            loaded = loaded[key]
-    if not (isinstance(loaded, dict) and loaded and all(isinstance(value, torch.Tensor) for value in loaded.values())):
-        raise ValueError(f"checkpoint {path} holds no state dict of tensors")
-    return loaded
 
 
 def _check_folder(folder: Path, *, resume: bool, overwrite: bool) -> bool:

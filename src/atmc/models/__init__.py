@@ -20,7 +20,7 @@ import sys
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from numbers import Integral
-from typing import TypeVar
+from typing import TypeVar, cast
 
 import torch
 from torch import nn
@@ -250,7 +250,7 @@ def _from_factory(name: str, num_classes: int, input_shape: tuple[int, int, int]
     return model
 
 
-def import_factory(name: str) -> Callable[..., object]:
+def import_factory(name: str) -> Callable[..., nn.Module]:
     """The callable of ``package.module:factory``, imported with the current folder first on the path."""
     module_name, _, attribute = name.partition(":")
     if not attribute.isidentifier() or not all(part.isidentifier() for part in module_name.split(".")):
@@ -269,7 +269,7 @@ def import_factory(name: str) -> Callable[..., object]:
         near = difflib.get_close_matches(attribute, dir(module), n=1)
         hint = f"; did you mean {near[0]!r}?" if near else ""
         raise ValueError(f"the module {module_name!r} has no {attribute!r}{hint}")
-    factory: object = getattr(module, attribute)
+    factory = getattr(module, attribute)
     if not callable(factory):
         raise ValueError(f"expected {name} to be callable, got {type(factory).__name__}")
-    return factory
+    return cast(Callable[..., nn.Module], factory)

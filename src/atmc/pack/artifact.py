@@ -15,8 +15,8 @@ All numbers are little-endian; the same values give the same bytes.
     32           SHA-256 of everything before
 
 Metadata: {"classes", "input_shape", "model", "structure", "threat", "method", "tool"}. "model" is the zoo model's
-specification (`models.build_from_spec`), or names a user's own factory, which is never imported from a file. "structure"
-maps each factorized weight to its form and rank (`compress.factorize`); a factorized weight decodes to W by
+specification (`models.build_from_spec`), or names a user's own factory, which is never imported from a file.
+"structure" maps each factorized weight to its form and rank (`compress.factorize`); it decodes to W by
 `factorize.compose`, the same on every machine. No time stamps; nothing in a file is executed.
 
 Encoded values (`coder`): raw: u8 number type, values. Sparse: positions, then raw values. Codes: codebook, then
@@ -285,17 +285,17 @@ def from_bytes(data: bytes, *, factory: Callable[..., nn.Module] | None = None, 
 def _build(metadata: Mapping[str, Any], factory: Callable[..., nn.Module] | None, source: str) -> nn.Module:
     spec = metadata["model"]
     name = spec.get("name")
-    if factory is not None:
-        model = factory(num_classes=metadata.get("classes"))
-        model.atmc_spec = spec  # type: ignore[assignment]
-        return model
-    if not isinstance(name, str) or ":" in name:
+    if isinstance(name, str) and ":" not in name:
+        try:
+            return build_from_spec(spec)
+        except ValueError as error:
+            raise Malformed(f"{source}: {error}") from error
+    if factory is None:
         hint = f" {name!r}" if name else ""
         raise FactoryNeeded(f"{source} holds a model of a user's own class{hint}: give the factory that builds it")
-    try:
-        return build_from_spec(spec)
-    except ValueError as error:
-        raise Malformed(f"{source}: {error}") from error
+    model = factory(num_classes=metadata.get("classes"))
+    model.atmc_spec = spec
+    return model
 
 
 def _state(content: Content, expected: Mapping[str, Tensor], source: str) -> dict[str, Tensor]:
@@ -320,9 +320,7 @@ def _state(content: Content, expected: Mapping[str, Tensor], source: str) -> dic
     return state
 
 
-def _compose(
-    name: str, form: Any, entries: dict[str, Entry], shape: tuple[int, ...], source: str
-) -> np.ndarray:
+def _compose(name: str, form: Any, entries: dict[str, Entry], shape: tuple[int, ...], source: str) -> np.ndarray:
     """W of a factorized weight; takes its factors out of entries."""
     rows, columns = (shape[0], int(np.prod(shape[1:]))) if len(shape) >= 2 else (0, 0)
     if not (isinstance(form, list) and len(form) == 2 and form[0] in FORMS and isinstance(form[1], int)):

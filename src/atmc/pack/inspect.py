@@ -32,7 +32,10 @@ def inspection(path: str | os.PathLike[str]) -> dict[str, Any]:
         "tensors": rows,
         "totals": {
             "nonzeros": sum(row["nonzeros"] for row in rows),
-            **{key: sum(row["bytes"][key] for row in rows) for key in ("header", "positions", "codebook", "codes", "values")},
+            **{
+                key: sum(row["bytes"][key] for row in rows)
+                for key in ("header", "positions", "codebook", "codes", "values")
+            },
             "metadata and checksum": len(data) - described,
         },
         "factorized": _ranks(content),

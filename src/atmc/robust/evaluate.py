@@ -131,9 +131,7 @@ def robust_accuracy(
             def strong(x: Tensor, y: Tensor, index: Tensor, restart: int = restart) -> Tensor:
                 noise = Noise(index, seed=seed, purpose="evaluation", epoch=restart)
                 size = threat.eps / 10
-                return pgd(
-                    model, x, y, threat, steps=STRONG_STEPS, step_size=size, noise=noise, best_of_steps=True
-                )
+                return pgd(model, x, y, threat, steps=STRONG_STEPS, step_size=size, noise=noise, best_of_steps=True)
 
             _survive(model, x, y, alive, strong, index)
         right.append(alive)
@@ -150,7 +148,9 @@ def _pgd_settings(attack: str, threat: Threat, steps: int, step_size: float, see
         "restarts": STRONG_RESTARTS if strong else 1,
         "loss": "ce",
         "seed": seed,
-        **({"with": {"attack": "pgd", "steps": steps, "step_size": step_size, "random_start": False}} if strong else {}),
+        **(
+            {"with": {"attack": "pgd", "steps": steps, "step_size": step_size, "random_start": False}} if strong else {}
+        ),
     }
 
 

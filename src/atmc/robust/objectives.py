@@ -95,7 +95,7 @@ def _clean_and_adversarial(model: nn.Module, x: Tensor, adv: Tensor) -> tuple[Te
 
 
 def trades(model: nn.Module, x: Tensor, y: Tensor, perturb: Perturb, *, beta: float = 6.0) -> Tensor:
-    """Clean cross-entropy + beta * KL(clean || adversarial), the attack maximizing the KL (Zhang et al. 2019, eq. 5)."""
+    """Clean cross-entropy + beta * KL(clean || adversarial), attack on the KL (Zhang et al. 2019, eq. 5)."""
     target = _evaluation_probabilities(model, x)
     adv = perturb(x, target, loss=kl_from)
     clean, attacked = _clean_and_adversarial(model, x, adv)
@@ -115,7 +115,8 @@ def mart(model: nn.Module, x: Tensor, y: Tensor, perturb: Perturb, *, weight: fl
 def _evaluation_probabilities(model: nn.Module, x: Tensor) -> Tensor:
     """(n, classes) softmax outputs in evaluation mode, without gradients; the model keeps its modes."""
     with attack_mode(model), torch.no_grad():
-        return model(x).float().softmax(1)
+        probabilities: Tensor = model(x).float().softmax(1)
+    return probabilities
 
 
 OBJECTIVES: dict[str, Objective] = {

@@ -149,7 +149,7 @@ class L2:
 
     def distance(self, adv: Tensor, x: Tensor) -> Tensor:
         """(n,) Euclidean distances."""
-        return (adv - x).flatten(1).norm(dim=1)
+        return torch.linalg.vector_norm((adv - x).flatten(1), dim=1)
 
     def with_eps(self, eps: float) -> L2:
         """The same norm with another radius."""
@@ -179,7 +179,8 @@ class L1:
         size = noise.exponential(x.shape[1:])
         sign = 1.0 - 2.0 * noise.integers(2, x.shape[1:])
         total = size.flatten(1).sum(1) + noise.exponential(())
-        return (x + sign * size * _per_example(self.eps / total, x)).clamp_(0, 1)
+        start: Tensor = x + sign * size * _per_example(self.eps / total, x)
+        return start.clamp_(0, 1)
 
     def ascent(self, adv: Tensor, grad: Tensor, step_size: float) -> Tensor:
         """Equal steps on the largest gradient entries that can still move, l1 length step_size together.

@@ -1,0 +1,294 @@
+"""Run folders: complete, resumable after a kill at any moment, and never overwritten by accident."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+import tomllib
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import save_file
+from torch import nn
+
+from atmc import models
+from atmc.api import evaluate
+from atmc.experiment import run as runs
+from atmc.experiment.config import parse, read_toml
+from atmc.experiment.run import Finished, FolderInUse, run
+from atmc.experiment.weights import load_weights
+from atmc.pack import artifact
+from atmc.phases import EpochEnd
+from atmc.robust.threats import parse_threat
+
+SMALL = {
+    "model": "small_model:build",
+    "data": "digits",
+    "threat": "linf:0.1",
+    "ratio": 0.3,
+    "bits": 3,
+    "precision": "fp32",
+    "threads": 1,
+    "eval_n": 50,
+    "limit": 300,
+    "training": {"epochs": 1, "attack_steps": 1, "val_n": 20, "batch_size": 100},
+}
+SOURCE = """
+from torch import nn
+
+def build(num_classes):
+    return nn.Sequential(nn.Conv2d(1, 4, 5, stride=3), nn.ReLU(), nn.Flatten(), nn.Linear(256, num_classes))
+"""
+
+
+@pytest.fixture
+def here(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "small_model.py").write_text(SOURCE)
+    yield tmp_path
+    sys.modules.pop("small_model", None)
+
+
+def finish(folder: Path, **options) -> dict:
+    changes = options.pop("changes", {})
+    events = list(run(parse({**SMALL, **changes}), folder, **options))
+    assert isinstance(events[-1], Finished)
+    return events[-1].metrics
+
+
+def interrupt(folder: Path, epochs: int) -> None:
+    ends = 0
+    for event in run(parse(SMALL), folder):
+        if isinstance(event, EpochEnd):
+            ends += 1
+            if ends == epochs:
+                return
+
+
+def test_a_run_folder_is_complete_and_consistent(here):
+    metrics = finish(here / "out")
+    assert {path.name for path in (here / "out").iterdir()} == {
+        "config.toml",
+        "log.jsonl",
+        "model.atmc",
+        "metrics.json",
+        "report.html",
+    }
+    assert json.loads((here / "out" / "metrics.json").read_text()) == metrics
+    assert metrics["file_bytes"] == (here / "out" / "model.atmc").stat().st_size
+    log = [json.loads(line) for line in (here / "out" / "log.jsonl").read_text().splitlines()]
+    assert [line["phase"] for line in log] == ["dense", "l0", "admm", "tune", "tune"]
+    assert metrics["nonzeros"] <= int(0.3 * metrics["dense_weights"])
+    assert metrics["clean"]["n"] == 360
+    assert metrics["attacks"]["pgd"]["n"] == 50
+    assert metrics["attacks"]["pgd"]["steps"] == 16
+    assert metrics["attacks"]["pgd"]["random_start"] is False
+    import small_model
+
+    loaded = artifact.load(here / "out" / "model.atmc", factory=small_model.build)
+    digits = runs.load_data("digits").test
+    report = evaluate(loaded, digits, threat=parse_threat("linf:0.1"), n=50)
+    assert report.to_json()["clean"] == metrics["clean"]
+    assert report.to_json()["attacks"] == metrics["attacks"]
+
+
+def test_the_written_config_runs_to_the_same_file(here):
+    finish(here / "one")
+    written = parse(read_toml(here / "one" / "config.toml"))
+    list(run(written, here / "two"))
+    assert (here / "one" / "model.atmc").read_bytes() == (here / "two" / "model.atmc").read_bytes()
+    assert (here / "one" / "config.toml").read_bytes() == (here / "two" / "config.toml").read_bytes()
+
+
+@pytest.mark.parametrize("epochs", [1, 3, 5])
+def test_an_interrupted_run_goes_on_to_the_same_file(here, epochs):
+    finish(here / "whole")
+    interrupt(here / "cut", epochs)
+    with open(here / "cut" / "log.jsonl", "a") as log:
+        log.write('{"phase": "l0"}\n')  # written, but killed before its checkpoint
+    finish(here / "cut", resume=True)
+    assert (here / "cut" / "model.atmc").read_bytes() == (here / "whole" / "model.atmc").read_bytes()
+    lines = [(here / name / "log.jsonl").read_text().splitlines() for name in ("cut", "whole")]
+    without_time = [[{**json.loads(line), "seconds": 0} for line in text] for text in lines]
+    assert without_time[0] == without_time[1]
+
+
+def test_killed_by_the_system_and_resumed(here):
+    """SIGKILL in the middle of training, in a process of its own, through the command line."""
+    (here / "run.toml").write_text(parse({**SMALL, "training": {**SMALL["training"], "epochs": 4}}).to_toml())
+    command = [sys.executable, "-m", "atmc", "compress", "--config", "run.toml", "--out"]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    subprocess.run([*command, "whole"], check=True, env=environment, capture_output=True, timeout=120)
+    victim = subprocess.Popen([*command, "cut"], env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    deadline = time.monotonic() + 60
+    while not (here / "cut" / "checkpoint" / "state.pt").exists() and time.monotonic() < deadline:
+        time.sleep(0.005)
+    victim.send_signal(signal.SIGKILL)
+    assert victim.wait() == -signal.SIGKILL
+    assert not (here / "cut" / "model.atmc").exists()
+    done = subprocess.run(
+        [sys.executable, "-m", "atmc", "compress", "--out", "cut", "--resume"],
+        env=environment,
+        capture_output=True,
+        timeout=120,
+        text=True,
+    )
+    assert done.returncode == 0, done.stderr
+    assert (here / "cut" / "model.atmc").read_bytes() == (here / "whole" / "model.atmc").read_bytes()
+
+
+def test_nothing_is_overwritten_unasked(here):
+    metrics = finish(here / "out")
+    before = (here / "out" / "model.atmc").read_bytes()
+    with pytest.raises(ValueError, match="add --resume to go on with it or --overwrite"):
+        finish(here / "out")
+    assert finish(here / "out", resume=True) == metrics  # finished: shown again
+    with pytest.raises(ValueError, match="begun with other settings: seed was 0, is 5"):
+        finish(here / "out", resume=True, changes={"seed": 5})
+    assert (here / "out" / "model.atmc").read_bytes() == before
+    finish(here / "out", overwrite=True, changes={"seed": 5})
+    assert (here / "out" / "model.atmc").read_bytes() != before
+
+
+def test_folders_that_cannot_be_used(here):
+    (here / "file").write_text("x")
+    with pytest.raises(ValueError, match="is a file"):
+        finish(here / "file")
+    (here / "other").mkdir()
+    (here / "other" / "thesis.tex").write_text("x")
+    with pytest.raises(ValueError, match="holds no run of atmc"):
+        finish(here / "other")
+    assert (here / "other" / "thesis.tex").read_text() == "x"
+
+
+def test_a_folder_in_use(here):
+    one = run(parse(SMALL), here / "out")
+    for event in one:
+        if isinstance(event, EpochEnd):
+            break
+    with pytest.raises(FolderInUse, match="in use by another run"):
+        finish(here / "out", resume=True)
+    one.close()
+    finish(here / "out", resume=True)
+
+
+def test_a_full_disk_loses_nothing(here, monkeypatch):
+    interrupt(here / "out", 2)
+    checkpoint = (here / "out" / "checkpoint" / "state.pt").read_bytes()
+
+    def full(*_):
+        raise OSError(28, "No space left on device")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(artifact.os, "fsync", full)
+        with pytest.raises(OSError, match="No space left"):
+            finish(here / "out", resume=True)
+    assert (here / "out" / "checkpoint" / "state.pt").read_bytes() == checkpoint
+    finish(here / "out", resume=True)
+
+
+def test_cuda_asked_for_and_absent(here, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    with pytest.raises(ValueError, match="no CUDA device here"):
+        finish(here / "out", changes={"device": "cuda"})
+    assert not (here / "out").exists()
+
+
+class TestConfig:
+    def test_every_problem_at_once_with_the_nearest_key(self):
+        values = {**SMALL, "thread": 2, "seed": -1, "training": {"epoch": 3, "gradual": 2.0}}
+        with pytest.raises(ValueError, match=r"run\.toml") as caught:
+            parse(values, "run.toml")
+        text = str(caught.value)
+        assert "unknown key 'thread' (did you mean 'thread" in text
+        assert "unknown key 'training.epoch' (did you mean 'epochs'?)" in text
+        assert "seed:" in text
+        assert "training.gradual:" in text
+
+    @pytest.mark.parametrize(
+        ("change", "message"),
+        [
+            ({"threat": "linf:2/0"}, "expected a radius"),
+            ({"attacks": ["pdg"]}, "did you mean 'pgd'"),
+            ({"ratio": None}, "exactly one of ratio and nonzeros"),
+            ({"ratio": 2.0}, "at most 1"),
+            ({"bits": 12}, "1 to 8 bits"),
+            ({"model": None}, "model"),
+        ],
+    )
+    def test_values_that_make_no_sense(self, change, message):
+        with pytest.raises(ValueError, match=message):
+            parse({**SMALL, **change})
+
+    def test_missing_key_and_files(self, tmp_path):
+        with pytest.raises(ValueError, match="threat is missing"):
+            parse({"model": "lenet", "data": "digits", "ratio": 0.1})
+        with pytest.raises(ValueError, match="cannot read"):
+            read_toml(tmp_path / "no.toml")
+        (tmp_path / "bad.toml").write_text("a = ")
+        with pytest.raises(ValueError, match="is not a TOML file"):
+            read_toml(tmp_path / "bad.toml")
+
+    def test_round_trip(self):
+        config = parse(SMALL)
+        assert parse(tomllib.loads(config.to_toml())) == config
+
+
+class TestWeights:
+    def test_every_kind_of_file(self, tmp_path, lenet):
+        state = models.build("lenet", 10, seed=5).state_dict()
+        torch.save({"state_dict": {f"module.{name}": value for name, value in state.items()}}, tmp_path / "a.pt")
+        save_file(state, tmp_path / "a.safetensors")
+        other = models.build("lenet", 10, seed=5)
+        artifact.save(other, tmp_path / "a.atmc")
+        for name in ("a.pt", "a.safetensors", "a.atmc"):
+            model = models.build("lenet", 10, seed=0)
+            load_weights(model, str(tmp_path / name))
+            assert all(torch.equal(value, state[key]) for key, value in model.state_dict().items())
+
+    def test_normalization_stays_the_models_own(self, tmp_path):
+        torch.save(models.build("lenet", 10, seed=5).state_dict(), tmp_path / "a.pt")
+        model = models.build("lenet", 10, mean=[0.3], std=[0.4])
+        load_weights(model, str(tmp_path / "a.pt"))
+        assert model.normalize.mean.item() == pytest.approx(0.3)
+
+    @pytest.mark.parametrize(
+        ("name", "content", "message"),
+        [
+            ("no.pt", None, "does not exist"),
+            ("a.pt", b"rubbish", "damaged or holds more than weights"),
+            ("a.safetensors", b"rubbish", "damaged or not a safetensors file"),
+            ("a.atmc", b"rubbish", "not an atmc model file"),
+            ("b.pt", [1, 2], "holds no state dict"),
+            ("c.pt", nn.Linear(2, 2), "damaged or holds more than weights"),
+            ("d.pt", {"fc9.weight": torch.zeros(3)}, "of another model: conv1.weight is missing"),
+        ],
+    )
+    def test_refused(self, tmp_path, lenet, name, content, message):
+        path = tmp_path / name
+        if isinstance(content, bytes):
+            path.write_bytes(content)
+        elif content is not None:
+            torch.save(content, path)
+        with pytest.raises(ValueError, match=message):
+            load_weights(lenet, str(path))
+
+    def test_shapes_that_differ(self, tmp_path, lenet):
+        torch.save(models.build("lenet", 7).state_dict(), tmp_path / "a.pt")
+        with pytest.raises(ValueError, match=r"fc2\.weight has shape \(7, 500\), not \(10, 500\)"):
+            load_weights(lenet, str(tmp_path / "a.pt"))
+
+    def test_factors_are_kept_where_they_are_wanted(self, here):
+        finish(here / "out")
+        metrics = finish(
+            here / "more",
+            changes={
+                "checkpoint": str(here / "out" / "model.atmc"),
+                "training": {"epochs": {"dense": 0, "l0": 0, "admm": 1}, "val_n": 20},
+            },
+        )
+        assert set(artifact.read(here / "more" / "model.atmc").metadata["structure"]) == {"0.weight", "3.weight"}
+        assert metrics["nonzeros"] <= int(0.3 * metrics["dense_weights"])
