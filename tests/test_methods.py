@@ -175,7 +175,7 @@ def test_batch_norm_is_reestimated_in_the_objectives_own_mixture(few):
 def test_a_network_with_batch_norm(few, bf16):
     torch.manual_seed(0)
     model = nn.Sequential(nn.Conv2d(1, 8, 5, stride=3), nn.BatchNorm2d(8), nn.ReLU(), nn.Flatten(), nn.Linear(512, 10))
-    work = job(few, model=model, bits=None, method="al0", ratio=0.3, epochs={"dense": 1, "l0": 1, "tune": 0}, bf16=bf16)
+    work = job(few, model=model, bits=3, ratio=0.3, epochs={"dense": 1, "l0": 1, "admm": 1, "tune": 0}, bf16=bf16)
     list(work.run())
     result = work.result()
     assert result.decided["batch_norm"] in (True, False)

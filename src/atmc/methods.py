@@ -20,7 +20,7 @@ from atmc.compress.projections import allocate_ranks
 from atmc.phases import Phase, Tensors
 from atmc.train import assign
 
-EXACT_BELOW = 4000  # nonzeros up to which a tensor's final codebook is the exact optimum
+EXACT_BELOW = 20_000  # nonzeros up to which a tensor's final codebook is the exact optimum
 
 
 @dataclass(frozen=True)

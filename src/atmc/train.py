@@ -110,12 +110,9 @@ def fit(
             perturb = attack.on(model, noise, eps_scale=ramp)
             x = batch.x.contiguous(memory_format=torch.channels_last)
             optimizer.zero_grad(set_to_none=True)
-            with (
-                seeded(derived_seed(loop.seed, epoch, step), x.device),
-                built_once(model),
-                autocast(x.device, loop.bf16),
-            ):
-                loss = objective(model, x, batch.y, perturb)
+            with seeded(derived_seed(loop.seed, epoch, step), x.device), built_once(model):
+                with autocast(x.device, loop.bf16):
+                    loss = objective(model, x, batch.y, perturb)
                 loss.backward()  # type: ignore[no-untyped-call]
             total += float(loss.detach())
             if not math.isfinite(total):

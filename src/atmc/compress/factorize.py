@@ -126,7 +126,9 @@ class Factors(nn.Module):
             w = w + u
         w = w.view(self.shape)
         w = w if c is None else w + c
-        return w.contiguous(memory_format=torch.channels_last) if w.dim() == 4 else w  # what convolutions run best on
+        # Convolutions run best on channels_last. A clone, for `contiguous` does nothing where there is one input channel,
+        # and a convolution judges by the strides.
+        return w.clone(memory_format=torch.channels_last) if w.dim() == 4 else w
 
     def right_inverse(self, w: Tensor) -> tuple[Tensor, ...]:
         """The factors at which this form starts from W: exact but for `rank`, which is W's best approximation."""

@@ -149,7 +149,8 @@ class L2:
 
     def distance(self, adv: Tensor, x: Tensor) -> Tensor:
         """(n,) Euclidean distances."""
-        return torch.linalg.vector_norm((adv - x).flatten(1), dim=1)
+        lengths: Tensor = torch.linalg.vector_norm((adv - x).flatten(1), dim=1)
+        return lengths
 
     def with_eps(self, eps: float) -> L2:
         """The same norm with another radius."""
