@@ -126,8 +126,8 @@ class Factors(nn.Module):
             w = w + u
         w = w.view(self.shape)
         w = w if c is None else w + c
-        # Convolutions run best on channels_last. A clone, for `contiguous` does nothing where there is one input channel,
-        # and a convolution judges by the strides.
+        # Convolutions run best on channels_last and judge it by the strides, which `contiguous` leaves as they are
+        # where there is one input channel: hence a clone.
         return w.clone(memory_format=torch.channels_last) if w.dim() == 4 else w
 
     def right_inverse(self, w: Tensor) -> tuple[Tensor, ...]:

@@ -206,7 +206,8 @@ def _expect_same(asked: RunConfig, stored: RunConfig, folder: Path) -> None:
     """A resumed run goes on as it began."""
     ours, theirs = asked.model_dump(), stored.model_dump()
     flat = {key: (ours[key], theirs[key]) for key in ours if key != "training"}
-    flat |= {f"training.{key}": (ours["training"][key], theirs["training"][key]) for key in ours["training"]}
+    known = {key: value for key, value in theirs["training"].items() if value is not None}  # settings may be younger
+    flat |= {f"training.{key}": (ours["training"][key], value) for key, value in known.items()}
     changed = [f"{key} was {before!r}, is {now!r}" for key, (now, before) in flat.items() if now != before]
     if changed:
         raise ValueError(f"{folder} was begun with other settings: {'; '.join(changed)}")

@@ -30,7 +30,7 @@ class Accuracy:
 
     accuracy: float
     n: int
-    right: Tensor
+    right: Tensor = field(repr=False)
     settings: dict[str, Any] = field(default_factory=dict)
 
     @classmethod

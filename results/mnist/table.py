@@ -1,0 +1,78 @@
+"""Write results/mnist/README.md and summary.csv from the runs beside this file. Run: python results/mnist/table.py"""
+
+from __future__ import annotations
+
+import csv
+import json
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+HERE = Path(__file__).parent
+
+
+def paper_value(curve: list[list[float]], ratio: float) -> float | None:
+    """The paper's accuracy at a nominal ratio, interpolated linearly between its points; None outside them."""
+    for (left, low), (right, high) in pairwise(curve):
+        if left * 0.98 <= ratio <= right * 1.02:
+            share = min(1.0, max(0.0, (ratio - left) / (right - left)))
+            return low + share * (high - low)
+    return None
+
+
+def rows() -> list[dict[str, Any]]:
+    """One row a finished run, with the paper's value at the same nominal ratio."""
+    paper = json.loads((HERE / "paper.json").read_text())
+    found = []
+    for path in sorted(HERE.glob("*/metrics.json")):
+        metrics = json.loads(path.read_text())
+        curve = "DA" if metrics["method"] == "da" else "ATMC-8bit" if metrics["bits"] else "ATMC-32bit"
+        row: dict[str, Any] = {"run": path.parent.name, "method": metrics["method"], "bits": metrics["bits"] or 32}
+        row |= {"nonzeros": metrics["nonzeros"], "k_ratio": round(metrics["nonzeros"] / metrics["dense_weights"], 5)}
+        row |= {"nominal_ratio": round(metrics["nominal_ratio"], 5), "file_bytes": metrics["file_bytes"]}
+        for name, ours in (("clean", metrics["clean"]), ("pgd", metrics["attacks"]["pgd"])):
+            theirs = paper[name][curve]
+            value = theirs if isinstance(theirs, float) else paper_value(theirs, metrics["nominal_ratio"])
+            row |= {name: ours["accuracy"], f"{name}_low": ours["ci95"][0], f"{name}_high": ours["ci95"][1]}
+            row[f"{name}_paper"] = None if value is None else round(value, 4)
+        strong = metrics["attacks"]["pgd-strong"]
+        row |= {
+            "pgd_strong": strong["accuracy"],
+            "pgd_strong_low": strong["ci95"][0],
+            "pgd_strong_high": strong["ci95"][1],
+        }
+        row |= {"n": strong["n"], "seed": metrics["seed"], "minutes": round(metrics["seconds"] / 60, 1)}
+        found.append(row)
+    return sorted(found, key=lambda row: (row["method"] != "da", row["nonzeros"], -row["bits"]))
+
+
+def percent(row: dict[str, Any], name: str) -> str:
+    """'89.40 [88.78, 89.99]'."""
+    return f"{row[name]:.2%} [{row[name + '_low']:.2%}, {row[name + '_high']:.2%}]".replace("%", "")
+
+
+def main() -> None:
+    """Both files."""
+    table = rows()
+    with open(HERE / "summary.csv", "w", newline="", encoding="utf-8") as file:
+        writer = csv.DictWriter(file, list(table[0]))
+        writer.writeheader()
+        writer.writerows(table)
+
+    def theirs(row: dict[str, Any], name: str) -> str:
+        return "–" if row[f"{name}_paper"] is None else f"{100 * row[f'{name}_paper']:.2f}"
+
+    head = (HERE / "about.md").read_text()
+    lines = ["| run | k / N | bits | nominal ratio | file, bytes | clean | paper | pgd | paper | pgd-strong |"]
+    lines.append("|---|---|---|---|---|---|---|---|---|---|")
+    for row in table:
+        lines.append(
+            f"| `{row['run']}` | {row['k_ratio']} | {row['bits']} | {row['nominal_ratio']} | {row['file_bytes']:,} "
+            f"| {percent(row, 'clean')} | {theirs(row, 'clean')} "
+            f"| {percent(row, 'pgd')} | {theirs(row, 'pgd')} | {percent(row, 'pgd_strong')} |"
+        )
+    (HERE / "README.md").write_text(head + "\n".join(lines) + "\n")
+
+
+if __name__ == "__main__":
+    main()
