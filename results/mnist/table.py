@@ -1,4 +1,7 @@
-"""Write results/mnist/README.md and summary.csv from the runs beside this file. Run: python results/mnist/table.py"""
+"""Write README.md, summary.csv and figure.svg from the runs beside this file (needs the extra `plots`).
+
+python results/mnist/table.py
+"""
 
 from __future__ import annotations
 
@@ -51,9 +54,36 @@ def percent(row: dict[str, Any], name: str) -> str:
     return f"{row[name]:.2%} [{row[name + '_low']:.2%}, {row[name + '_high']:.2%}]".replace("%", "")
 
 
+def draw(table: list[dict[str, Any]]) -> None:
+    """figure.svg: accuracy against nominal size, ours and the paper's."""
+    import matplotlib.pyplot as plt
+
+    paper = json.loads((HERE / "paper.json").read_text())
+    plt.rcParams.update({"svg.hashsalt": "atmc", "font.size": 9, "svg.fonttype": "none"})
+    figure, axes = plt.subplots(1, 2, figsize=(9, 3.6), sharex=True, sharey=True, layout="constrained")
+    for axis, name, title in zip(axes, ("clean", "pgd"), ("clean", "under the paper's PGD, 76/255"), strict=True):
+        for curve, style in (("ATMC-32bit", "--s"), ("ATMC-8bit", "--o"), ("AL0", ":^")):
+            points = [point for point in paper[name][curve] if point[0] < 0.06]
+            axis.plot(*zip(*points, strict=True), style, color="#7a7a7a", ms=4, lw=1, label=f"paper, {curve}")
+        for bits, color in ((32, "#0072b2"), (8, "#d55e00"), (4, "#009e73")):
+            ours = [row for row in table if row["bits"] == bits and row["method"] == "atmc"]
+            bars = [[row[name] - row[f"{name}_low"] for row in ours], [row[f"{name}_high"] - row[name] for row in ours]]
+            at = [row["nominal_ratio"] for row in ours]
+            axis.errorbar(
+                at, [row[name] for row in ours], bars, fmt="-o", color=color, ms=4, label=f"atmc, {bits} bits"
+            )
+        axis.set(xscale="log", title=title, xlabel="nominal bits / (32 x dense weights)")
+        axis.yaxis.set_major_formatter(lambda value, _: f"{value:.0%}")
+        axis.grid(alpha=0.3)
+    axes[0].set_ylabel("accuracy on 10,000 test images")
+    axes[1].legend(loc="lower right", fontsize=8)
+    figure.savefig(HERE / "figure.svg", metadata={"Date": None})
+
+
 def main() -> None:
-    """Both files."""
+    """All three files."""
     table = rows()
+    draw(table)
     with open(HERE / "summary.csv", "w", newline="", encoding="utf-8") as file:
         writer = csv.DictWriter(file, list(table[0]))
         writer.writeheader()
