@@ -67,7 +67,7 @@ def draw(table: list[dict[str, Any]]) -> None:
             axis.plot(*zip(*points, strict=True), style, color="#7a7a7a", ms=4, lw=1, label=f"paper, {curve}")
         for bits, color in ((32, "#0072b2"), (8, "#d55e00"), (4, "#009e73")):
             ours = [row for row in table if row["bits"] == bits and row["method"] == "atmc"]
-            bars = [[row[name] - row[f"{name}_low"] for row in ours], [row[f"{name}_high"] - row[name] for row in ours]]
+            bars = [[abs(row[name] - row[f"{name}_{end}"]) for row in ours] for end in ("low", "high")]
             at = [row["nominal_ratio"] for row in ours]
             axis.errorbar(
                 at, [row[name] for row in ours], bars, fmt="-o", color=color, ms=4, label=f"atmc, {bits} bits"
