@@ -118,6 +118,7 @@ class TestBudget:
         values = {"big": torch.tensor([1.0, 2.0] * 10 + [0.0] * 9), "small": torch.tensor([1.0, 0.0, 5.0])}
         assert nominal_bits(values, None) == 32 * 22
         assert nominal_bits(values, 2) == (2 * 20 + 32 * 2) + 32 * 2
+        assert nominal_bits({"w": torch.arange(1.0, 10.0)}, 2) == 32 * 9  # not quantized yet
 
 
 class TestAdmm:

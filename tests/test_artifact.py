@@ -114,8 +114,15 @@ def test_other_number_types(dtype):
 def test_values_that_cannot_be_stored():
     with pytest.raises(ValueError, match="tensor w: expected finite values"):
         artifact.pack({}, {"w": np.array([1, np.nan], np.float32)})
+    with pytest.raises(ValueError, match="tensor w: expected finite values"):
+        artifact.pack({}, {"w": np.array([1, np.inf], np.float64)})
     with pytest.raises(ValueError, match="cannot store values of type complex64"):
         coder.encode(np.zeros(3, np.complex64))
+    with pytest.raises(ValueError, match="at most 8 dimensions"):
+        artifact.pack({}, {"w": np.zeros((1,) * 9, np.float32)})
+    for dtype in (torch.bfloat16, torch.float16):
+        with pytest.raises(ValueError, match=f"tensor 0.weight: cannot store values of type {dtype}"):
+            artifact.to_bytes(nn.Sequential(nn.Linear(2, 2)).to(dtype))
 
 
 def test_golden_bytes():
@@ -220,6 +227,23 @@ class TestWrongFiles:
             body = b"ATMC" + struct.pack("<HI", 1, len(text)) + text + b"\0\0"
             with pytest.raises(artifact.Malformed):
                 artifact.unpack(resealed(body))
+
+    def test_a_small_file_cannot_claim_a_large_tensor(self, tmp_path):
+        """One value repeated 2^40 times takes a few bytes; neither `load` nor `inspect` may believe it."""
+        text = b'{"model":{},"structure":{}}'
+        codes = struct.pack("<H", 1) + b"\1" + b"\0\0"
+        tensor = struct.pack("<H", 1) + b"w" + struct.pack("<BIIBI", 2, 2**20, 2**20, 3, len(codes)) + codes
+        data = resealed(b"ATMC" + struct.pack("<HI", 1, len(text)) + text + struct.pack("<H", 1) + tensor)
+        (tmp_path / "m.atmc").write_bytes(data)
+        for read in (artifact.load, inspection):
+            with pytest.raises(artifact.Malformed, match="1,099,511,627,776 values"):
+                read(tmp_path / "m.atmc")
+
+    def test_inspection_of_a_structure_that_makes_no_sense(self, tmp_path):
+        for structure, message in (({"w": 3}, "no valid form"), ({"w": ["left", 2]}, "factors of w are missing")):
+            (tmp_path / "m.atmc").write_bytes(artifact.pack({"model": {}, "structure": structure}, {}))
+            with pytest.raises(artifact.Malformed, match=message):
+                inspection(tmp_path / "m.atmc")
 
     def test_the_same_tensor_twice_and_too_many_dimensions(self):
         text = b'{"model":{},"structure":{}}'

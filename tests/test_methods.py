@@ -243,6 +243,14 @@ class TestRefused:
             ({"epochs": {"dens": 1}}, "unknown phase 'dens'"),
             ({"epochs": -1}, "epochs >= 0"),
             ({"optimizer": "lion"}, "unknown optimizer"),
+            ({"objective": "robust"}, "unknown objective 'robust'"),
+            ({"augment": "mixup"}, "unknown augment"),
+            ({"attack_steps": 0}, "attack_steps > 0"),
+            ({"interval": 0}, "interval > 0"),
+            ({"eps_ramp": -1.0}, "eps_ramp >= 0"),
+            ({"regrow": 0.5}, "regrow >= 1"),
+            ({"gradual": 2.0}, "gradual <= 1"),
+            ({"learning_rat": 0.1}, "did you mean 'learning_rate'"),
         ],
     )
     def test_before_training(self, few, settings, message):

@@ -153,6 +153,16 @@ def test_nothing_is_overwritten_unasked(here):
     assert (here / "out" / "model.atmc").read_bytes() != before
 
 
+def test_a_number_of_images_for_each_attack(here):
+    changes = {
+        "eval_n": {"pgd-strong": 7},
+        "attacks": ["pgd", "pgd-strong"],
+        "training": {**SMALL["training"], "epochs": 0},
+    }
+    attacks = finish(here / "out", changes=changes)["attacks"]
+    assert (attacks["pgd"]["n"], attacks["pgd-strong"]["n"]) == (360, 7)
+
+
 def test_folders_that_cannot_be_used(here):
     (here / "file").write_text("x")
     with pytest.raises(ValueError, match="is a file"):
@@ -217,6 +227,10 @@ class TestConfig:
             ({"ratio": 2.0}, "at most 1"),
             ({"bits": 12}, "1 to 8 bits"),
             ({"model": None}, "model"),
+            ({"eval_n": 0}, "eval_n >= 1, got 0"),
+            ({"eval_n": {"pdg": 5}}, "did you mean 'pgd'"),
+            ({"method": "da"}, "leave out ratio, nonzeros and bits"),
+            ({"method": "atcm"}, "did you mean 'atmc'"),
         ],
     )
     def test_values_that_make_no_sense(self, change, message):

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import copy
 import os
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from difflib import get_close_matches
 from pathlib import Path
 from typing import Any, cast
 
@@ -81,6 +82,11 @@ def default_recipe(model: nn.Module, **settings: Any) -> Recipe:
     if optimizer not in LEARNING_RATES:
         raise ValueError(f"unknown optimizer {optimizer!r}: expected one of {', '.join(LEARNING_RATES)}")
     settings.setdefault("weight_decay", 5e-4 if normed else 1e-4)
+    unknown = [key for key in settings if key not in Recipe.__dataclass_fields__]
+    if unknown:
+        near = get_close_matches(unknown[0], Recipe.__dataclass_fields__, n=1)
+        hint = f"; did you mean {near[0]!r}?" if near else ""
+        raise ValueError(f"unknown setting {unknown[0]!r}{hint}")
     settings["epochs"] = _by_phase(settings.get("epochs"), DEFAULT_EPOCHS, "epochs")
     settings["learning_rate"] = _by_phase(settings.get("learning_rate"), LEARNING_RATES[optimizer], "learning_rate")
     return Recipe(**settings)
@@ -225,7 +231,7 @@ def evaluate(
     *,
     threat: Threat,
     attack: str | Sequence[str] = "pgd",
-    n: int | None = None,
+    n: int | Mapping[str, int] | None = None,
     steps: int | None = None,
     seed: int = 0,
 ) -> Report:
@@ -235,6 +241,7 @@ def evaluate(
         model: module from images (n, c, h, w) in [0, 1] to logits; left as it was.
         test: as in `compress`.
         attack: one or several of `robust.evaluate.ATTACKS`.
+        n: images under attack, for every attack or by its name; all by default.
 
     Raises:
         ValueError: unknown attack, a threat too large for the images, or a model that does not fit them.
@@ -245,7 +252,10 @@ def evaluate(
     device = next((p.device for p in model.parameters()), torch.device("cpu"))
     images = images.to(device)
     names = [attack] if isinstance(attack, str) else list(attack)
-    attacks = {name: robust_accuracy(model, images, threat, name, n=n, steps=steps, seed=seed) for name in names}
+    counts = {name: n.get(name) if isinstance(n, Mapping) else n for name in names}
+    attacks = {
+        name: robust_accuracy(model, images, threat, name, n=counts[name], steps=steps, seed=seed) for name in names
+    }
     return Report(clean_accuracy(model, images), attacks)
 
 

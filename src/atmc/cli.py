@@ -7,6 +7,7 @@ import sys
 from pathlib import Path
 from typing import Annotated, Any
 
+import torch
 import typer
 from rich.console import Console
 
@@ -21,7 +22,7 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     help="Make an image classifier small and hard to fool at once.",
 )
-console = Console()
+console = Console(width=None if sys.stdout.isatty() else 150)
 
 
 def _version(value: bool) -> None:
@@ -59,6 +60,8 @@ def compress(
     attack: Annotated[str | None, typer.Option(help="Attacks of the final evaluation, separated by commas.")] = None,
     eval_n: Annotated[int | None, typer.Option(help="Test images under attack (default: all).")] = None,
     limit: Annotated[int | None, typer.Option(help="Train on the first so many images only.")] = None,
+    image_column: Annotated[str | None, typer.Option(help="Where the data has several.")] = None,
+    label_column: Annotated[str | None, typer.Option(help="If not label or fine_label.")] = None,
     config: Annotated[Path | None, typer.Option(help="TOML file; options given here override it.")] = None,
     seed: Annotated[int | None, typer.Option(help="Keys every random draw.")] = None,
     device: Annotated[str | None, typer.Option(help="auto, cpu or cuda.")] = None,
@@ -80,6 +83,8 @@ def compress(
         "bits": bits,
         "method": method,
         "checkpoint": checkpoint,
+        "image_column": image_column,
+        "label_column": label_column,
         "eval_n": eval_n,
         "limit": limit,
         "seed": seed,
@@ -132,6 +137,9 @@ def evaluate(
     model: Annotated[
         str | None, typer.Option(help="package.module:factory, where the file is of your own class.")
     ] = None,
+    image_column: Annotated[str | None, typer.Option(help="Where the data has several.")] = None,
+    label_column: Annotated[str | None, typer.Option(help="If not label or fine_label.")] = None,
+    device: Annotated[str, typer.Option(help="cpu or cuda.")] = "cpu",
     seed: Annotated[int, typer.Option(help="Keys random starts.")] = 0,
     json_path: Annotated[Path | None, typer.Option("--json", help="Also write the figures here.")] = None,
     overwrite: Annotated[bool, typer.Option(help="Replace the file given with --json.")] = False,
@@ -146,7 +154,10 @@ def evaluate(
         raise ValueError(f"{json_path} exists: add --overwrite to replace it")
     ball = parse_threat(threat)
     network = artifact.load(file, factory=models.import_factory(model) if model else None)
-    test = load_data(data).test
+    if device not in ("cpu", "cuda") or (device == "cuda" and not torch.cuda.is_available()):
+        raise ValueError(f"expected device cpu, or cuda where torch sees one, got {device!r}")
+    test = load_data(data, image_column=image_column, label_column=label_column).test
+    network.to(device)
     report = api.evaluate(network, test, threat=ball, attack=attack.split(","), n=n, steps=steps, seed=seed)
     figures = {"model": str(file), "data": data, "threat": str(ball), "seed": seed, **report.to_json()}
     console.print(evaluation_table(figures))

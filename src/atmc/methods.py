@@ -112,23 +112,23 @@ CODEBOOK_METHODS = ("atmc", "al0q")
 
 
 def phases_of(method: str, plan: Plan) -> list[Phase]:
-    """The phases of a method by name.
+    """The phases of a method by name. Raises ValueError as `check_method`."""
+    check_method(method, plan.bits)
+    return METHODS[method](plan)
 
-    Raises:
-        ValueError: unknown method (the nearest is named), or bits given to a method without a codebook, or missing
-            for `al0q`.
-    """
+
+def check_method(method: str, bits: int | None) -> None:
+    """ValueError for an unknown method (the nearest is named), bits without a codebook, or `al0q` without bits."""
     if method not in METHODS:
         near = get_close_matches(method, METHODS, n=1)
         hint = f"; did you mean {near[0]!r}?" if near else ""
         raise ValueError(f"unknown method {method!r}: expected one of {', '.join(METHODS)}{hint}")
-    if plan.bits is not None and method not in CODEBOOK_METHODS:
+    if bits is not None and method not in CODEBOOK_METHODS:
         raise ValueError(
             f"method {method!r} has no codebook: leave out bits, or use one of {', '.join(CODEBOOK_METHODS)}"
         )
-    if plan.bits is None and method == "al0q":
+    if bits is None and method == "al0q":
         raise ValueError("method 'al0q' is al0 with a codebook: give bits")
-    return METHODS[method](plan)
 
 
 def objective_of(method: str, objective: str) -> str:

@@ -15,10 +15,11 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
+from atmc.augment import AUGMENTATIONS
 from atmc.compress.admm import Admm
 from atmc.compress.budget import nominal_bits
 from atmc.compress.constraints import Constraint
-from atmc.compress.factorize import built_once, compressible, restructure, structure
+from atmc.compress.factorize import built_once, compressible, fold, restructure, structure
 from atmc.data import Images
 from atmc.rng import derived_seed
 from atmc.robust.evaluate import Accuracy, clean_accuracy, robust_accuracy
@@ -33,12 +34,14 @@ Tensors = Mapping[str, Tensor]
 class Recipe:
     """How to train; every field is a setting of the command line's configuration file.
 
+    These are the values for a model without batch norm; `api.default_recipe` chooses by the model.
+
     Args:
         epochs: phase name -> epochs; phases not named do not train.
         learning_rate: phase name -> peak rate.
         objective: a name in `OBJECTIVES`.
         attack_steps, relative_step, random_start, batch_statistics: the training attack, see `TrainingAttack`.
-        optimizer: ``adamw`` or ``sgd`` (momentum 0.9).
+        optimizer: ``adamw`` or ``sgd`` (Nesterov momentum 0.9).
         warmup: share of the dense phase in which the rate rises.
         eps_ramp: epochs of the dense phase in which the ball grows to full size.
         gradual: share of the l0 and admm phases in which the nonzeros shrink to the budget (Zhu and Gupta 2018).
@@ -72,6 +75,23 @@ class Recipe:
     bf16: bool = False
     val_n: int = 1000
     seed: int = 0
+
+    def __post_init__(self) -> None:
+        """ValueError for a setting that makes no sense."""
+        for name, known in (("objective", OBJECTIVES), ("augment", AUGMENTATIONS), ("optimizer", ("adamw", "sgd"))):
+            if getattr(self, name) not in known:
+                raise ValueError(f"unknown {name} {getattr(self, name)!r}: expected one of {', '.join(known)}")
+        for name in ("attack_steps", "batch_size", "interval", "val_n", "relative_step", "rho"):
+            if not getattr(self, name) > 0:
+                raise ValueError(f"expected {name} > 0, got {getattr(self, name)}")
+        for name in ("weight_decay", "eps_ramp"):
+            if not getattr(self, name) >= 0:
+                raise ValueError(f"expected {name} >= 0, got {getattr(self, name)}")
+        if not (0 <= self.warmup < 1 and 0 <= self.gradual <= 1 and self.regrow >= 1):
+            raise ValueError(
+                f"expected 0 <= warmup < 1, 0 <= gradual <= 1 and regrow >= 1, "
+                f"got {self.warmup}, {self.gradual} and {self.regrow}"
+            )
 
 
 @dataclass(frozen=True)
@@ -244,18 +264,20 @@ class Runner:
         return EpochEnd(record, state)
 
     def finish(self) -> tuple[nn.Module, dict[str, Any]]:
-        """Batch-norm statistics and number formats, each kept only where validation does not get worse.
+        """Batch-norm statistics anew where that raises the validation score; fp16 where neither accuracy falls.
+
+        Validated is what the file will decode to (`factorize.fold`), so that its figures are the file's.
 
         Returns:
             the model (still factorized where its method is) and what was decided: {"batch_norm": bool, "fp16": bool,
             "clean": Accuracy, "robust": Accuracy} with the final validation accuracies.
         """
-        clean, robust = self.validate()
+        clean, robust = self._validate(fold(self.model))
         decided: dict[str, Any] = {"batch_norm": False, "fp16": False}
         before = _copy(self.model.state_dict())
         loop = self._loop(None, len(self.phases))
         if reestimate_batch_norm(self.model, self._train, loop, objective=self._objective, attack=self._attack):
-            now = self.validate()
+            now = self._validate(fold(self.model))
             if self._score(*now) > self._score(clean, robust):
                 (clean, robust), before = now, _copy(self.model.state_dict())
                 decided["batch_norm"] = True
@@ -263,7 +285,7 @@ class Runner:
         rounded = {name: _to_fp16(value) for name, value in before.items()}
         if all(bool(value.isfinite().all()) for value in rounded.values()):
             self.model.load_state_dict(rounded)
-            now = self.validate()
+            now = self._validate(fold(self.model))
             if now[0].accuracy >= clean.accuracy and now[1].accuracy >= robust.accuracy:
                 (clean, robust), before = now, rounded
                 decided["fp16"] = True
@@ -272,10 +294,13 @@ class Runner:
 
     def validate(self) -> tuple[Accuracy, Accuracy]:
         """Clean accuracy on the whole validation split and `pgd` accuracy on its first val_n images, in float32."""
-        self.model.eval()
-        with built_once(self.model):
-            clean = clean_accuracy(self.model, self._val)
-            robust = robust_accuracy(self.model, self._val, self._threat, "pgd", n=self._recipe.val_n)
+        return self._validate(self.model)
+
+    def _validate(self, model: nn.Module) -> tuple[Accuracy, Accuracy]:
+        model.eval()
+        with built_once(model):
+            clean = clean_accuracy(model, self._val)
+            robust = robust_accuracy(model, self._val, self._threat, "pgd", n=self._recipe.val_n)
         return clean, robust
 
     def _score(self, clean: Accuracy, robust: Accuracy) -> float:

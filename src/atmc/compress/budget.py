@@ -67,13 +67,13 @@ def nominal_bits(tensors: Mapping[str, Tensor], bits: int | None) -> int:
     """The paper's size, in bits: positions, biases and batch norm are not counted.
 
     Per tensor 32 a nonzero where there is no codebook or at most 2^bits nonzeros; else `bits` a nonzero and 32 a
-    distinct nonzero value (Gui et al. 2019, section 4; the authors' program).
+    distinct nonzero value (Gui et al. 2019, section 4; the authors' program). A tensor with more distinct values than
+    that, before its quantization, counts as having no codebook.
     """
     total = 0
     for tensor in tensors.values():
         count = int(tensor.count_nonzero())
-        if bits is None or count <= 2**bits:
-            total += 32 * count
-        else:
-            total += bits * count + 32 * distinct_nonzero(tensor)
+        levels = 0 if bits is None or count <= 2**bits else distinct_nonzero(tensor)
+        coded = bits is not None and 0 < levels <= 2**bits
+        total += (bits or 0) * count + 32 * levels if coded else 32 * count
     return total

@@ -19,6 +19,7 @@ from torch import nn
 
 from atmc.api import default_recipe
 from atmc.compress.budget import Budget
+from atmc.methods import check_method
 from atmc.phases import Recipe
 from atmc.robust.evaluate import check_attacks
 from atmc.robust.threats import Threat, parse_threat
@@ -27,7 +28,7 @@ PhaseName = Literal["dense", "l0", "admm", "tune"]
 
 
 class Training(BaseModel):
-    """The section [training]: fields of `phases.Recipe`; what is missing is that class's default."""
+    """The section [training]: fields of `phases.Recipe`; what is missing is chosen by `api.default_recipe`."""
 
     model_config = ConfigDict(extra="forbid", strict=True)
 
@@ -79,20 +80,27 @@ class RunConfig(BaseModel):
     layout: Literal["channels_last"] = "channels_last"
     attacks: list[str] = ["pgd"]
     steps: int | None = Field(default=None, ge=1)
-    eval_n: int | None = Field(default=None, ge=1)
+    eval_n: int | dict[str, int] | None = None
     training: Training = Training()
 
     @model_validator(mode="after")
     def _check(self) -> RunConfig:
         parse_threat(self.threat)
         check_attacks(self.attacks)
-        if self.method != "da":
-            self.budget()
+        if isinstance(self.eval_n, dict):
+            check_attacks(list(self.eval_n))
+        for count in self.eval_n.values() if isinstance(self.eval_n, dict) else [self.eval_n]:
+            if count is not None and count < 1:
+                raise ValueError(f"expected eval_n >= 1, got {count}")
+        self.budget()
+        check_method(self.method, self.bits)
         return self
 
     def budget(self) -> Budget:
         """The budget; `da` has none and keeps every weight."""
         if self.method == "da":
+            if (self.ratio, self.nonzeros, self.bits) != (None, None, None):
+                raise ValueError("method 'da' keeps every weight: leave out ratio, nonzeros and bits")
             return Budget(ratio=1.0)
         if (self.ratio is None) == (self.nonzeros is None):
             raise ValueError("give exactly one of ratio and nonzeros")

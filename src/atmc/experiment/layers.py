@@ -77,7 +77,8 @@ def _value_bits(row: Mapping[str, Any]) -> str:
     if not row["nonzeros"]:
         return "none"
     if row["bytes"]["codebook"]:
-        return f"{row['levels']} values, {math.ceil(math.log2(row['levels']))} bits"
+        held = row["levels"] + (row["encoding"] == "codes" and row["nonzeros"] < row["values"])  # zero has a code too
+        return f"{row['levels']} values, {math.ceil(math.log2(held))} bits"
     stored = row["nonzeros"] if row["bytes"]["positions"] else row["values"]
     return "fp16" if row["bytes"]["values"] < 3 * stored else "fp32"
 

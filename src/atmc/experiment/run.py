@@ -122,7 +122,7 @@ def _train_and_judge(job: api.Job, config: RunConfig, data: Data, folder: Path) 
 def _metrics(
     job: api.Job, result: api.Result, config: RunConfig, report: api.Report, size: int, seconds: float
 ) -> dict[str, Any]:
-    tensors = compressible(job.runner.model)
+    tensors = compressible(job.runner.model, exclude=tuple(config.training.exclude or ()))
     nonzeros = sum(int(tensor.count_nonzero()) for tensor in tensors.values())
     bits = nominal_bits(tensors, config.bits)
     decided = result.decided

@@ -28,6 +28,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 import os
 import struct
 from collections.abc import Callable, Mapping, Sequence
@@ -45,7 +46,9 @@ from atmc.pack import coder
 from atmc.version import __version__
 
 MAGIC, VERSION = b"ATMC", 1
-MAX_METADATA, MAX_DIMENSIONS = 1 << 24, 8
+MAX_METADATA, MAX_DIMENSIONS, MAX_TENSORS = 1 << 24, 8, 65_535
+STORED = (torch.float32, torch.float64, torch.int64, torch.int32, torch.uint8, torch.bool)
+MAX_VALUES = 1 << 29  # of all tensors of a file together: 2 GiB of float32
 
 
 class ArtifactError(ValueError):
@@ -88,7 +91,7 @@ class Entry:
     @property
     def size(self) -> int:
         """Number of values."""
-        return int(np.prod(self.shape, dtype=np.int64))
+        return math.prod(self.shape)
 
     def values(self) -> np.ndarray:
         """Decoded, in shape. Raises `Malformed`."""
@@ -185,11 +188,18 @@ def _tensors(model: nn.Module) -> dict[str, np.ndarray]:
             continue
         weight = path + rest.partition(".")[0]
         found.update({f"{weight}.{name}": factor.detach() for name, factor in parts[weight].items()})
+    for name, value in found.items():
+        if value.dtype not in STORED:
+            raise ValueError(f"tensor {name}: cannot store values of type {value.dtype}")
     return {name: value.detach().cpu().contiguous().numpy() for name, value in found.items()}
 
 
 def pack(metadata: Mapping[str, Any], tensors: Mapping[str, np.ndarray]) -> bytes:
     """The bytes of a file."""
+    if len(tensors) > MAX_TENSORS or any(values.ndim > MAX_DIMENSIONS for values in tensors.values()):
+        raise ValueError(f"expected at most {MAX_TENSORS:,} tensors of at most {MAX_DIMENSIONS} dimensions")
+    if sum(values.size for values in tensors.values()) > MAX_VALUES:
+        raise ValueError(f"expected at most {MAX_VALUES:,} values in all")
     text = json.dumps(metadata, sort_keys=True, separators=(",", ":")).encode()
     body = [MAGIC, struct.pack("<HI", VERSION, len(text)), text, struct.pack("<H", len(tensors))]
     for name, values in tensors.items():
@@ -259,6 +269,9 @@ def _parse(reader: coder.Reader, source: str) -> Content:
             raise bad(f"tensor {name} stands twice")
         entries[name] = Entry(name, shape, encoding, bytes(reader.take(size)))
     reader.expect_end()
+    values = sum(entry.size for entry in entries.values())
+    if values > MAX_VALUES:
+        raise bad(f"{values:,} values; at most {MAX_VALUES:,} are read")
     return Content(metadata, tuple(entries.values()))
 
 

@@ -33,11 +33,11 @@ def encode(values: np.ndarray) -> tuple[int, bytes]:
     [0.0, 0.0, 0.0, 0.0, 0.0, 0.0, 2.0, 0.0]
     """
     flat = np.ascontiguousarray(values).reshape(-1)
+    if flat.dtype.kind == "f" and not np.isfinite(flat).all():
+        raise ValueError("expected finite values, got nan or infinity")
     if flat.dtype != np.float32:
         return RAW, _raw(flat)
     flat = flat + np.float32(0)  # -0.0 becomes 0.0
-    if not np.isfinite(flat).all():
-        raise ValueError("expected finite values, got nan or infinity")
     positions = np.flatnonzero(flat)
     nonzero = flat[positions]
     where = _encode_positions(positions, len(flat))

@@ -63,6 +63,8 @@ def _ranks(content: Content) -> dict[str, dict[str, Any]]:
     entries = {entry.name: entry for entry in content.entries}
     found: dict[str, dict[str, Any]] = {}
     for path, form in content.metadata["structure"].items():
+        if not (isinstance(form, list) and len(form) == 2):
+            raise Malformed(f"{path} has no valid form: {form!r}")
         if f"{path}.U" not in entries or f"{path}.V" not in entries:
             raise Malformed(f"factors of {path} are missing")
         u, v = entries[f"{path}.U"].values(), entries[f"{path}.V"].values()

@@ -97,7 +97,7 @@ def robust_accuracy(
     seed: int = 0,
     batch_size: int = 500,
 ) -> Accuracy:
-    """Accuracy on the first n images under a named attack, each example's worst case over all restarts.
+    """Accuracy on the first n images under a named attack: right when clean, and after every restart.
 
     Attacks: ``fgsm``; ``pgd``, the paper's (steps of 1.25 eps / steps, start at x, last iterate); ``pgd-strong``
     (40 steps of eps / 10, 5 random restarts, best of steps, together with ``pgd``); ``wrm`` (penalty 1.3, 7 steps, no
@@ -116,11 +116,11 @@ def robust_accuracy(
     count = min(n or len(images), len(images))
     chunks = _chunks(images, count, batch_size)
     if attack == "fgsm":
-        right = [predictions(model, fgsm(model, x, y, threat)) == y for x, y, _ in chunks]
+        right = [_held(model, x, y, fgsm(model, x, y, threat)) for x, y, _ in chunks]
         return Accuracy.of(torch.cat(right), eps=threat.eps)
     if attack == "wrm":
         return _under_wrm(model, chunks)
-    steps = steps or paper_steps(threat)
+    steps = paper_steps(threat) if steps is None else steps
     step_size = 1.25 * threat.eps / steps
     right = []
     for x, y, index in chunks:
@@ -154,6 +154,11 @@ def _pgd_settings(attack: str, threat: Threat, steps: int, step_size: float, see
     }
 
 
+def _held(model: nn.Module, x: Tensor, y: Tensor, adv: Tensor) -> Tensor:
+    """(n,) whether both the clean and the attacked image are classified right."""
+    return (predictions(model, x) == y) & (predictions(model, adv) == y)
+
+
 def _survive(model: nn.Module, x: Tensor, y: Tensor, alive: Tensor, attack: Any, index: Tensor) -> None:
     """Attack the examples still alive and clear the mark, in place, of those that are fooled."""
     if alive.any():
@@ -165,7 +170,7 @@ def _under_wrm(model: nn.Module, chunks: Iterator[tuple[Tensor, Tensor, Tensor]]
     right, l2, linf = [], [], []
     for x, y, _ in chunks:
         adv = wrm(model, x, y)
-        right.append(predictions(model, adv) == y)
+        right.append(_held(model, x, y, adv))
         change = (adv - x).flatten(1)
         l2.append(change.norm(dim=1))
         linf.append(change.abs().amax(1))
