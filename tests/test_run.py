@@ -306,3 +306,12 @@ class TestWeights:
         )
         assert set(artifact.read(here / "more" / "model.atmc").metadata["structure"]) == {"0.weight", "3.weight"}
         assert metrics["nonzeros"] <= int(0.3 * metrics["dense_weights"])
+
+
+CONFIGS = sorted(Path(__file__).parent.parent.glob("configs/**/*.toml"))
+
+
+@pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.stem)
+def test_committed_configurations_are_valid(path):
+    config = parse(read_toml(path), str(path))
+    assert config.recipe(models.build(config.model, 10)).epochs

@@ -251,6 +251,7 @@ def evaluate(
     check_model(model, images, None)
     device = next((p.device for p in model.parameters()), torch.device("cpu"))
     images = images.to(device)
+    model = copy.deepcopy(model).to(memory_format=torch.channels_last)  # type: ignore[call-overload]
     names = [attack] if isinstance(attack, str) else list(attack)
     counts = {name: n.get(name) if isinstance(n, Mapping) else n for name in names}
     attacks = {
