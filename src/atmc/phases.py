@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
 import torch
@@ -222,10 +222,15 @@ class Runner:
             constraint=phase.constraint(state.start) if phase.constraint else None,
             admm=admm,
         ):
-            yield progress
+            yield replace(progress, phase=phase.name, share=self._share(state.phase, progress))
             if progress.epoch_done:
                 yield self._judge(phase, state, tensors, progress, progress.admm, optimizer)
         self.model.load_state_dict(state.best)
+
+    def _share(self, index: int, progress: Progress) -> float:
+        """Epochs done over epochs of all phases."""
+        epochs = [self._recipe.epochs.get(phase.name, 0) for phase in self.phases]
+        return (sum(epochs[:index]) + progress.epoch - 1 + progress.step / progress.steps) / sum(epochs)
 
     def _judge(
         self,

@@ -32,7 +32,10 @@ class TrainingDiverged(RuntimeError):
 
 @dataclass(frozen=True)
 class Progress:
-    """Where training stands after a step. Epochs and steps count from 1; loss is the epoch's mean so far."""
+    """Where training stands after a step. Epochs and steps count from 1; loss is the epoch's mean so far.
+
+    `phase` and `share`, of all the run's epochs that are done, are filled in by whoever runs several phases.
+    """
 
     epoch: int
     epochs: int
@@ -41,6 +44,8 @@ class Progress:
     loss: float
     seconds: float
     admm: Admm | None
+    phase: str = ""
+    share: float = 0.0
 
     @property
     def epoch_done(self) -> bool:

@@ -30,8 +30,9 @@ class Display:
             transient=True,
             disable=not console.is_terminal,
         )
-        self._task = self._bar.add_task("starting", total=None, note="")
-        self._phase, self._last = "", 0.0
+        self._task = self._bar.add_task("starting", total=1.0, note="")
+        self._record: Record | None = None
+        self._last = 0.0
 
     def __enter__(self) -> Display:
         self._bar.start()
@@ -51,6 +52,7 @@ class Display:
         elif isinstance(event, Progress):
             self._step(event)
         elif isinstance(event, EpochEnd):
+            self._record = event.record
             self._console.print(_line(event.record), highlight=False, soft_wrap=True)
 
     def _step(self, event: Progress) -> None:
@@ -58,14 +60,13 @@ class Display:
         if now - self._last < 0.2 and not event.epoch_done:
             return
         self._last = now
-        done = (event.epoch - 1) * event.steps + event.step
-        self._bar.update(
-            self._task,
-            description=f"epoch {event.epoch}/{event.epochs}",
-            completed=done,
-            total=event.epochs * event.steps,
-            note=f"loss {event.loss:.4f}",
-        )
+        note = f"loss {event.loss:.4f}"
+        if self._record is not None:
+            note += f"  clean {self._record.clean:.1%}  robust {self._record.robust:.1%}"
+        if event.admm is not None:
+            note += f"  residuals {event.admm.primal:.3g} / {event.admm.dual:.3g}"
+        description = f"{event.phase} {event.epoch}/{event.epochs}"
+        self._bar.update(self._task, description=description, completed=event.share, note=note)
 
 
 def _line(record: Record) -> str:
