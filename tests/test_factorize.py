@@ -20,6 +20,7 @@ from atmc.compress.factorize import (
     restructure,
     sites,
     structure,
+    use_channels_last,
 )
 
 
@@ -184,3 +185,28 @@ def test_product_skips_dead_rows_and_columns_but_not_their_gradients():
     assert torch.allclose(model[0].weight, w, atol=1e-6)
     for name, plain in zip("UVC", (u, v, c), strict=True):
         assert torch.allclose(parts[name].grad, plain.grad, rtol=1e-4, atol=1e-5)
+
+
+def test_attention_with_separate_projections_folds():
+    torch.manual_seed(0)
+    model, query, key = nn.MultiheadAttention(8, 2, kdim=6, vdim=4), torch.randn(3, 1, 8), torch.randn(5, 1, 6)
+    value = torch.randn(5, 1, 4)
+    expected = model(query, key, value)[0]
+    held = factorize(copy.deepcopy(model))
+    assert torch.allclose(fold(held)(query, key, value)[0], expected, atol=1e-5)
+    assert type(fold(held)) is nn.MultiheadAttention
+
+
+@pytest.mark.parametrize("wrap", [nn.utils.parametrizations.weight_norm, nn.utils.parametrizations.spectral_norm])
+def test_weights_that_somebody_else_computes_are_refused(wrap):
+    model = nn.Sequential(wrap(nn.Linear(4, 3)), nn.Linear(3, 2))
+    with pytest.raises(ValueError, match=r"0\.weight is computed"):
+        factorize(model)
+    assert list(structure(factorize(model, exclude=("0.*",)))) == ["1.weight"]
+
+
+def test_channels_last_is_kept_by_the_weights_that_are_built():
+    model = use_channels_last(factorize(nn.Sequential(nn.Conv2d(1, 4, 3), nn.Conv2d(4, 4, 3))))
+    assert model[0].weight.stride() == (9, 1, 3, 1)
+    assert model[1].weight.stride(1) == 1
+    assert factorize(nn.Sequential(nn.Conv2d(4, 4, 3)))[0].weight.is_contiguous()

@@ -261,7 +261,7 @@ class TestRefused:
         ("model", "message"),
         [
             (nn.Sequential(nn.Flatten(), nn.Linear(784, 10), nn.Softmax(1)), "look like probabilities"),
-            (nn.Sequential(nn.Flatten(), nn.Linear(784, 7)), "7 outputs, the data 10 classes"),
+            (nn.Sequential(nn.Flatten(), nn.Linear(784, 7)), "7 outputs, the labels go up to 9"),
             (nn.Sequential(nn.Flatten(), nn.Linear(100, 10)), "does not take images of shape"),
             (nn.Conv2d(3, 10, 3), "does not take images of shape"),
             (nn.Flatten(0), "expected logits of shape"),
@@ -316,3 +316,59 @@ def test_recipe_follows_the_model():
     assert recipe.learning_rate["dense"] == 0.2
     assert recipe.learning_rate["l0"] == api.LEARNING_RATES["sgd"]["l0"]
     assert replace(recipe, seed=1).seed == 1
+
+
+def test_rank_budget_counts_what_cannot_be_factored(few):
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Conv2d(1, 8, 5, stride=4), nn.Conv2d(8, 8, 3, groups=8), nn.Flatten(), nn.Linear(128, 10))
+    assert floor_of("alr", model) == (8 + 25) + (10 + 128) + 72
+    work = job(few, model=model, method="alr", bits=None, ratio=0.4, epochs={"dense": 0, "tune": 0})
+    list(work.run())
+    assert sum(tensor.numel() for tensor in compressible(work.runner.model).values()) <= work.nonzeros
+
+
+class Views(nn.Module):
+    """Flattens with `view`, which needs contiguous features."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv, self.head = nn.Conv2d(1, 4, 5, stride=3), nn.Linear(256, 10)
+
+    def forward(self, x):
+        return self.head(self.conv(x).view(len(x), -1))
+
+
+class Volumes(nn.Module):
+    """A 3-dimensional convolution over images seen as one slice."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv, self.head = nn.Conv3d(1, 4, (1, 5, 5), stride=(1, 3, 3)), nn.Linear(256, 10)
+
+    def forward(self, x):
+        return self.head(self.conv(x[:, :, None]).flatten(1))
+
+
+@pytest.mark.parametrize(("model", "fast"), [(Views, False), (Volumes, True), (tiny, True)])
+def test_models_that_cannot_take_channels_last_run_without(few, model, fast):
+    torch.manual_seed(0)
+    network = model()
+    work = job(few, model=network, ratio=0.3)
+    assert work.recipe.channels_last == fast
+    list(work.run())
+    assert work.result().decided["clean"].n == 100
+    assert atmc.evaluate(network, few[1], threat=atmc.Linf(0.1)).clean.n == 100
+
+
+def test_frozen_weights_are_compressed_without_training(few):
+    model = tiny()
+    model[0].weight.requires_grad_(False)
+    work = job(few, model=model, ratio=0.3, bits=2)
+    list(work.run())
+    assert work.result().records[-1].nonzeros <= work.nonzeros
+
+
+def test_a_last_batch_of_one_image_is_refused_with_batch_norm(few):
+    model = nn.Sequential(nn.Flatten(), nn.Linear(784, 10), nn.BatchNorm1d(10))
+    with pytest.raises(ValueError, match="hold one image, which batch norm cannot take: 256 images in batches of 51"):
+        job(few, model=model, batch_size=51)

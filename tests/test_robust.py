@@ -270,7 +270,7 @@ class TestObjectives:
         model, x, y = linear_model(classes=3), images(), torch.arange(8) % 3
         perturb = self.perturb(model)
         p = model(x).softmax(1)
-        adv = perturb(x, p, loss=kl_from)
+        adv = perturb(x, p.detach().log(), loss=kl_from)
         q = model(adv).softmax(1)
         divergence = (p * (p.log() - q.log())).sum(1)
         expected = F.cross_entropy(model(x), y) + 4 * divergence.mean()
@@ -284,6 +284,14 @@ class TestObjectives:
         expected = boosted.mean() + 2 * weighted.mean()
         assert torch.allclose(mart(model, x, y, self.perturb(model), weight=2), expected, rtol=1e-3)
 
+    @pytest.mark.parametrize("name", ["trades", "mart"])
+    def test_gradients_stay_finite_where_the_softmax_underflows(self, name):
+        model = linear_model(classes=3)
+        with torch.no_grad():
+            model[1].weight.mul_(1e4)
+        OBJECTIVES[name](model, images(), torch.arange(8) % 3, self.perturb(model)).backward()
+        assert model[1].weight.grad.isfinite().all()
+
     def test_eps_scale_shrinks_the_ball(self):
         model, x = linear_model(), images()
         perturb = TrainingAttack(Linf(0.2), steps=4).on(model, noise(8), eps_scale=0.25)
@@ -295,4 +303,4 @@ def test_losses_in_closed_form():
     assert margin(logits, y).item() == 2.0
     assert cross_entropy(logits, y).item() == pytest.approx(math.log(math.e**1 + math.e**3 + math.e**2) - 1)
     assert set(LOSSES) == {"ce", "margin"}
-    assert kl_from(logits, logits.softmax(1)).item() == pytest.approx(0, abs=1e-6)
+    assert kl_from(logits, logits.log_softmax(1)).item() == pytest.approx(0, abs=1e-6)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import math
 import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -14,14 +15,14 @@ import torch
 from torch import nn
 
 from atmc.compress.budget import Budget
-from atmc.compress.factorize import fold, sites
-from atmc.data import Images, as_images
+from atmc.compress.factorize import fold, refuse_unfit, sites, use_channels_last
+from atmc.data import Images, as_images, mixed_order
 from atmc.methods import Plan, floor_of, objective_of, phases_of
 from atmc.pack import artifact
 from atmc.pack.artifact import load, save
 from atmc.phases import EpochEnd, Recipe, Record, Runner, State
 from atmc.robust.attacks import attack_mode
-from atmc.robust.evaluate import Accuracy, clean_accuracy, robust_accuracy
+from atmc.robust.evaluate import Accuracy, check_attacks, clean_accuracy, robust_accuracy
 from atmc.robust.threats import Threat, check_threat
 from atmc.train import Progress
 
@@ -77,7 +78,7 @@ def default_recipe(model: nn.Module, **settings: Any) -> Recipe:
     rate often does not get going against large perturbations. epochs and learning_rate may be one number for every
     phase or a dict of some phases.
     """
-    normed = any(isinstance(module, nn.modules.batchnorm._BatchNorm) for module in model.modules())
+    normed = _normed(model)
     optimizer = settings.setdefault("optimizer", "sgd" if normed else "adamw")
     if optimizer not in LEARNING_RATES:
         raise ValueError(f"unknown optimizer {optimizer!r}: expected one of {', '.join(LEARNING_RATES)}")
@@ -87,19 +88,26 @@ def default_recipe(model: nn.Module, **settings: Any) -> Recipe:
         near = get_close_matches(unknown[0], Recipe.__dataclass_fields__, n=1)
         hint = f"; did you mean {near[0]!r}?" if near else ""
         raise ValueError(f"unknown setting {unknown[0]!r}{hint}")
-    settings["epochs"] = _by_phase(settings.get("epochs"), DEFAULT_EPOCHS, "epochs")
-    settings["learning_rate"] = _by_phase(settings.get("learning_rate"), LEARNING_RATES[optimizer], "learning_rate")
+    settings["epochs"] = by_phase(settings.get("epochs"), DEFAULT_EPOCHS, "epochs")
+    settings["learning_rate"] = by_phase(settings.get("learning_rate"), LEARNING_RATES[optimizer], "learning_rate")
     return Recipe(**settings)
 
 
-def _by_phase(given: Any, defaults: dict[str, Any], what: str) -> dict[str, Any]:
+def _normed(model: nn.Module) -> bool:
+    return any(isinstance(module, nn.modules.batchnorm._BatchNorm) for module in model.modules())
+
+
+def by_phase(given: Any, defaults: dict[str, Any], what: str) -> dict[str, Any]:
+    """One number for every phase, or a dict of some, filled up with the defaults. ValueError if it makes no sense."""
     if given is None:
         return dict(defaults)
     values = dict(given) if isinstance(given, dict) else dict.fromkeys(defaults, given)
     for phase, value in values.items():
         if phase not in defaults:
-            raise ValueError(f"unknown phase {phase!r} in {what}: expected {', '.join(defaults)}")
-        if value < 0:
+            near = get_close_matches(phase, defaults, n=1)
+            hint = f"; did you mean {near[0]!r}?" if near else ""
+            raise ValueError(f"unknown phase {phase!r} in {what}: expected {', '.join(defaults)}{hint}")
+        if not 0 <= value < math.inf:
             raise ValueError(f"expected {what} >= 0 in phase {phase}, got {value}")
     return {**defaults, **values}
 
@@ -124,9 +132,15 @@ class Job:
         classes: int | None = None,
     ) -> None:
         shape = cast(tuple[int, int, int], tuple(train.pixels.shape[1:]))
-        classes = classes or int(max(train.labels.max(), val.labels.max())) + 1
         check_threat(threat, train.pixels[0].numel())
-        check_model(model, train, classes)
+        classes = check_model(model, train, classes)
+        check_model(model, val, classes)
+        refuse_unfit(model, exclude=recipe.exclude)
+        if _normed(model) and len(train) % recipe.batch_size == 1:
+            raise ValueError(
+                f"the last batch of an epoch would hold one image, which batch norm cannot take: {len(train)} images "
+                f"in batches of {recipe.batch_size}; choose another batch_size"
+            )
         self.dense_weights = sum(
             getattr(site.module, site.parameter).numel() for site in sites(model, exclude=recipe.exclude)
         )
@@ -151,10 +165,22 @@ class Job:
             "threat": str(threat),
             "method": method,
         }
-        working = copy.deepcopy(model).to(device, memory_format=torch.channels_last)  # type: ignore[call-overload]
-        recipe = replace(recipe, objective=objective_of(method, recipe.objective))
+        artifact.from_bytes(artifact.to_bytes(model, **self._about), factory=self._plain_copy)  # refused now or never
+        working = copy.deepcopy(model).to(device)
+        train, val = train.to(device), mixed_order(val).to(device)
+        recipe = replace(
+            recipe,
+            objective=objective_of(method, recipe.objective),
+            channels_last=recipe.channels_last and takes_channels_last(working, train),
+        )
+        if recipe.channels_last:
+            use_channels_last(working)
+        self.recipe = recipe
         self.records: list[Record] = []
-        self.runner = Runner(working, train.to(device), val.to(device), threat, phases, recipe, bits=budget.bits)
+        self.runner = Runner(working, train, val, threat, phases, recipe, bits=budget.bits)
+
+    def _plain_copy(self, num_classes: int) -> nn.Module:
+        return copy.deepcopy(self._plain)
 
     def run(self, state: State | None = None) -> Iterator[Progress | EpochEnd]:
         """Train, from a saved state if there is one; yields every step and every epoch's end."""
@@ -167,7 +193,7 @@ class Job:
         """The final choices, the file, and the model decoded from it."""
         model, decided = self.runner.finish()
         data = artifact.to_bytes(model, **self._about)
-        decoded = artifact.from_bytes(data, factory=lambda num_classes: copy.deepcopy(self._plain))
+        decoded = artifact.from_bytes(data, factory=self._plain_copy)
         return Result(decoded, data, self.records, decided)
 
 
@@ -246,13 +272,15 @@ def evaluate(
     Raises:
         ValueError: unknown attack, a threat too large for the images, or a model that does not fit them.
     """
-    images = test if isinstance(test, Images) else as_images(test)
+    names = [attack] if isinstance(attack, str) else list(attack)
+    check_attacks(names)
+    images = mixed_order(as_images(test))
     check_threat(threat, images.pixels[0].numel())
     check_model(model, images, None)
     device = next((p.device for p in model.parameters()), torch.device("cpu"))
     images = images.to(device)
-    model = copy.deepcopy(model).to(memory_format=torch.channels_last)  # type: ignore[call-overload]
-    names = [attack] if isinstance(attack, str) else list(attack)
+    if takes_channels_last(model, images):
+        model = use_channels_last(copy.deepcopy(model))
     counts = {name: n.get(name) if isinstance(n, Mapping) else n for name in names}
     attacks = {
         name: robust_accuracy(model, images, threat, name, n=counts[name], steps=steps, seed=seed) for name in names
@@ -261,15 +289,15 @@ def evaluate(
 
 
 @torch.no_grad()
-def check_model(model: nn.Module, images: Images, classes: int | None) -> None:
-    """ValueError if the model does not map such images to one finite logit a class."""
+def check_model(model: nn.Module, images: Images, classes: int | None) -> int:
+    """The number of classes; ValueError if the model does not map such images to one finite logit a class."""
     x = images.float_pixels(torch.arange(min(8, len(images)), device=images.labels.device))
     device = next((p.device for p in model.parameters()), torch.device("cpu"))
     try:
         with attack_mode(model):
             output = model(x.to(device))
-    except (RuntimeError, ValueError) as error:
-        reason = str(error).splitlines()[0]
+    except (RuntimeError, ValueError, AssertionError, TypeError, LookupError) as error:
+        reason = (str(error) or type(error).__name__).splitlines()[0]
         raise ValueError(f"the model does not take images of shape {tuple(x.shape[1:])}: {reason}") from error
     if not isinstance(output, torch.Tensor) or output.dim() != 2 or len(output) != len(x):
         got = tuple(output.shape) if isinstance(output, torch.Tensor) else type(output).__name__
@@ -282,3 +310,19 @@ def check_model(model: nn.Module, images: Images, classes: int | None) -> None:
         raise ValueError("the model's outputs are not finite numbers")
     if bool((output >= 0).all()) and bool(((output.sum(1) - 1).abs() < 1e-4).all()):
         raise ValueError("the model's outputs look like probabilities: give logits, without a softmax at the end")
+    return int(output.shape[1])
+
+
+def takes_channels_last(model: nn.Module, images: Images) -> bool:
+    """Whether a pass and its gradient work with images and kernels in that layout: not where code says ``x.view``."""
+    if images.pixels.dim() != 4:
+        return False
+    trial = use_channels_last(copy.deepcopy(model))
+    x = images.float_pixels(torch.arange(min(2, len(images)), device=images.labels.device))
+    x = x.contiguous(memory_format=torch.channels_last).to(next(trial.parameters()).device).requires_grad_()
+    try:
+        with attack_mode(trial), torch.enable_grad():
+            torch.autograd.grad(trial(x).sum(), x)
+    except RuntimeError:
+        return False
+    return True

@@ -22,6 +22,7 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     help="Make an image classifier small and hard to fool at once.",
 )
+UsageError: Any = typer.BadParameter.__bases__[0]  # click's, of whichever click typer brings along
 console = Console(width=None if sys.stdout.isatty() else 150)
 
 
@@ -72,7 +73,9 @@ def compress(
 ) -> None:
     """Train the most robust model that fits the budget; write its file, read it back, evaluate it."""
     values: dict[str, Any] = configs.read_toml(config) if config else {}
-    if resume and not values and model is None and (out / "config.toml").exists():
+    if resume and not values and model is None:
+        if not (out / "config.toml").exists():
+            raise ValueError(f"there is no run in {out} to go on with")
         values = configs.read_toml(out / "config.toml")
     given = {
         "model": model,
@@ -91,13 +94,20 @@ def compress(
         "device": device,
         "precision": precision,
         "threads": threads,
-        "attacks": attack.split(",") if attack else None,
+        "attacks": _names(attack) if attack else None,
     }
+    if ratio is not None or nonzeros is not None or method == "da":
+        values = {key: value for key, value in values.items() if key not in ("ratio", "nonzeros")}
+    if method == "da":
+        values.pop("bits", None)
     values |= {key: value for key, value in given.items() if value is not None}
-    training = {"epochs": _parse_epochs(epochs), "objective": objective}
+    training: dict[str, Any] = {"epochs": _parse_epochs(epochs), "objective": objective}
     training = {key: value for key, value in training.items() if value is not None}
     if training:
-        values["training"] = {**values.get("training", {}), **training}
+        configured = values.get("training", {})
+        if isinstance(training.get("epochs"), dict) and isinstance(configured.get("epochs"), dict):
+            training["epochs"] = {**configured["epochs"], **training["epochs"]}
+        values["training"] = {**configured, **training}
     settings = configs.parse(values, str(config) if config else "options")
     with Display(console) as display:
         try:
@@ -107,10 +117,20 @@ def compress(
                     metrics = event.metrics
         except KeyboardInterrupt:
             display.close()
-            console.print(f"interrupted; go on with: atmc compress --out {out} --resume", soft_wrap=True)
+            _say(f"interrupted; go on with: atmc compress --out {out} --resume")
             raise typer.Exit(1) from None
     console.print(result_table(metrics))
-    console.print(f"model   {out / 'model.atmc'}\nreport  {out / 'report.html'}", soft_wrap=True, highlight=False)
+    _say(f"model   {out / 'model.atmc'}\nreport  {out / 'report.html'}")
+
+
+def _say(text: str) -> None:
+    """A line for a person, as it is: names may hold what rich would take for markup."""
+    console.print(text, soft_wrap=True, highlight=False, markup=False)
+
+
+def _names(text: str) -> list[str]:
+    """'pgd, fgsm' -> two names."""
+    return [name.strip() for name in text.split(",")]
 
 
 def _parse_epochs(text: str | None) -> int | dict[str, int] | None:
@@ -150,6 +170,8 @@ def evaluate(
     from atmc.pack import artifact
     from atmc.robust.threats import parse_threat
 
+    if json_path and not json_path.parent.is_dir():
+        raise ValueError(f"there is no folder {json_path.parent} to write {json_path.name} into")
     if json_path and json_path.exists() and not overwrite:
         raise ValueError(f"{json_path} exists: add --overwrite to replace it")
     ball = parse_threat(threat)
@@ -158,7 +180,7 @@ def evaluate(
         raise ValueError(f"expected device cpu, or cuda where torch sees one, got {device!r}")
     test = load_data(data, image_column=image_column, label_column=label_column).test
     network.to(device)
-    report = api.evaluate(network, test, threat=ball, attack=attack.split(","), n=n, steps=steps, seed=seed)
+    report = api.evaluate(network, test, threat=ball, attack=_names(attack), n=n, steps=steps, seed=seed)
     figures = {"model": str(file), "data": data, "threat": str(ball), "seed": seed, **report.to_json()}
     console.print(evaluation_table(figures))
     if json_path:
@@ -183,14 +205,19 @@ def inspect(
 def main() -> None:
     """Run the command. Exit status: 0 done, 2 the user's input was wrong, 1 anything else."""
     try:
-        app()
+        sys.exit(app(sys.argv[1:] or ["--help"], standalone_mode=False) or 0)
+    except UsageError as error:
+        print(f"atmc: {error.format_message()}", file=sys.stderr)
+        sys.exit(2)
+    except typer.Abort:
+        sys.exit(1)
     except ValueError as error:
         print(f"atmc: {error}", file=sys.stderr)
         sys.exit(2)
     except OSError as error:
         where = f"{error.filename}: " if error.filename else ""
         print(f"atmc: {where}{error.strerror or error}", file=sys.stderr)
-        sys.exit(2 if isinstance(error, FileNotFoundError) else 1)
+        sys.exit(2 if isinstance(error, FileNotFoundError | IsADirectoryError | NotADirectoryError) else 1)
     except RuntimeError as error:
         print(f"atmc: {error}", file=sys.stderr)
         sys.exit(1)

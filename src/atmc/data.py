@@ -18,7 +18,7 @@ from atmc import sources
 from atmc.images import Images, as_images, in_unit_range
 from atmc.rng import permutation
 
-__all__ = ["Batch", "Data", "Images", "as_images", "batches", "load_data"]
+__all__ = ["Batch", "Data", "Images", "as_images", "batches", "load_data", "mixed_order"]
 
 DIGITS_TEST = 360  # test images of `digits`
 VAL_SHARE, VAL_MOST = 10, 5000  # a tenth of train, at most this many images
@@ -104,7 +104,7 @@ def load_data(
         train, val = _split(train, min(max(len(train) // VAL_SHARE, 1), VAL_MOST), "validation split")
     if limit is not None and limit < len(train):
         train = train.take(permutation(len(train), seed=_FIXED_SEED, purpose="limit")[:limit].sort().values)
-    return Data(name, train, _mixed(val), _mixed(test), len(class_names), class_names)
+    return Data(name, train, mixed_order(val), mixed_order(test), len(class_names), class_names)
 
 
 def _read(name: str, image_column: str | None, label_column: str | None) -> tuple[dict[str, Images], tuple[str, ...]]:
@@ -122,7 +122,7 @@ def _read(name: str, image_column: str | None, label_column: str | None) -> tupl
     return found, names
 
 
-def _mixed(images: Images) -> Images:
+def mixed_order(images: Images) -> Images:
     """In a fixed mixed order where the source's is by class: the first n images must stand for all of them."""
     labels = images.labels
     if int((labels[1:] != labels[:-1]).sum()) >= len(labels) / 4:

@@ -88,7 +88,7 @@ def alr(plan: Plan) -> list[Phase]:
             paths.append(site.path)
             values.append(torch.linalg.svdvals(matrix))
             costs.append(sum(matrix.shape))
-        ranks = allocate_ranks(values, costs, plan.nonzeros)
+        ranks = allocate_ranks(values, costs, plan.nonzeros - _unfactored(model, plan.exclude))
         cut_ranks(model, dict(zip(paths, ranks, strict=True)))
 
     return [_dense(), Phase("tune", enter=cut, keeps_start=True)]
@@ -139,13 +139,20 @@ def objective_of(method: str, objective: str) -> str:
 def floor_of(method: str, model: nn.Module, exclude: tuple[str, ...] = ()) -> int:
     """The smallest k with which a method leaves every layer something: one nonzero, or one rank, a layer."""
     if method == "alr":
-        shapes = [getattr(site.module, site.parameter).shape for site in _rank_sites(model, exclude)]
-        return sum(shape[0] + shape[1:].numel() for shape in shapes)
+        shapes: list[torch.Size] = [getattr(site.module, site.parameter).shape for site in _rank_sites(model, exclude)]
+        return sum(shape[0] + shape[1:].numel() for shape in shapes) + _unfactored(model, exclude)
     return 1 if method == "da" else len(sites(model, exclude=exclude))
 
 
 def _rank_sites(model: nn.Module, exclude: tuple[str, ...]) -> list[Site]:
     return [site for site in sites(model, exclude=exclude) if site.factorable]
+
+
+def _unfactored(model: nn.Module, exclude: tuple[str, ...]) -> int:
+    """Entries of the weights that have no matrix to factor (grouped convolutions) and stay dense."""
+    left = [site for site in sites(model, exclude=exclude) if not site.factorable]
+    counts: list[int] = [getattr(site.module, site.parameter).numel() for site in left]
+    return sum(counts)
 
 
 def _dense() -> Phase:

@@ -49,6 +49,8 @@ class Recipe:
         rho, interval, balance: ADMM's penalty, steps between refreshes, residual balancing.
         factor_start: ``identity`` or ``svd``.
         exclude: patterns of weights that stay as they are.
+        bf16: train in bfloat16; validation is in float32 always.
+        channels_last: memory layout of images and kernels in training; False where a model cannot take it.
         val_n: validation images under attack each epoch.
     """
 
@@ -73,6 +75,7 @@ class Recipe:
     exclude: tuple[str, ...] = ()
     augment: str = "none"
     bf16: bool = False
+    channels_last: bool = True
     val_n: int = 1000
     seed: int = 0
 
@@ -82,12 +85,12 @@ class Recipe:
             if getattr(self, name) not in known:
                 raise ValueError(f"unknown {name} {getattr(self, name)!r}: expected one of {', '.join(known)}")
         for name in ("attack_steps", "batch_size", "interval", "val_n", "relative_step", "rho"):
-            if not getattr(self, name) > 0:
+            if not 0 < getattr(self, name) < math.inf:
                 raise ValueError(f"expected {name} > 0, got {getattr(self, name)}")
         for name in ("weight_decay", "eps_ramp"):
-            if not getattr(self, name) >= 0:
+            if not 0 <= getattr(self, name) < math.inf:
                 raise ValueError(f"expected {name} >= 0, got {getattr(self, name)}")
-        if not (0 <= self.warmup < 1 and 0 <= self.gradual <= 1 and self.regrow >= 1):
+        if not (0 <= self.warmup < 1 and 0 <= self.gradual <= 1 and 1 <= self.regrow < math.inf):
             raise ValueError(
                 f"expected 0 <= warmup < 1, 0 <= gradual <= 1 and regrow >= 1, "
                 f"got {self.warmup}, {self.gradual} and {self.regrow}"
@@ -195,6 +198,9 @@ class Runner:
 
     def _phase(self, phase: Phase, state: State) -> Iterator[Progress | EpochEnd]:
         resumed = bool(state.model)
+        device = next(self.model.parameters()).device
+        state.start = {name: value.to(device) for name, value in state.start.items()}
+        state.admm = _moved(state.admm, device)
         if resumed:
             self.model.load_state_dict(state.model)
         elif phase.enter:
@@ -322,6 +328,7 @@ class Runner:
             interval=recipe.interval,
             augment=recipe.augment,
             bf16=recipe.bf16,
+            channels_last=recipe.channels_last,
             seed=derived_seed(recipe.seed, index),
         )
 
@@ -338,6 +345,15 @@ def _copy(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
 
 def _to_fp16(value: Tensor) -> Tensor:
     return value.half().to(value.dtype) if value.is_floating_point() else value
+
+
+def _moved(value: Any, device: torch.device) -> Any:
+    """Tensors in nested dicts and lists, on a device."""
+    if isinstance(value, Tensor):
+        return value.to(device)
+    if isinstance(value, dict):
+        return {key: _moved(item, device) for key, item in value.items()}
+    return [_moved(item, device) for item in value] if isinstance(value, list) else value
 
 
 def _number(value: float) -> float | None:

@@ -6,6 +6,7 @@ constraint; every `interval` steps ADMM's copy and dual are refreshed (Gui et al
 
 from __future__ import annotations
 
+import copy
 import math
 import time
 from collections.abc import Callable, Iterator, Mapping
@@ -18,7 +19,7 @@ from torch import Tensor, nn
 from atmc.compress.admm import Admm
 from atmc.compress.constraints import Constraint
 from atmc.compress.factorize import built_once
-from atmc.data import Images, batches
+from atmc.data import Batch, Images, batches
 from atmc.rng import Noise, derived_seed
 from atmc.robust.attacks import BATCH_NORMS
 from atmc.robust.objectives import Objective, TrainingAttack
@@ -64,6 +65,7 @@ class Loop:
         interval: steps between two refreshes of ADMM.
         augment: a name in `data.batches`.
         bf16: autocast to bfloat16.
+        channels_last: lay images out so, which convolutions on the CPU run faster on.
         seed: keys every random draw, with epoch and example.
     """
 
@@ -73,7 +75,14 @@ class Loop:
     interval: int = 10
     augment: str = "none"
     bf16: bool = False
+    channels_last: bool = True
     seed: int = 0
+
+    def images(self, batch: Batch) -> Tensor:
+        """The batch's images in the memory layout of the run."""
+        if self.channels_last and batch.x.dim() == 4:
+            return batch.x.contiguous(memory_format=torch.channels_last)
+        return batch.x
 
 
 def fit(
@@ -113,7 +122,7 @@ def fit(
             ramp = min(1.0, (epoch + (step + 1) / steps) / loop.eps_ramp) if loop.eps_ramp else 1.0
             noise = Noise(batch.index, seed=loop.seed, purpose="attack", epoch=epoch)
             perturb = attack.on(model, noise, eps_scale=ramp)
-            x = batch.x.contiguous(memory_format=torch.channels_last)
+            x = loop.images(batch)
             optimizer.zero_grad(set_to_none=True)
             with seeded(derived_seed(loop.seed, epoch, step), x.device), built_once(model):
                 with autocast(x.device, loop.bf16):
@@ -170,22 +179,36 @@ def reestimate_batch_norm(
 ) -> bool:
     """Running statistics recomputed over one epoch, in the objective's own mixture of clean and adversarial passes.
 
-    The plain mean over all batches takes the place of the running one. False, and nothing done, without batch norm.
+    The mean over all images that pass takes the place of the running one. The attack sees the model as it was. False,
+    and nothing done, without batch norm.
     """
     norms = [module for module in model.modules() if isinstance(module, BATCH_NORMS) and module.track_running_stats]
     if not norms:
         return False
+    before = copy.deepcopy(model)
     momenta = [norm.momentum for norm in norms]
     for norm in norms:
         norm.reset_running_stats()
-        norm.momentum = None
+    hooks = [norm.register_forward_pre_hook(_MeanOverImages()) for norm in norms]
     model.train()
     for step, batch in enumerate(batches(train, loop.batch_size, seed=loop.seed, epoch=0, augment=loop.augment)):
         noise = Noise(batch.index, seed=loop.seed, purpose="batch norm")
-        x = batch.x.contiguous(memory_format=torch.channels_last)
-        with seeded(derived_seed(loop.seed, 0, step), x.device), autocast(x.device, loop.bf16):
-            objective(model, x, batch.y, attack.on(model, noise))
-    for norm, momentum in zip(norms, momenta, strict=True):
+        x = loop.images(batch)
+        with seeded(derived_seed(loop.seed, 0, step), x.device), built_once(before), autocast(x.device, loop.bf16):
+            objective(model, x, batch.y, attack.on(before, noise))
+    for norm, momentum, hook in zip(norms, momenta, hooks, strict=True):
         norm.momentum = momentum
+        hook.remove()
     model.eval()
     return True
+
+
+class _MeanOverImages:
+    """Sets a batch norm's momentum before each pass so that its running statistics are the mean over all images."""
+
+    def __init__(self) -> None:
+        self._seen = 0
+
+    def __call__(self, norm: nn.Module, inputs: tuple[Tensor, ...]) -> None:
+        self._seen += len(inputs[0])
+        norm.momentum = len(inputs[0]) / self._seen  # type: ignore[assignment]

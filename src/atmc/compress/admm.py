@@ -84,9 +84,8 @@ class Admm:
         """Add rho (theta - theta' + u) to each tensor's .grad, in place; nothing before the first `step`."""
         for name, theta in tensors.items():
             share = self.shares.get(name)
-            if share is None:
+            if share is None or theta.grad is None:  # no gradient: frozen by the user, or not used by the model
                 continue
-            assert theta.grad is not None
             theta.grad.add_(theta, alpha=self.rho)
             pull = theta.new_zeros(theta.numel())
             pull[share.positions] = share.dual - share.copy

@@ -49,28 +49,37 @@ def sites(model: nn.Module, *, exclude: Sequence[str] = ()) -> list[Site]:
         exclude: shell patterns over paths such as ``net.head.*`` or ``*.weight``.
 
     Raises:
-        ValueError: a weight is shared by two modules, or a pattern matches nothing.
+        ValueError: a pattern matches nothing.
     """
-    found = list(_all_sites(model))
+    found = list(all_sites(model))
     for pattern in exclude:
         if not any(fnmatch(site.path, pattern) for site in found):
             raise ValueError(f"exclude pattern {pattern!r} matches no weight; weights: {[s.path for s in found]}")
-    kept = [site for site in found if not any(fnmatch(site.path, pattern) for pattern in exclude)]
-    owners: dict[int, str] = {}
+    return [site for site in found if not any(fnmatch(site.path, pattern) for pattern in exclude)]
+
+
+def refuse_unfit(model: nn.Module, *, exclude: Sequence[str] = ()) -> None:
+    """ValueError for a weight that cannot be compressed: shared, or computed by somebody else's parametrization."""
+    kept = sites(model, exclude=exclude)
     for site in kept:
-        if parametrize.is_parametrized(site.module, site.parameter):
+        if not factored(site) and not isinstance(getattr(site.module, site.parameter), nn.Parameter):
+            raise ValueError(
+                f"{site.path} is computed (by weight_norm or another parametrization), not a parameter: "
+                "remove that first, or exclude it"
+            )
+    paths = {site.path for site in kept}
+    for site in kept:
+        if factored(site):
             continue
         weight = getattr(site.module, site.parameter)
         for name, parameter in model.named_parameters(remove_duplicate=False):
             if parameter is weight and name != site.path:
-                raise ValueError(
-                    f"{site.path} and {name} share one weight, which cannot be compressed twice: exclude both"
-                )
-        owners[id(weight)] = site.path
-    return kept
+                both = " and ".join(path for path in (site.path, name) if path in paths)
+                raise ValueError(f"{site.path} and {name} share one weight, which cannot be compressed: exclude {both}")
 
 
-def _all_sites(model: nn.Module) -> Iterator[Site]:
+def all_sites(model: nn.Module) -> Iterator[Site]:
+    """Every conv, linear and attention weight."""
     for prefix, module in model.named_modules():
         lead = f"{prefix}." if prefix else ""
         if isinstance(module, TRANSPOSED):
@@ -84,8 +93,10 @@ def _all_sites(model: nn.Module) -> Iterator[Site]:
 
 
 def factored(site: Site) -> bool:
-    """Whether this weight is held as factors."""
-    return parametrize.is_parametrized(site.module, site.parameter)
+    """Whether this weight is held as our factors."""
+    if not parametrize.is_parametrized(site.module, site.parameter):
+        return False
+    return isinstance(cast(Any, site.module.parametrizations)[site.parameter][0], Factors)
 
 
 class _Product(torch.autograd.Function):
@@ -116,6 +127,7 @@ class Factors(nn.Module):
         self.form: Form = form
         self.shape = tuple(shape)
         self.rank = rank
+        self.channels_last = False  # see `use_channels_last`
 
     def forward(self, u: Tensor, v: Tensor, c: Tensor | None = None) -> Tensor:
         """W from its factors."""
@@ -126,9 +138,9 @@ class Factors(nn.Module):
             w = w + u
         w = w.view(self.shape)
         w = w if c is None else w + c
-        # Convolutions run best on channels_last and judge it by the strides, which `contiguous` leaves as they are
-        # where there is one input channel: hence a clone.
-        return w.clone(memory_format=torch.channels_last) if w.dim() == 4 else w
+        # Convolutions judge the layout by the strides, which `contiguous` leaves as they are where there is one input
+        # channel: hence a clone.
+        return w.clone(memory_format=torch.channels_last) if self.channels_last and w.dim() == 4 else w
 
     def right_inverse(self, w: Tensor) -> tuple[Tensor, ...]:
         """The factors at which this form starts from W: exact but for `rank`, which is W's best approximation."""
@@ -155,8 +167,9 @@ def factorize(
     ['C', 'U', 'V']
 
     Raises:
-        ValueError: shared weights (see `sites`), or the model is factorized already.
+        ValueError: weights that cannot be (see `refuse_unfit`), or the model is factorized already.
     """
+    refuse_unfit(model, exclude=exclude)
     for site in sites(model, exclude=exclude):
         if factored(site):
             raise ValueError(f"{site.path} is factorized already")
@@ -169,7 +182,7 @@ def factorize(
 
 def cut_ranks(model: nn.Module, ranks: Mapping[str, int]) -> nn.Module:
     """Replace each named weight by its best approximation U V of the given rank; in place, and returned."""
-    for site in sites(model):
+    for site in all_sites(model):
         if site.path in ranks:
             _register(site, "rank", ranks[site.path])
     return model
@@ -182,22 +195,28 @@ def _matrix_shape(site: Site) -> tuple[int, int]:
 
 def _register(site: Site, form: Form, rank: int) -> None:
     shape = getattr(site.module, site.parameter).shape
+    holder = Factors(form, shape, rank)
+    holder.channels_last = _is_channels_last(getattr(site.module, site.parameter))
     # unsafe: torch's own check would compare W before and after, which a cut rank changes
-    parametrize.register_parametrization(site.module, site.parameter, Factors(form, shape, rank), unsafe=form == "rank")
+    parametrize.register_parametrization(site.module, site.parameter, holder, unsafe=form == "rank")
+
+
+def _is_channels_last(weight: Tensor) -> bool:
+    return weight.dim() == 4 and weight.stride(1) == 1 and weight[0, 0].numel() > 1
 
 
 def structure(model: nn.Module) -> dict[str, tuple[Form, int]]:
     """Path of each factorized weight -> (form, rank): with a state dict, all that is needed to rebuild the model."""
     return {
         site.path: (_factors_module(site).form, _factors_module(site).rank)
-        for site in _all_sites(model)
+        for site in all_sites(model)
         if factored(site)
     }
 
 
 def restructure(model: nn.Module, shape: Mapping[str, tuple[str, int]]) -> nn.Module:
     """Give a plain model the structure of `structure`, in place; its values mean nothing until a state is loaded."""
-    for site in _all_sites(model):
+    for site in all_sites(model):
         if site.path in shape:
             form, rank = shape[site.path]
             if form not in FORMS:
@@ -213,15 +232,16 @@ def _factors_module(site: Site) -> Factors:
 
 def factors(model: nn.Module, *, exclude: Sequence[str] = ()) -> dict[str, dict[str, nn.Parameter]]:
     """Path of each compressible weight -> its parameters: {"U", "V", "C"}, {"U", "V"} for `rank`, {"W"} if plain."""
-    found: dict[str, dict[str, nn.Parameter]] = {}
-    for site in sites(model, exclude=exclude):
-        if factored(site):
-            holder = cast(Any, site.module.parametrizations)[site.parameter]
-            names = ("U", "V") if _factors_module(site).form == "rank" else ("U", "V", "C")
-            found[site.path] = {name: getattr(holder, f"original{i}") for i, name in enumerate(names)}
-        else:
-            found[site.path] = {"W": getattr(site.module, site.parameter)}
-    return found
+    return {site.path: factors_of(site) for site in sites(model, exclude=exclude)}
+
+
+def factors_of(site: Site) -> dict[str, nn.Parameter]:
+    """One weight's parameters, as in `factors`."""
+    if not factored(site):
+        return {"W": getattr(site.module, site.parameter)}
+    holder = cast(Any, site.module.parametrizations)[site.parameter]
+    names = ("U", "V") if _factors_module(site).form == "rank" else ("U", "V", "C")
+    return {name: getattr(holder, f"original{i}") for i, name in enumerate(names)}
 
 
 def compressible(model: nn.Module, *, exclude: Sequence[str] = ()) -> dict[str, nn.Parameter]:
@@ -242,12 +262,23 @@ def assign_factors(model: nn.Module, values: Mapping[str, np.ndarray]) -> None:
                 parameter.copy_(torch.from_numpy(values[f"{path}.{name}"]))
 
 
+def use_channels_last(model: nn.Module) -> nn.Module:
+    """Lay every 4-dimensional parameter, and every W that is built, out in channels_last; in place, and returned."""
+    for parameter in model.parameters():
+        if parameter.dim() == 4:
+            parameter.data = parameter.data.clone(memory_format=torch.channels_last)
+    for module in model.modules():
+        if isinstance(module, Factors):
+            module.channels_last = True
+    return model
+
+
 @contextmanager
 def built_once(model: nn.Module) -> Iterator[None]:
     """Within, every W is built once, with its graph; parameters must not change inside."""
     with parametrize.cached():
         with torch.enable_grad():
-            for site in _all_sites(model):
+            for site in all_sites(model):
                 if factored(site):
                     getattr(site.module, site.parameter)
         yield
@@ -290,17 +321,18 @@ def fold(model: nn.Module) -> nn.Module:
     True
     """
     plain = copy.deepcopy(model)
-    for site in list(_all_sites(plain)):
-        if not factored(site):
-            continue
-        weight = composed(site)
-        plain_class = parametrize.type_before_parametrizations(site.module)
+    held = [site for site in all_sites(plain) if factored(site)]
+    weights = [composed(site) for site in held]
+    for site in held:
         holders = cast(nn.ModuleDict, site.module.parametrizations)
         device = next(holders.parameters()).device
+        plain_class = parametrize.type_before_parametrizations(site.module)
         del holders[site.parameter]
         if not holders:
             # the class with the injected property is shared with the original: step back, leave the class alone
             site.module.__class__ = plain_class
             del site.module.parametrizations
-        site.module.register_parameter(site.parameter, nn.Parameter(weight.to(device)))
+        weights.append(weights.pop(0).to(device))
+    for site, weight in zip(held, weights, strict=True):
+        site.module.register_parameter(site.parameter, nn.Parameter(weight))
     return plain

@@ -17,23 +17,21 @@ import torch
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 from torch import nn
 
-from atmc.api import default_recipe
+from atmc.api import DEFAULT_EPOCHS, LEARNING_RATES, by_phase, default_recipe
 from atmc.compress.budget import Budget
 from atmc.methods import check_method
 from atmc.phases import Recipe
 from atmc.robust.evaluate import check_attacks
 from atmc.robust.threats import Threat, parse_threat
 
-PhaseName = Literal["dense", "l0", "admm", "tune"]
-
 
 class Training(BaseModel):
     """The section [training]: fields of `phases.Recipe`; what is missing is chosen by `api.default_recipe`."""
 
-    model_config = ConfigDict(extra="forbid", strict=True)
+    model_config = ConfigDict(extra="forbid", strict=True, allow_inf_nan=False)
 
-    epochs: dict[PhaseName, int] | int | None = None
-    learning_rate: dict[PhaseName, float] | float | None = None
+    epochs: dict[str, int] | int | None = None
+    learning_rate: dict[str, float] | float | None = None
     objective: Literal["natural", "mixed", "pgd_at", "trades", "mart"] | None = None
     attack_steps: int | None = Field(default=None, ge=1)
     relative_step: float | None = Field(default=None, gt=0)
@@ -54,11 +52,17 @@ class Training(BaseModel):
     augment: Literal["none", "crop", "flip", "crop-flip"] | None = None
     val_n: int | None = Field(default=None, ge=1)
 
+    @model_validator(mode="after")
+    def _check(self) -> Training:
+        by_phase(self.epochs, DEFAULT_EPOCHS, "epochs")
+        by_phase(self.learning_rate, LEARNING_RATES["sgd"], "learning_rate")
+        return self
+
 
 class RunConfig(BaseModel):
     """One run: what to compress, against what, how small, and how it is judged."""
 
-    model_config = ConfigDict(extra="forbid", strict=True)
+    model_config = ConfigDict(extra="forbid", strict=True, allow_inf_nan=False)
 
     model: str
     data: str
@@ -77,7 +81,7 @@ class RunConfig(BaseModel):
     device: Literal["auto", "cpu", "cuda"] = "auto"
     precision: Literal["auto", "fp32", "bf16"] = "auto"
     threads: int | None = Field(default=None, ge=1)
-    layout: Literal["channels_last"] = "channels_last"
+    layout: Literal["auto", "channels_last", "contiguous"] = "auto"
     attacks: list[str] = ["pgd"]
     steps: int | None = Field(default=None, ge=1)
     eval_n: int | dict[str, int] | None = None
@@ -129,6 +133,9 @@ class RunConfig(BaseModel):
         given = {key: value for key, value in self.training.model_dump().items() if value is not None}
         if "exclude" in given:
             given["exclude"] = tuple(given["exclude"])
+        if self.checkpoint and not isinstance(given.get("epochs"), int):  # trained already, unless told otherwise
+            given["epochs"] = {"dense": 0, **given.get("epochs", {})}
+        given["channels_last"] = self.layout != "contiguous"
         return default_recipe(model, **given, bf16=self.precision == "bf16", seed=self.seed)
 
     def completed(self, recipe: Recipe) -> RunConfig:
@@ -139,7 +146,8 @@ class RunConfig(BaseModel):
             "learning_rate": dict(recipe.learning_rate),
             "exclude": list(recipe.exclude),
         }
-        return self.model_copy(update={"training": Training(**fields)})
+        layout = "channels_last" if recipe.channels_last else "contiguous"
+        return self.model_copy(update={"training": Training(**fields), "layout": layout})
 
     def to_toml(self) -> str:
         """The text of a config file that gives this configuration."""

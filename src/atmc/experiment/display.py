@@ -10,6 +10,7 @@ from rich.console import Console
 from rich.progress import BarColumn, TextColumn, TimeRemainingColumn
 from rich.progress import Progress as Bar
 from rich.table import Table
+from rich.text import Text
 
 from atmc.experiment.run import Stage
 from atmc.phases import EpochEnd, Record
@@ -48,7 +49,7 @@ class Display:
     def show(self, event: object) -> None:
         """One event."""
         if isinstance(event, Stage):
-            self._console.print(event.text, style="dim", highlight=False)
+            self._console.print(event.text, style="dim", highlight=False, markup=False)
         elif isinstance(event, Progress):
             self._step(event)
         elif isinstance(event, EpochEnd):
@@ -88,7 +89,8 @@ def percent(accuracy: Mapping[str, Any]) -> str:
 
 def evaluation_table(figures: Mapping[str, Any]) -> Table:
     """Accuracies with 95 % intervals."""
-    table = Table(title=f"{figures['model']} on {figures['data']}, {figures['threat']}", title_justify="left")
+    title = Text(f"{figures['model']} on {figures['data']}, {figures['threat']}")
+    table = Table(title=title, title_justify="left")
     table.add_column("images")
     table.add_column("accuracy [95 % interval]", justify="right")
     table.add_row("clean", percent(figures["clean"]))
@@ -113,7 +115,7 @@ def result_table(metrics: Mapping[str, Any]) -> Table:
 
 def inspection_table(found: Mapping[str, Any]) -> Table:
     """The parts of a model file."""
-    table = Table(title=f"{found['file']}: {found['file_bytes']:,} bytes", title_justify="left")
+    table = Table(title=Text(f"{found['file']}: {found['file_bytes']:,} bytes"), title_justify="left")
     for name in ("tensor", "shape", "encoding"):
         table.add_column(name)
     parts = ("header", "positions", "codebook", "codes", "values", "total")
@@ -122,7 +124,7 @@ def inspection_table(found: Mapping[str, Any]) -> Table:
     for row in found["tensors"]:
         sizes = [str(row["bytes"][part]) for part in parts]
         shape = "×".join(map(str, row["shape"]))
-        table.add_row(row["name"], shape, row["encoding"], f"{row['nonzeros']:,}", str(row["levels"]), *sizes)
+        table.add_row(Text(row["name"]), shape, row["encoding"], f"{row['nonzeros']:,}", str(row["levels"]), *sizes)
     totals = found["totals"]
     table.add_section()
     sums = [str(totals[part]) for part in parts[:-1]]

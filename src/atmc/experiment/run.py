@@ -26,7 +26,7 @@ from atmc.compress.factorize import compressible, fold
 from atmc.data import Data, load_data
 from atmc.experiment.config import RunConfig, parse, read_toml
 from atmc.experiment.report import write_report
-from atmc.experiment.weights import load_weights
+from atmc.experiment.weights import UNREADABLE, load_weights
 from atmc.pack import artifact
 from atmc.phases import EpochEnd, State
 from atmc.version import __version__
@@ -65,12 +65,6 @@ def run(config: RunConfig, folder: Path, *, resume: bool = False, overwrite: boo
         config.data, image_column=config.image_column, label_column=config.label_column, limit=config.limit
     )
     model = build_model(config, data)
-    config = config.completed(config.recipe(model))
-    if resuming:
-        _expect_same(config, parse(read_toml(folder / "config.toml"), str(folder / "config.toml")), folder)
-        if (folder / "metrics.json").exists():
-            yield Finished(json.loads((folder / "metrics.json").read_text()))
-            return
     job = api.Job(
         model,
         data.train,
@@ -82,6 +76,12 @@ def run(config: RunConfig, folder: Path, *, resume: bool = False, overwrite: boo
         device=torch.device(config.device),
         classes=data.num_classes,
     )
+    config = config.completed(job.recipe)
+    if resuming:
+        _expect_same(config, parse(read_toml(folder / "config.toml"), str(folder / "config.toml")), folder)
+        if (folder / "metrics.json").exists():
+            yield Finished(json.loads((folder / "metrics.json").read_text()))
+            return
     with _locked(folder):
         if not resuming:
             _clear(folder)
@@ -176,7 +176,7 @@ def _check_folder(folder: Path, *, resume: bool, overwrite: bool) -> bool:
     started = (folder / "config.toml").exists()
     if started and not (resume or overwrite):
         raise ValueError(f"{folder} holds a run already: add --resume to go on with it or --overwrite to replace it")
-    if folder.exists() and not started and any(path.name != ".lock" for path in folder.iterdir()) and not resume:
+    if folder.exists() and not started and any(not path.name.startswith(".") for path in folder.iterdir()):
         raise ValueError(f"{folder} is not empty and holds no run of atmc: choose another folder")
     return started and resume
 
@@ -232,7 +232,11 @@ def _read_checkpoint(folder: Path) -> tuple[State | None, float]:
     if not path.exists():
         log.unlink(missing_ok=True)
         return None, 0.0
-    saved = torch.load(path, map_location="cpu", weights_only=True)
-    kept = log.read_text().splitlines(keepends=True)[: saved["log_lines"]]
+    try:
+        saved = torch.load(path, map_location="cpu", weights_only=True)
+        state, lines, seconds = State(**saved["state"]), int(saved["log_lines"]), float(saved["seconds"])
+    except UNREADABLE as error:
+        raise ValueError(f"the run's own checkpoint {path} is damaged: start again with --overwrite") from error
+    kept = log.read_text().splitlines(keepends=True)[:lines] if log.exists() else []
     artifact.write_beside(log, "".join(kept).encode())
-    return State(**saved["state"]), saved["seconds"]
+    return state, seconds

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import pickle
+import struct
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -24,6 +25,7 @@ UNREADABLE = (  # what torch.load raises on bytes that are no checkpoint, depend
     ValueError,
     TypeError,
     AttributeError,
+    struct.error,
 )
 
 

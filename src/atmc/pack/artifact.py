@@ -40,7 +40,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from atmc.compress.factorize import FORMS, Form, compose, factors, structure
+from atmc.compress.factorize import FORMS, Form, all_sites, compose, factored, factors_of, structure
 from atmc.models import build_from_spec
 from atmc.pack import coder
 from atmc.version import __version__
@@ -152,7 +152,7 @@ def to_bytes(
     spec = getattr(model, "atmc_spec", None) or {"name": None}
     shape = input_shape or spec.get("input_shape")
     metadata = {
-        "classes": classes or spec.get("num_classes"),
+        "classes": classes or spec.get("num_classes") or _outputs(model),
         "input_shape": list(shape) if shape else None,
         "model": spec,
         "structure": {path: list(form) for path, form in structure(model).items()},
@@ -161,6 +161,14 @@ def to_bytes(
         "tool": f"atmc {__version__}",
     }
     return pack(metadata, _tensors(model))
+
+
+def _outputs(model: nn.Module) -> int:
+    """Rows of the last linear layer: the number of classes, where nothing else tells it."""
+    layers = [module for module in model.modules() if isinstance(module, nn.Linear)]
+    if not layers:
+        raise ValueError("expected classes=..., since the model does not know how many it has")
+    return layers[-1].out_features
 
 
 def write_beside(path: Path, data: bytes) -> int:
@@ -179,7 +187,7 @@ def write_beside(path: Path, data: bytes) -> int:
 
 def _tensors(model: nn.Module) -> dict[str, np.ndarray]:
     """State dict of the plain model with each factorized weight as its factors, in the model's order."""
-    parts = factors(model)
+    parts = {site.path: factors_of(site) for site in all_sites(model) if factored(site)}
     found: dict[str, Tensor] = {}
     for key, value in model.state_dict().items():
         path, dot, rest = key.partition("parametrizations.")
@@ -305,8 +313,14 @@ def _build(metadata: Mapping[str, Any], factory: Callable[..., nn.Module] | None
             raise Malformed(f"{source}: {error}") from error
     if factory is None:
         hint = f" {name!r}" if name else ""
-        raise FactoryNeeded(f"{source} holds a model of a user's own class{hint}: give the factory that builds it")
-    model = factory(num_classes=metadata.get("classes"))
+        raise FactoryNeeded(
+            f"{source} holds a model of a user's own class{hint}: give the factory that builds it "
+            "(factory=... in Python, --model package.module:factory on the command line)"
+        )
+    classes = metadata.get("classes")
+    if not (isinstance(classes, int) and classes >= 1):
+        raise Malformed(f"{source} does not say how many classes its model has: {classes!r}")
+    model = factory(num_classes=classes)
     model.atmc_spec = spec
     return model
 

@@ -35,9 +35,9 @@ def margin(logits: Tensor, y: Tensor) -> Tensor:
     return logits.scatter(1, y[:, None], -torch.inf).amax(1) - right
 
 
-def kl_from(logits: Tensor, probabilities: Tensor) -> Tensor:
-    """(n,) Kullback-Leibler divergences of softmax(logits) from probabilities (n, classes)."""
-    return F.kl_div(logits.float().log_softmax(1), probabilities, reduction="none").sum(1)
+def kl_from(logits: Tensor, log_probabilities: Tensor) -> Tensor:
+    """(n,) Kullback-Leibler divergences of softmax(logits) from probabilities given as logarithms, (n, classes)."""
+    return F.kl_div(logits.float().log_softmax(1), log_probabilities, reduction="none", log_target=True).sum(1)
 
 
 LOSSES: dict[str, Loss] = {"ce": cross_entropy, "margin": margin}

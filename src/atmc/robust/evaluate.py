@@ -113,6 +113,8 @@ def robust_accuracy(
     check_attacks([attack])
     if n is not None and n < 1:
         raise ValueError(f"expected n >= 1 examples, got {n}")
+    if steps is not None and steps < 1:
+        raise ValueError(f"expected steps >= 1, got {steps}")
     count = min(n or len(images), len(images))
     chunks = _chunks(images, count, batch_size)
     if attack == "fgsm":

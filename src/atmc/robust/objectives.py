@@ -96,10 +96,10 @@ def _clean_and_adversarial(model: nn.Module, x: Tensor, adv: Tensor) -> tuple[Te
 
 def trades(model: nn.Module, x: Tensor, y: Tensor, perturb: Perturb, *, beta: float = 6.0) -> Tensor:
     """Clean cross-entropy + beta * KL(clean || adversarial), attack on the KL (Zhang et al. 2019, eq. 5)."""
-    target = _evaluation_probabilities(model, x)
+    target = _evaluation_log_probabilities(model, x)
     adv = perturb(x, target, loss=kl_from)
     clean, attacked = _clean_and_adversarial(model, x, adv)
-    return F.cross_entropy(clean, y) + beta * kl_from(attacked, clean.softmax(1)).mean()
+    return F.cross_entropy(clean, y) + beta * kl_from(attacked, clean.log_softmax(1)).mean()
 
 
 def mart(model: nn.Module, x: Tensor, y: Tensor, perturb: Perturb, *, weight: float = 5.0) -> Tensor:
@@ -107,16 +107,16 @@ def mart(model: nn.Module, x: Tensor, y: Tensor, perturb: Perturb, *, weight: fl
     clean, attacked = _clean_and_adversarial(model, x, perturb(x, y))
     wrong = attacked.softmax(1).scatter(1, y[:, None], 0.0).amax(1)
     boosted = F.cross_entropy(attacked, y) - torch.log1p(-wrong.clamp_max(1 - 1e-6)).mean()
-    probabilities = clean.softmax(1)
-    doubt = 1 - probabilities.gather(1, y[:, None])[:, 0]
-    return boosted + weight * (kl_from(attacked, probabilities) * doubt).mean()
+    log_probabilities = clean.log_softmax(1)
+    doubt = 1 - log_probabilities.gather(1, y[:, None])[:, 0].exp()
+    return boosted + weight * (kl_from(attacked, log_probabilities) * doubt).mean()
 
 
-def _evaluation_probabilities(model: nn.Module, x: Tensor) -> Tensor:
-    """(n, classes) softmax outputs in evaluation mode, without gradients; the model keeps its modes."""
+def _evaluation_log_probabilities(model: nn.Module, x: Tensor) -> Tensor:
+    """(n, classes) log-softmax outputs in evaluation mode, without gradients; the model keeps its modes."""
     with attack_mode(model), torch.no_grad():
-        probabilities: Tensor = model(x).float().softmax(1)
-    return probabilities
+        log_probabilities: Tensor = model(x).float().log_softmax(1)
+    return log_probabilities
 
 
 OBJECTIVES: dict[str, Objective] = {
