@@ -23,7 +23,7 @@ from atmc.pack.artifact import load, save
 from atmc.phases import EpochEnd, Recipe, Record, Runner, State
 from atmc.robust.attacks import attack_mode
 from atmc.robust.evaluate import Accuracy, check_attacks, clean_accuracy, robust_accuracy
-from atmc.robust.threats import Threat, check_threat
+from atmc.robust.threats import Threat, check_threat, parse_threat
 from atmc.train import Progress
 
 __all__ = ["Job", "Report", "Result", "check_model", "compress", "default_recipe", "evaluate", "load", "save"]
@@ -202,7 +202,7 @@ def compress(
     train: Any,
     val: Any,
     *,
-    threat: Threat,
+    threat: Threat | str,
     budget: Budget,
     method: str = "atmc",
     recipe: Recipe | None = None,
@@ -216,7 +216,7 @@ def compress(
         model: any module that maps images (n, c, h, w) in [0, 1] to logits; normalization belongs inside. If it is
             trained already, pass epochs={"dense": 0}. It is not changed.
         train, val: a DataLoader, a dataset of (image, label) pairs, or a pair of tensors; images in [0, 1].
-        threat: what the adversary may do, e.g. ``Linf(8 / 255)``.
+        threat: what the adversary may do, ``Linf(8 / 255)`` or "linf:8/255".
         budget: what the result may hold.
         method: ``atmc`` or one of its rivals, see `methods.METHODS`.
         recipe: how to train; by default `default_recipe` of the model with the given settings (epochs=..., seed=...).
@@ -239,7 +239,7 @@ def compress(
         model,
         as_images(train),
         as_images(val),
-        threat=threat,
+        threat=parse_threat(threat) if isinstance(threat, str) else threat,
         budget=budget,
         method=method,
         recipe=recipe or default_recipe(model, **settings),
@@ -255,7 +255,7 @@ def evaluate(
     model: nn.Module,
     test: Any,
     *,
-    threat: Threat,
+    threat: Threat | str,
     attack: str | Sequence[str] = "pgd",
     n: int | Mapping[str, int] | None = None,
     steps: int | None = None,
@@ -274,6 +274,7 @@ def evaluate(
     """
     names = [attack] if isinstance(attack, str) else list(attack)
     check_attacks(names)
+    threat = parse_threat(threat) if isinstance(threat, str) else threat
     images = mixed_order(as_images(test))
     check_threat(threat, images.pixels[0].numel())
     check_model(model, images, None)

@@ -2,7 +2,8 @@
 
 A counter-based generator in the spirit of Salmon et al. (SC 2011), "Parallel random numbers: as easy as 1, 2, 3":
 the j-th number of a stream is a bijective mix (the finalizer of SplitMix64, Steele et al. 2014) of the stream's key
-and j. Everything is elementwise 64-bit integer arithmetic, hence the same on every device and platform.
+and j. Uniform numbers are elementwise 64-bit integer arithmetic, hence the same on every device and platform; normal
+and exponential ones apply the platform's logarithm and cosine to them.
 """
 
 from __future__ import annotations

@@ -83,6 +83,8 @@ def run(config: RunConfig, folder: Path, *, resume: bool = False, overwrite: boo
             yield Finished(json.loads((folder / "metrics.json").read_text()))
             return
     with _locked(folder):
+        if resuming != _check_folder(folder, resume=resume, overwrite=overwrite):
+            raise FolderInUse(f"{folder} was changed by another run meanwhile")
         if not resuming:
             _clear(folder)
             artifact.write_beside(folder / "config.toml", config.to_toml().encode())

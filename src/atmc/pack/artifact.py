@@ -48,7 +48,7 @@ from atmc.version import __version__
 MAGIC, VERSION = b"ATMC", 1
 MAX_METADATA, MAX_DIMENSIONS, MAX_TENSORS = 1 << 24, 8, 65_535
 STORED = (torch.float32, torch.float64, torch.int64, torch.int32, torch.uint8, torch.bool)
-MAX_VALUES = 1 << 29  # of all tensors of a file together: 2 GiB of float32
+MAX_VALUES = 1 << 27  # of all tensors of a file together: 512 MiB of float32
 
 
 class ArtifactError(ValueError):
@@ -299,7 +299,7 @@ def from_bytes(data: bytes, *, factory: Callable[..., nn.Module] | None = None, 
     """What `load` gives, from the bytes of a file. Raises `ArtifactError`."""
     content = unpack(data, source)
     model = _build(content.metadata, factory, source)
-    model.load_state_dict(_state(content, model.state_dict(), source))
+    model.load_state_dict(_state(content, model.state_dict(), source), assign=True)
     return model.eval()
 
 
@@ -308,7 +308,8 @@ def _build(metadata: Mapping[str, Any], factory: Callable[..., nn.Module] | None
     name = spec.get("name")
     if isinstance(name, str) and ":" not in name:
         try:
-            return build_from_spec(spec)
+            with torch.device("meta"):  # names and shapes alone: memory is taken only once the file is found to fit
+                return build_from_spec(spec)
         except ValueError as error:
             raise Malformed(f"{source}: {error}") from error
     if factory is None:
