@@ -76,7 +76,7 @@ def draw(table: list[dict[str, Any]]) -> None:
         axis.yaxis.set_major_formatter(lambda value, _: f"{value:.0%}")
         axis.grid(alpha=0.3)
     axes[0].set_ylabel("accuracy on 10,000 test images")
-    axes[1].legend(loc="lower right", fontsize=8)
+    axes[0].legend(loc="lower right", fontsize=8)
     figure.savefig(HERE / "figure.svg", metadata={"Date": None})
 
 
