@@ -1,0 +1,38 @@
+"""Write README.md from the runs beside this file. Run: python results/precision/table.py"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+HERE = Path(__file__).parent
+
+
+def main() -> None:
+    """One row a pair of runs that differ in precision alone."""
+    lines = [
+        "| run | clean, bf16 | clean, fp32 | pgd, bf16 | pgd, fp32 | seconds an epoch, bf16 / fp32 |",
+        "|---|---|---|---|---|---|",
+    ]
+    for path in sorted(HERE.glob("*bf16*/metrics.json")):
+        cells, seconds = [], []
+        other = Path(str(path).replace("bf16", "fp32"))
+        if not other.exists():
+            continue
+        both = [json.loads(file.read_text()) for file in (path, other)]
+        for name in ("clean", "pgd"):
+            for metrics in both:
+                figure = metrics["clean"] if name == "clean" else metrics["attacks"]["pgd"]
+                low, high = figure["ci95"]
+                cells.append(f"{100 * figure['accuracy']:.2f} [{100 * low:.2f}, {100 * high:.2f}] of {figure['n']:,}")
+        for file in (path, other):
+            log = [json.loads(line) for line in (file.parent / "log.jsonl").read_text().splitlines()]
+            times = sorted(line["seconds"] for line in log if line["phase"] == "dense")
+            seconds.append(times[len(times) // 2])
+        name = path.parent.name.replace("-bf16", "")
+        lines.append(f"| {name} | {' | '.join(cells)} | {seconds[0]:.1f} / {seconds[1]:.1f} |")
+    (HERE / "README.md").write_text((HERE / "about.md").read_text() + "\n".join(lines) + "\n")
+
+
+if __name__ == "__main__":
+    main()
