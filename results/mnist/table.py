@@ -11,6 +11,8 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
+from atmc.pack.inspect import inspection
+
 HERE = Path(__file__).parent
 
 
@@ -45,6 +47,8 @@ def rows() -> list[dict[str, Any]]:
             "pgd_strong_high": strong["ci95"][1],
         }
         row |= {"n": strong["n"], "seed": metrics["seed"], "minutes": round(metrics["seconds"] / 60, 1)}
+        held = inspection(path.with_name("model.atmc"))["factorized"]
+        row["live_terms"] = " ".join(str(part["components"]) for part in held.values()) or "–"
         found.append(row)
     return sorted(found, key=lambda row: (row["method"] != "da", row["nonzeros"], -row["bits"]))
 
@@ -93,13 +97,16 @@ def main() -> None:
         return "–" if row[f"{name}_paper"] is None else f"{100 * row[f'{name}_paper']:.2f}"
 
     head = (HERE / "about.md").read_text()
-    lines = ["| run | k / N | bits | nominal ratio | file, bytes | clean | paper | pgd | paper | pgd-strong |"]
-    lines.append("|---|---|---|---|---|---|---|---|---|---|")
+    lines = [
+        "| run | k / N | bits | nominal ratio | file, bytes | clean | paper | pgd | paper | pgd-strong | terms of U V |"
+    ]
+    lines.append("|---|---|---|---|---|---|---|---|---|---|---|")
     for row in table:
         lines.append(
             f"| `{row['run']}` | {row['k_ratio']} | {row['bits']} | {row['nominal_ratio']} | {row['file_bytes']:,} "
             f"| {percent(row, 'clean')} | {theirs(row, 'clean')} "
-            f"| {percent(row, 'pgd')} | {theirs(row, 'pgd')} | {percent(row, 'pgd_strong')} |"
+            f"| {percent(row, 'pgd')} | {theirs(row, 'pgd')} | {percent(row, 'pgd_strong')} "
+            f"| {row['live_terms']} |"
         )
     (HERE / "README.md").write_text(head + "\n".join(lines) + "\n")
 
