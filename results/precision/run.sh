@@ -4,7 +4,7 @@ set -euo pipefail
 atmc=${ATMC:-.venv/bin/atmc}
 for seed in 0 1 2; do
   for precision in bf16 fp32; do
-    "$atmc" compress --config configs/digits.toml --precision $precision --seed $seed --threads 1 \
+    "$atmc" compress --config results/precision/digits.toml --precision $precision --seed $seed --threads 1 \
       --out results/precision/digits-$precision-$seed --resume
   done
 done
