@@ -12,21 +12,11 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
+from values import any_values, distance, few_values, gaussian
 
 from atmc.compress.projections import exact_zero_kmeans, zero_kmeans
 
 Quantizer = Callable[..., tuple[Tensor, Tensor]]
-
-few_values = st.sampled_from([0.0, -0.0, 1.0, -1.0, 2.0, 0.5, -3.0, 1e-30])
-any_values = st.floats(-(2.0**100), 2.0**100, width=32, allow_nan=False)
-
-
-def gaussian(*shape: int, seed: int = 0) -> Tensor:
-    return torch.randn(shape, generator=torch.Generator().manual_seed(seed))
-
-
-def distance(x: Tensor, q: Tensor) -> float:
-    return float(((x.double() - q.double()) ** 2).sum())
 
 
 def distinct_nonzeros(q: Tensor) -> int:

@@ -11,6 +11,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
+from values import any_values, distance, few_values, gaussian
 
 from atmc.compress import projections
 from atmc.compress.projections import (
@@ -22,16 +23,6 @@ from atmc.compress.projections import (
 )
 
 FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
-few_values = st.sampled_from([0.0, -0.0, 1.0, -1.0, 2.0, 0.5, -3.0, 1e-30])
-any_values = st.floats(-(2.0**100), 2.0**100, width=32, allow_nan=False)
-
-
-def gaussian(*shape: int, seed: int = 0) -> Tensor:
-    return torch.randn(shape, generator=torch.Generator().manual_seed(seed))
-
-
-def distance(x: Tensor, q: Tensor) -> float:
-    return float(((x.double() - q.double()) ** 2).sum())
 
 
 def count(masks: Sequence[Tensor]) -> int:

@@ -251,7 +251,7 @@ class Runner:
         held = {name: tensor.detach().clone() for name, tensor in tensors.items()}
         if phase.feasible:
             assign(tensors, phase.feasible.project(held))
-        clean, robust = self.validate()
+        clean, robust = self._validate(self.model)
         score = self._score(clean, robust)
         if score > state.best_score:
             state.best, state.best_score = _copy(self.model.state_dict()), score
@@ -303,11 +303,8 @@ class Runner:
         self.model.load_state_dict(before)
         return self.model, {**decided, "clean": clean, "robust": robust}
 
-    def validate(self) -> tuple[Accuracy, Accuracy]:
-        """Clean accuracy on the whole validation split and `pgd` accuracy on its first val_n images, in float32."""
-        return self._validate(self.model)
-
     def _validate(self, model: nn.Module) -> tuple[Accuracy, Accuracy]:
+        """Clean accuracy on the whole validation split and `pgd` accuracy on its first val_n images, in float32."""
         model.eval()
         with built_once(model):
             clean = clean_accuracy(model, self._val)
