@@ -51,7 +51,7 @@ def steps(kind: str, name: str, batch: int, attack_steps: int, bf16: bool) -> It
     images = Images(pixels, torch.arange(len(pixels)) % 10)
     optimizer: torch.optim.Optimizer
     if name == "lenet":
-        optimizer = torch.optim.AdamW(model.parameters())
+        optimizer = torch.optim.AdamW(model.parameters(), fused=True)
     else:
         optimizer = torch.optim.SGD(model.parameters(), lr=0.01, momentum=0.9)
     attack = TrainingAttack(Linf(0.3 if name == "lenet" else 8 / 255), attack_steps)

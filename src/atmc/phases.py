@@ -333,7 +333,7 @@ class Runner:
         decay = self._recipe.weight_decay
         if self._recipe.optimizer == "sgd":
             return torch.optim.SGD(self.model.parameters(), lr=0.1, momentum=0.9, nesterov=True, weight_decay=decay)
-        return torch.optim.AdamW(self.model.parameters(), lr=1e-3, weight_decay=decay)
+        return torch.optim.AdamW(self.model.parameters(), lr=1e-3, weight_decay=decay, fused=True)
 
 
 def _copy(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
