@@ -115,20 +115,30 @@ def result_table(metrics: Mapping[str, Any]) -> Table:
 
 def inspection_table(found: Mapping[str, Any]) -> Table:
     """The parts of a model file."""
-    table = Table(title=Text(f"{found['file']}: {found['file_bytes']:,} bytes"), title_justify="left")
-    for name in ("tensor", "shape", "encoding"):
+    meta = found["metadata"]
+    about = (
+        f"{meta['model'].get('name') or 'own class'}, {meta['classes']} classes, threat {meta['threat'] or 'unknown'}"
+    )
+    table = Table(title=Text(f"{found['file']}: {found['file_bytes']:,} bytes; {about}"), title_justify="left")
+    for name in ("tensor", "shape", "stored"):
         table.add_column(name)
-    parts = ("header", "positions", "codebook", "codes", "values", "total")
-    for name in ("nonzeros", "levels", *parts):
+    parts = ("positions", "codebook", "codes", "total", "floor", "excess")
+    for name in ("nonzeros", "levels", "bits", "rank", *parts):
         table.add_column(name, justify="right")
     for row in found["tensors"]:
-        sizes = [str(row["bytes"][part]) for part in parts]
+        sizes = [f"{row['bytes'][part]:,.1f}" if part in row["bytes"] else "" for part in parts]
+        owner, _, factor = row["name"].rpartition(".")
+        rank = str(found["factorized"][owner]["components"]) if factor == "U" and owner in found["factorized"] else ""
         shape = "×".join(map(str, row["shape"]))
-        table.add_row(Text(row["name"]), shape, row["encoding"], f"{row['nonzeros']:,}", str(row["levels"]), *sizes)
-    totals = found["totals"]
+        held = (f"{row['nonzeros']:,}", str(row["levels"]), str(row["bits"]), rank)
+        table.add_row(Text(row["name"]), shape, row["stored"], *held, *sizes)
+    totals, outside = found["totals"], found["totals"]["metadata and checksums"]
+    sums = [f"{totals[part]:,.1f}" for part in ("positions", "codebook", "codes")]
+    excess = [f"{totals[part]:,.1f}" for part in ("floor", "excess")]
     table.add_section()
-    sums = [str(totals[part]) for part in parts[:-1]]
-    tensors = found["file_bytes"] - totals["metadata and checksum"]
-    table.add_row("all tensors", "", "", f"{totals['nonzeros']:,}", "", *sums, str(tensors))
-    table.add_row("metadata, checksum", "", "", "", "", "", "", "", "", "", str(totals["metadata and checksum"]))
+    inside = f"{found['file_bytes'] - outside:,.1f}"
+    table.add_row("all tensors", "", "", f"{totals['nonzeros']:,}", "", "", "", *sums, inside, *excess)
+    table.add_row("metadata, checksums", *[""] * 9, f"{outside:,.1f}", "", "")
+    dead = f"{totals['dead_outputs']:,} outputs and {totals['dead_inputs']:,} inputs of weights are dead"
+    table.caption = f"bytes; rank of W - C; floor: log2 C(N, k) + k H(codes); {dead}"
     return table
