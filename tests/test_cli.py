@@ -26,6 +26,9 @@ def build(num_classes):
 def seven(num_classes):
     return build(7)
 
+def failing(num_classes):
+    return build(num_classes, width=4)
+
 def probabilities(num_classes):
     return nn.Sequential(build(num_classes), nn.Softmax(1))
 
@@ -278,6 +281,7 @@ class TestRefused:
             ("--checkpoint nowhere.pt", "nowhere.pt does not exist"),
             ("--config nowhere.toml", "cannot read nowhere.toml"),
             ("--model cli_models:seven", "the model has 7 outputs, the data 10 classes"),
+            ("--model cli_models:failing", "cli_models:failing failed for num_classes=10: TypeError: build() got"),
             ("--model cli_models:probabilities", "look like probabilities"),
             ("--model cli_models:Picky", "expected 32x32 images"),
             ("--model cli_models:Tied", "share one weight"),
@@ -371,8 +375,18 @@ class TestRefused:
             ("--threat linf:0.1 --attack pdg", "did you mean 'pgd'"),
             ("--threat linf:0.1 --n 0", "n >= 1"),
             ("--threat linf:0.1 --steps 0", "steps >= 1"),
-            ("--threat linf:0.1 --model cli_models:seven", "(7, 256)"),
-            ("--threat linf:0.1 --model cli_models:probabilities", ""),
+            (
+                "--threat linf:0.1 --model cli_models:seven",
+                "tensor 3.weight.C has shape (10, 256), the model's is (7, 256); cli_models:seven",
+            ),
+            (
+                "--threat linf:0.1 --model cli_models:probabilities",
+                "cli_models:probabilities is not its factory, which was 'cli_models:build'",
+            ),
+            (
+                "--threat linf:0.1 --model cli_models:failing",
+                "model.atmc cannot be loaded: the factory cli_models:failing",
+            ),
             ("--threat linf:0.1 --data digit", "did you mean digits"),
         ],
     )

@@ -14,6 +14,7 @@ from typing import Any, cast
 import torch
 from torch import nn
 
+from atmc import models
 from atmc.compress.budget import Budget
 from atmc.compress.factorize import fold, refuse_unfit, sites, use_channels_last
 from atmc.data import Images, as_images, mixed_order
@@ -297,7 +298,7 @@ def check_model(model: nn.Module, images: Images, classes: int | None) -> int:
     try:
         with attack_mode(model):
             output = model(x.to(device))
-    except (RuntimeError, ValueError, AssertionError, TypeError, LookupError) as error:
+    except models.USER_CODE_ERRORS as error:
         reason = (str(error) or type(error).__name__).splitlines()[0]
         raise ValueError(f"the model does not take images of shape {tuple(x.shape[1:])}: {reason}") from error
     if not isinstance(output, torch.Tensor) or output.dim() != 2 or len(output) != len(x):

@@ -44,7 +44,11 @@ def load_weights(model: nn.Module, path: str, *, factorized: bool = False) -> No
     if not Path(path).is_file():
         raise ValueError(f"checkpoint {path} does not exist")
     if path.endswith(".atmc"):
-        _fill(model, artifact.load(path, factory=lambda num_classes: copy.deepcopy(model)).state_dict(), path)
+        try:
+            loaded = artifact.load(path, factory=lambda num_classes: copy.deepcopy(model))
+        except artifact.ModelMismatch as error:  # without what it says of the factory, which is ours
+            raise ValueError(f"checkpoint {path} is of another model: {error.__cause__ or error}") from error
+        _fill(model, loaded.state_dict(), path)
         content = artifact.read(path)
         if factorized and content.metadata["structure"]:
             restructure(model, {name: (form, rank) for name, (form, rank) in content.metadata["structure"].items()})

@@ -41,7 +41,8 @@ import torch
 from torch import Tensor, nn
 
 from atmc.compress.factorize import FORMS, Form, all_sites, compose, factored, factors_of, structure
-from atmc.models import build_from_spec
+from atmc.models import build_from_spec, call_factory
+from atmc.models.factory import factory_name
 from atmc.pack import coder
 from atmc.version import __version__
 
@@ -73,6 +74,10 @@ class Malformed(ArtifactError):
 
 class FactoryNeeded(ArtifactError):
     """The model is of a user's own class, and no factory was given."""
+
+
+class FactoryFailed(ArtifactError):
+    """The factory that was given raised an error, or returned no module."""
 
 
 class ModelMismatch(ArtifactError):
@@ -287,7 +292,7 @@ def load(path: str | os.PathLike[str], *, factory: Callable[..., nn.Module] | No
     """The plain module that a file holds, in evaluation mode, on the CPU.
 
     Args:
-        factory: called with num_classes=... where the model is of a user's own class.
+        factory: called with num_classes=... where the model is of a user's own class; not called otherwise.
 
     Raises:
         ArtifactError: see its subclasses. OSError: the file cannot be read.
@@ -299,14 +304,27 @@ def from_bytes(data: bytes, *, factory: Callable[..., nn.Module] | None = None, 
     """What `load` gives, from the bytes of a file. Raises `ArtifactError`."""
     content = unpack(data, source)
     model = _build(content.metadata, factory, source)
-    model.load_state_dict(_state(content, model.state_dict(), source), assign=True)
+    try:
+        state = _state(content, model.state_dict(), source)
+    except ModelMismatch as error:
+        if factory is None or _in_zoo(content.metadata["model"]):
+            raise
+        maker = content.metadata["model"].get("name")
+        hint = f"{factory_name(factory)} is not its factory" + (f", which was {maker!r}" if maker else "")
+        raise ModelMismatch(f"{error}; {hint}") from error
+    model.load_state_dict(state, assign=True)
     return model.eval()
+
+
+def _in_zoo(spec: Mapping[str, Any]) -> bool:
+    name = spec.get("name")
+    return isinstance(name, str) and ":" not in name
 
 
 def _build(metadata: Mapping[str, Any], factory: Callable[..., nn.Module] | None, source: str) -> nn.Module:
     spec = metadata["model"]
     name = spec.get("name")
-    if isinstance(name, str) and ":" not in name:
+    if _in_zoo(spec):
         try:
             with torch.device("meta"):  # names and shapes alone: memory is taken only once the file is found to fit
                 return build_from_spec(spec)
@@ -321,7 +339,10 @@ def _build(metadata: Mapping[str, Any], factory: Callable[..., nn.Module] | None
     classes = metadata.get("classes")
     if not (isinstance(classes, int) and classes >= 1):
         raise Malformed(f"{source} does not say how many classes its model has: {classes!r}")
-    model = factory(num_classes=classes)
+    try:
+        model = call_factory(factory, classes)
+    except ValueError as error:
+        raise FactoryFailed(f"{source} cannot be loaded: {error}") from error
     model.atmc_spec = spec
     return model
 
@@ -354,6 +375,8 @@ def _compose(name: str, form: Any, entries: dict[str, Entry], shape: tuple[int, 
     if not (isinstance(form, list) and len(form) == 2 and form[0] in FORMS and isinstance(form[1], int)):
         raise Malformed(f"{source}: {name} has no valid form: {form!r}")
     rank = form[1]
+    if form[0] != "rank" and f"{name}.C" in entries:
+        _expect_shape(entries[f"{name}.C"], shape, source)  # of another model: said before its rank is doubted
     if not 1 <= rank <= min(rows, columns):
         raise Malformed(f"{source}: {name} has rank {rank}, its shape is {shape}")
     shapes = {"U": (rows, rank), "V": (rank, columns)} | ({} if form[0] == "rank" else {"C": shape})
