@@ -274,10 +274,13 @@ class TestRefused:
             ("--epochs dense=x", "expected --epochs 20 or --epochs dense=20"),
             ("--epochs dense=-1", "expected epochs >= 0"),
             ("--seed -1", "seed"),
+            ("--seed 9223372036854775808", "seed: Input should be less than or equal to 9223372036854775807"),
             ("--seed 99999999999999999999", "seed"),
             ("--limit 0", "limit"),
             ("--eval-n 0", "eval_n"),
             ("--threads 0", "threads"),
+            ("--threads 1000000", "threads"),
+            ("--threads 99999999999999999999", "threads"),
             ("--checkpoint nowhere.pt", "nowhere.pt does not exist"),
             ("--config nowhere.toml", "cannot read nowhere.toml"),
             ("--model cli_models:seven", "the model has 7 outputs, the data 10 classes"),
@@ -311,6 +314,7 @@ class TestRefused:
             ("regrow = inf", "regrow"),
             ("learning_rate = nan", "learning_rate"),
             ("learning_rate = ", "is not a TOML file"),
+            ("seed = 9223372036854775808", "unknown key 'training.seed'"),
         ],
     )
     def test_configurations(self, tmp_path, capsys, line, message):
@@ -375,6 +379,8 @@ class TestRefused:
             ("--threat linf:0.1 --attack pdg", "did you mean 'pgd'"),
             ("--threat linf:0.1 --n 0", "n >= 1"),
             ("--threat linf:0.1 --steps 0", "steps >= 1"),
+            ("--threat linf:0.1 --seed -1", "expected a seed from 0 to 2^63 - 1, got -1"),
+            ("--threat linf:0.1 --seed 9223372036854775808", "expected a seed from 0 to 2^63 - 1"),
             (
                 "--threat linf:0.1 --model cli_models:seven",
                 "tensor 3.weight.C has shape (10, 256), the model's is (7, 256); cli_models:seven",

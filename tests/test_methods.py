@@ -251,6 +251,8 @@ class TestRefused:
             ({"regrow": 0.5}, "regrow >= 1"),
             ({"gradual": 2.0}, "gradual <= 1"),
             ({"learning_rat": 0.1}, "did you mean 'learning_rate'"),
+            ({"seed": -1}, r"a seed from 0 to 2\^63 - 1, got -1"),
+            ({"seed": 2**63}, r"a seed from 0 to 2\^63 - 1"),
         ],
     )
     def test_before_training(self, few, settings, message):
@@ -294,6 +296,12 @@ class TestRefused:
         work = job(few, learning_rate=1e12, optimizer="sgd", epochs={"dense": 5})
         with pytest.raises(TrainingDiverged, match="try a lower learning rate"):
             list(work.run())
+
+
+def test_the_largest_seed_works(few):
+    work = job(few, seed=2**63 - 1, epochs={"dense": 1, "l0": 0, "admm": 0, "tune": 0})
+    assert list(work.run())
+    assert atmc.evaluate(tiny(), few[1], threat=atmc.Linf(0.1), attack="pgd-strong", n=5, seed=2**63 - 1)
 
 
 def test_floors(lenet):

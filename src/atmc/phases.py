@@ -21,7 +21,7 @@ from atmc.compress.budget import nominal_bits
 from atmc.compress.constraints import Constraint
 from atmc.compress.factorize import built_once, compressible, fold, restructure, structure
 from atmc.data import Images
-from atmc.rng import derived_seed
+from atmc.rng import check_seed, derived_seed
 from atmc.robust.evaluate import Accuracy, clean_accuracy, robust_accuracy
 from atmc.robust.objectives import OBJECTIVES, TrainingAttack
 from atmc.robust.threats import Threat
@@ -81,6 +81,7 @@ class Recipe:
 
     def __post_init__(self) -> None:
         """ValueError for a setting that makes no sense."""
+        check_seed(self.seed)
         for name, known in (("objective", OBJECTIVES), ("augment", AUGMENTATIONS), ("optimizer", ("adamw", "sgd"))):
             if getattr(self, name) not in known:
                 raise ValueError(f"unknown {name} {getattr(self, name)!r}: expected one of {', '.join(known)}")

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from atmc.data import Images
-from atmc.rng import Noise
+from atmc.rng import Noise, check_seed
 from atmc.robust.attacks import attack_mode, fgsm, pgd, wrm
 from atmc.robust.threats import Threat
 
@@ -108,13 +108,14 @@ def robust_accuracy(
         steps: steps of ``pgd``, by default `paper_steps`.
 
     Raises:
-        ValueError: an unknown attack, or n < 1.
+        ValueError: an unknown attack, n < 1, steps < 1, or a seed that 63 bits do not hold.
     """
     check_attacks([attack])
     if n is not None and n < 1:
         raise ValueError(f"expected n >= 1 examples, got {n}")
     if steps is not None and steps < 1:
         raise ValueError(f"expected steps >= 1, got {steps}")
+    check_seed(seed)
     count = min(n or len(images), len(images))
     chunks = _chunks(images, count, batch_size)
     if attack == "fgsm":
