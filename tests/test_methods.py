@@ -376,7 +376,39 @@ def test_frozen_weights_are_compressed_without_training(few):
     assert work.result().records[-1].nonzeros <= work.nonzeros
 
 
-def test_a_last_batch_of_one_image_is_refused_with_batch_norm(few):
-    model = nn.Sequential(nn.Flatten(), nn.Linear(784, 10), nn.BatchNorm1d(10))
-    with pytest.raises(ValueError, match="hold one image, which batch norm cannot take: 256 images in batches of 51"):
-        job(few, model=model, batch_size=51)
+def normed() -> nn.Module:
+    """Batch norm without space, which refuses a batch of one image."""
+    torch.manual_seed(0)
+    return nn.Sequential(nn.Flatten(), nn.Linear(784, 10), nn.BatchNorm1d(10))
+
+
+ALONE = {"epochs": {"dense": 2, "l0": 1, "admm": 1, "tune": 0}, "batch_size": 51, "ratio": 0.3, "bits": None}
+
+
+class TestALastImageAlone:
+    """256 images in batches of 51 are five batches, and one image more."""
+
+    def test_joins_the_batch_before_it(self, few):
+        work = job(few, model=normed(), **ALONE)
+        steps = [event for event in work.run() if isinstance(event, Progress)]
+        assert [(event.step, event.steps) for event in steps[:5]] == [(step, 5) for step in range(1, 6)]
+        assert len(steps) == 4 * 5
+        assert steps[-1].share == 1
+        assert work.result().decided["clean"].n == 100  # batch norm re-estimated too
+
+    def test_resumes_to_the_same_file(self, few):
+        whole = job(few, model=normed(), **ALONE)
+        list(whole.run())
+        cut = job(few, model=normed(), **ALONE)
+        state = next(event.state for event in cut.run() if isinstance(event, EpochEnd))
+        resumed = job(few, model=normed(), **ALONE)
+        list(resumed.run(copy.deepcopy(state)))
+        assert resumed.result().data == whole.result().data
+
+    @pytest.mark.parametrize(("images", "batch_size"), [(1, 51), (256, 1)])
+    def test_without_a_batch_before_it(self, few, images, batch_size):
+        train, val = few
+        some = train.take(slice(0, images)), val
+        with pytest.raises(ValueError, match=f"at least 2 images a step.*got {images} training .* {batch_size}$"):
+            job(some, model=normed(), **{**ALONE, "batch_size": batch_size})
+        job(some, model=tiny(), **{**ALONE, "batch_size": batch_size})

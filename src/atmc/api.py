@@ -137,10 +137,10 @@ class Job:
         classes = check_model(model, train, classes)
         check_model(model, val, classes)
         refuse_unfit(model, exclude=recipe.exclude)
-        if _normed(model) and len(train) % recipe.batch_size == 1:
+        if _normed(model) and min(len(train), recipe.batch_size) == 1:
             raise ValueError(
-                f"the last batch of an epoch would hold one image, which batch norm cannot take: {len(train)} images "
-                f"in batches of {recipe.batch_size}; choose another batch_size"
+                f"expected at least 2 images a step, since the model has batch norm; got {len(train)} training images "
+                f"in batches of {recipe.batch_size}"
             )
         self.dense_weights = sum(
             getattr(site.module, site.parameter).numel() for site in sites(model, exclude=recipe.exclude)
