@@ -19,6 +19,7 @@ from atmc.compress.budget import Budget
 from atmc.compress.factorize import fold, refuse_unfit, sites, use_channels_last
 from atmc.data import Images, as_images, mixed_order
 from atmc.methods import Plan, floor_of, objective_of, phases_of
+from atmc.numerics import deterministic
 from atmc.pack import artifact
 from atmc.pack.artifact import load, save
 from atmc.phases import EpochEnd, Recipe, Record, Runner, State
@@ -246,10 +247,11 @@ def compress(
         recipe=recipe or default_recipe(model, **settings),
         device=torch.device(device),
     )
-    for event in job.run():
-        if on_event:
-            on_event(event)
-    return job.result()
+    with deterministic(torch.device(device)):
+        for event in job.run():
+            if on_event:
+                on_event(event)
+        return job.result()
 
 
 def evaluate(

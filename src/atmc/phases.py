@@ -21,6 +21,7 @@ from atmc.compress.budget import nominal_bits
 from atmc.compress.constraints import Constraint
 from atmc.compress.factorize import built_once, compressible, fold, restructure, structure
 from atmc.data import Images
+from atmc.numerics import full_float32
 from atmc.rng import check_seed, derived_seed
 from atmc.robust.evaluate import Accuracy, clean_accuracy, robust_accuracy
 from atmc.robust.objectives import OBJECTIVES, TrainingAttack
@@ -307,7 +308,7 @@ class Runner:
     def _validate(self, model: nn.Module) -> tuple[Accuracy, Accuracy]:
         """Clean accuracy on the whole validation split and `pgd` accuracy on its first val_n images, in float32."""
         model.eval()
-        with built_once(model):
+        with full_float32(), built_once(model):
             clean = clean_accuracy(model, self._val)
             robust = robust_accuracy(model, self._val, self._threat, "pgd", n=self._recipe.val_n)
         return clean, robust

@@ -27,6 +27,7 @@ from atmc.data import Data, load_data
 from atmc.experiment.config import RunConfig, parse, read_toml
 from atmc.experiment.report import write_report
 from atmc.experiment.weights import UNREADABLE, load_weights
+from atmc.numerics import deterministic
 from atmc.pack import artifact
 from atmc.phases import EpochEnd, State
 from atmc.version import __version__
@@ -82,7 +83,7 @@ def run(config: RunConfig, folder: Path, *, resume: bool = False, overwrite: boo
         if (folder / "metrics.json").exists():
             yield Finished(json.loads((folder / "metrics.json").read_text()))
             return
-    with _locked(folder):
+    with _locked(folder), deterministic(torch.device(config.device)):
         if resuming != _check_folder(folder, resume=resume, overwrite=overwrite):
             raise FolderInUse(f"{folder} was changed by another run meanwhile")
         if not resuming:

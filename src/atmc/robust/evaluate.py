@@ -1,7 +1,8 @@
 """Accuracy, clean and under attack, with its number of examples and a 95 % interval.
 
 A figure is the share of examples that no attack of the named kind fooled; what an attack did stands beside it. All
-randomness is keyed by seed, restart and example, so that a figure depends neither on batch size nor on order.
+randomness is keyed by seed, restart and example, so that a figure depends neither on batch size nor on order. Whatever
+precision the user has chosen for training, float32 is full here (no TF32).
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from atmc.data import Images
+from atmc.numerics import full_float32
 from atmc.rng import Noise, check_seed
 from atmc.robust.attacks import attack_mode, fgsm, pgd, wrm
 from atmc.robust.threats import Threat
@@ -72,6 +74,7 @@ def paper_steps(threat: Threat) -> int:
     return 7 if threat.name == "linf" and threat.eps < 0.1 else 16
 
 
+@full_float32()
 def clean_accuracy(model: nn.Module, images: Images, *, batch_size: int = 500) -> Accuracy:
     """Accuracy on unchanged images."""
     right = [predictions(model, x) == y for x, y, _ in _chunks(images, len(images), batch_size)]
@@ -86,6 +89,7 @@ def predictions(model: nn.Module, x: Tensor) -> Tensor:
     return torch.where(logits.isfinite().all(1), logits.argmax(1), -1)
 
 
+@full_float32()
 def robust_accuracy(
     model: nn.Module,
     images: Images,
