@@ -3,7 +3,11 @@
 import fcntl
 import json
 import os
+import pkgutil
+import re
 import runpy
+import shutil
+import signal
 import sys
 
 import pytest
@@ -11,9 +15,8 @@ import torch
 from torch import nn
 
 import atmc
-from atmc import api, cli
+from atmc import api, cli, files
 from atmc.experiment.run import run
-from atmc.pack import artifact
 from atmc.phases import EpochEnd
 from atmc.train import TrainingDiverged
 
@@ -462,14 +465,47 @@ class TestFolders:
 class TestFailed:
     """Status 1: not the user's input."""
 
-    def test_a_full_disk(self, tmp_path, capsys, monkeypatch):
+    @pytest.mark.parametrize("name", ["config.toml", "state.pt", "model.atmc", "report.html", "metrics.json"])
+    def test_a_full_disk(self, done, tmp_path, capsys, monkeypatch, name):
+        """From the moment when this file is written anew, once a checkpoint is there."""
+        out = tmp_path / "a run"
+        replace = os.replace
+
+        def full(source, target):
+            if target.name == name and (name != "state.pt" or target.exists()):
+                raise OSError(28, os.strerror(28), str(source), None, str(target))
+            replace(source, target)
+
+        command = ["compress", "--config", "run.toml", "--out", out]
+        with monkeypatch.context() as patch:
+            patch.setattr(files.os, "replace", full)
+            message = ended(capsys, 1, *command)
+        assert re.fullmatch(f"atmc: .*{name}: No space left on device", message)
+        assert not list(out.rglob("*.tmp"))
+        assert not (out / name).exists()
+        if name == "config.toml":
+            assert call(*command) == 0
+        else:
+            assert (out / "checkpoint" / "state.pt").exists()
+            assert call("compress", "--out", out, "--resume") == 0
+        assert (out / "model.atmc").read_bytes() == (done / "model.atmc").read_bytes()
+
+    def test_a_full_disk_for_the_log(self, tmp_path, capsys, monkeypatch):
+        (tmp_path / "out").mkdir()
+        (tmp_path / "out" / "log.jsonl").symlink_to("/dev/full")
+        monkeypatch.setattr("atmc.experiment.run._check_folder", lambda *_, **__: False)
+        monkeypatch.setattr("atmc.experiment.run._clear", lambda _: None)
+        monkeypatch.setattr("atmc.experiment.run._read_checkpoint", lambda _: (None, 0.0))
+        message = ended(capsys, 1, "compress", "--config", "run.toml", "--out", tmp_path / "out")
+        assert message.endswith("log.jsonl: No space left on device")
+
+    def test_a_full_disk_says_how_to_go_on(self, tmp_path, capsys, monkeypatch):
         def full(*_):
             raise OSError(28, os.strerror(28))
 
-        monkeypatch.setattr(artifact.os, "fsync", full)
-        command = ["compress", "--config", "run.toml", "--out", tmp_path / "out"]
-        assert "No space left on device" in ended(capsys, 1, *command)
-        assert not list(tmp_path.rglob("*.tmp"))
+        monkeypatch.setattr("atmc.experiment.run.append_line", full)
+        assert call("compress", "--config", "run.toml", "--out", tmp_path / "a run") == 1
+        assert f"go on with: atmc compress --out '{tmp_path / 'a run'}' --resume" in capsys.readouterr().out
 
     def test_training_that_diverged(self, tmp_path, capsys, monkeypatch):
         def diverging(*_, **__):
@@ -479,22 +515,75 @@ class TestFailed:
         monkeypatch.setattr(cli, "run", diverging)
         assert "lower learning rate" in ended(capsys, 1, "compress", "--config", "run.toml", "--out", tmp_path / "out")
 
-    def test_interrupted(self, tmp_path, capsys, monkeypatch):
-        def interrupted(*arguments, **options):
-            for event in run(*arguments, **options):
-                yield event
-                if isinstance(event, EpochEnd):
-                    raise KeyboardInterrupt
+    @pytest.mark.parametrize(
+        ("place", "nth"),
+        [
+            ("atmc.experiment.run.load_data", 1),
+            ("atmc.files.os.replace", 1),  # config.toml
+            ("atmc.train.assign", 3),
+            ("atmc.phases.clean_accuracy", 2),
+            ("atmc.experiment.run.append_line", 3),
+            ("atmc.files.os.replace", 4),  # the third epoch's checkpoint
+            ("atmc.api.artifact.to_bytes", 2),  # the last choices are made
+            ("atmc.files.os.replace", 7),  # model.atmc
+            ("atmc.api.robust_accuracy", 1),
+            ("atmc.experiment.run.write_report", 1),
+            ("atmc.files.os.replace", 9),  # metrics.json
+        ],
+    )
+    @pytest.mark.parametrize("after", [False, True], ids=["before", "after"])
+    def test_interrupted(self, done, tmp_path, capsys, monkeypatch, place, nth, after):
+        """Ctrl-C, the signal itself, just before or after one of these is called: every part of a run."""
+        out, calls, original = tmp_path / "out", [], pkgutil.resolve_name(place)
 
-        out = tmp_path / "out"
+        def interrupting(*arguments, **options):
+            calls.append(place)
+            if len(calls) == nth and not after:
+                signal.raise_signal(signal.SIGINT)
+            result = original(*arguments, **options)
+            if len(calls) == nth:
+                signal.raise_signal(signal.SIGINT)
+            return result
+
+        command = ["compress", "--config", "run.toml", "--out", out]
         with monkeypatch.context() as patch:
-            patch.setattr(cli, "run", interrupted)
-            assert call("compress", "--config", "run.toml", "--out", out) == 1
+            patch.setattr(place, interrupting)
+            assert call(*command) == 1
         said = capsys.readouterr()
-        assert f"atmc compress --out {out} --resume" in said.out + said.err
-        assert "Traceback" not in said.err
-        assert call("compress", "--out", out, "--resume") == 0
-        assert (out / "model.atmc").exists()
+        assert said.err == ""
+        assert not [path for path in out.rglob(".*") if path.is_file()]  # neither a lock nor half a file
+        hint = said.out.splitlines()[-1]
+        if (out / "config.toml").exists():
+            assert hint == f"interrupted; go on with: atmc compress --out {out} --resume"
+            command = ["compress", "--out", out, "--resume"]
+        else:
+            assert hint == "interrupted; nothing had begun: give the same command again"
+        assert call(*command) == 0
+        assert (out / "model.atmc").read_bytes() == (done / "model.atmc").read_bytes()
+        metrics = [json.loads((folder / "metrics.json").read_text()) for folder in (out, done)]
+        assert {**metrics[0], "seconds": 0} == {**metrics[1], "seconds": 0}
+        assert {path.name for path in out.iterdir()} == {path.name for path in done.iterdir()}
+
+    def test_an_interrupted_overwrite_goes_on_with_nothing_else(self, done, tmp_path, capsys, monkeypatch):
+        """While the data is read the old run is whole, and it is not what the interrupted command was about."""
+        out = tmp_path / "out"
+        shutil.copytree(done, out)
+        command = ["compress", "--config", "run.toml", "--out", out, "--seed", 5, "--overwrite"]
+        for place in ("load_data", "write_beside"):
+            with monkeypatch.context() as patch:
+                patch.setattr(f"atmc.experiment.run.{place}", lambda *_, **__: signal.raise_signal(signal.SIGINT))
+                assert call(*command) == 1
+            assert "nothing had begun: give the same command again" in capsys.readouterr().out
+            assert (out / "model.atmc").exists() == (place == "load_data")
+        assert call(*command) == 0
+
+    def test_evaluate_interrupted(self, done, tmp_path, capsys, monkeypatch):
+        monkeypatch.setattr(api, "robust_accuracy", lambda *_, **__: signal.raise_signal(signal.SIGINT))
+        command = ["evaluate", done / "model.atmc", "--data", "digits", "--threat", "linf:0.1"]
+        command += ["--model", "cli_models:build", "--json", tmp_path / "figures.json"]
+        assert call(*command) == 1
+        assert capsys.readouterr().err.split() == ["atmc:", "interrupted"]
+        assert not (tmp_path / "figures.json").exists()
 
 
 class TestPython:

@@ -140,6 +140,31 @@ def test_killed_by_the_system_and_resumed(here):
     assert (here / "cut" / "model.atmc").read_bytes() == (here / "whole" / "model.atmc").read_bytes()
 
 
+def test_killed_in_the_final_evaluation_and_resumed(here):
+    """SIGKILL once the model file is there and its figures are not."""
+    killed = "import os, signal; from atmc import api, cli; "
+    killed += "api.robust_accuracy = lambda *_, **__: os.kill(os.getpid(), signal.SIGKILL); cli.main()"
+    (here / "run.toml").write_text(parse(SMALL).to_toml())
+    options = ["compress", "--config", "run.toml", "--out", "cut"]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    victim = subprocess.run([sys.executable, "-c", killed, *options], env=environment, capture_output=True, timeout=120)
+    assert victim.returncode == -signal.SIGKILL, victim.stderr
+    written = (here / "cut" / "model.atmc").read_bytes()
+    assert not (here / "cut" / "metrics.json").exists()
+    (here / "cut" / ".model.atmc.7.tmp").write_bytes(b"half")  # as a kill while a file is written would leave
+    metrics, whole = finish(here / "cut", resume=True), finish(here / "whole")
+    assert (here / "cut" / "model.atmc").read_bytes() == written == (here / "whole" / "model.atmc").read_bytes()
+    assert {**metrics, "seconds": 0} == {**whole, "seconds": 0}
+    assert {path.name for path in (here / "cut").iterdir()} == {path.name for path in (here / "whole").iterdir()}
+
+
+def test_killed_just_after_the_metrics(here):
+    metrics = finish(here / "out")
+    (here / "out" / "checkpoint").mkdir()
+    assert finish(here / "out", resume=True) == metrics
+    assert not (here / "out" / "checkpoint").exists()
+
+
 def test_nothing_is_overwritten_unasked(here):
     metrics = finish(here / "out")
     before = (here / "out" / "model.atmc").read_bytes()

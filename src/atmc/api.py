@@ -18,6 +18,7 @@ from atmc import models
 from atmc.compress.budget import Budget
 from atmc.compress.factorize import fold, refuse_unfit, sites, use_channels_last
 from atmc.data import Images, as_images, mixed_order
+from atmc.files import write_beside
 from atmc.methods import Plan, floor_of, objective_of, phases_of
 from atmc.numerics import deterministic
 from atmc.pack import artifact
@@ -55,7 +56,7 @@ class Result:
 
     def save(self, path: str | os.PathLike[str]) -> int:
         """Write the model file; its size in bytes."""
-        return artifact.write_beside(Path(path), self.data)
+        return write_beside(Path(path), self.data)
 
 
 @dataclass(frozen=True)

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import shlex
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -13,7 +15,8 @@ from rich.console import Console
 
 from atmc.experiment import config as configs
 from atmc.experiment.display import Display, evaluation_table, inspection_table, result_table
-from atmc.experiment.run import Finished, run
+from atmc.experiment.run import Finished, Stage, run
+from atmc.files import write_beside
 from atmc.version import __version__
 
 app = typer.Typer(
@@ -23,6 +26,7 @@ app = typer.Typer(
     help="Make an image classifier small and hard to fool at once.",
 )
 UsageError: Any = typer.BadParameter.__bases__[0]  # click's, of whichever click typer brings along
+_TYPER_INTERRUPTED = 130  # what it makes of Ctrl-C; older versions raise Abort
 console = Console(width=None if sys.stdout.isatty() else 150)
 
 
@@ -109,18 +113,34 @@ def compress(
             training["epochs"] = {**configured["epochs"], **training["epochs"]}
         values["training"] = {**configured, **training}
     settings = configs.parse(values, str(config) if config else "options")
+    metrics = _followed(run(settings, out, resume=resume, overwrite=overwrite), out)
+    console.print(result_table(metrics))
+    _say(f"model   {out / 'model.atmc'}\nreport  {out / 'report.html'}")
+
+
+def _followed(events: Iterator[Any], out: Path) -> dict[str, Any]:
+    """Show a run's events; its metrics. Where it ends early, say how to go on."""
+    resumable, metrics = False, {}
+    config, resume = out / "config.toml", f"go on with: atmc compress --out {shlex.quote(str(out))} --resume"
     with Display(console) as display:
         try:
-            for event in run(settings, out, resume=resume, overwrite=overwrite):
+            for event in events:
                 display.show(event)
+                if isinstance(event, Stage):
+                    resumable = event.resumable
                 if isinstance(event, Finished):
                     metrics = event.metrics
         except KeyboardInterrupt:
             display.close()
-            _say(f"interrupted; go on with: atmc compress --out {out} --resume")
+            begun = resumable and config.exists()
+            _say(f"interrupted; {resume if begun else 'nothing had begun: give the same command again'}")
             raise typer.Exit(1) from None
-    console.print(result_table(metrics))
-    _say(f"model   {out / 'model.atmc'}\nreport  {out / 'report.html'}")
+        except OSError:
+            display.close()
+            if resumable and config.exists():
+                _say(f"stopped by an error, which is not the run's: when it is mended, {resume}")
+            raise
+    return metrics
 
 
 def _say(text: str) -> None:
@@ -184,7 +204,7 @@ def evaluate(
     figures = {"model": str(file), "data": data, "threat": str(ball), "seed": seed, **report.to_json()}
     console.print(evaluation_table(figures))
     if json_path:
-        artifact.write_beside(json_path, (json.dumps(figures, indent=1) + "\n").encode())
+        write_beside(json_path, (json.dumps(figures, indent=1) + "\n").encode())
 
 
 @app.command()
@@ -205,11 +225,15 @@ def inspect(
 def main() -> None:
     """Run the command. Exit status: 0 done, 2 the user's input was wrong, 1 anything else."""
     try:
-        sys.exit(app(sys.argv[1:] or ["--help"], standalone_mode=False) or 0)
+        status = app(sys.argv[1:] or ["--help"], standalone_mode=False) or 0
+        if status == _TYPER_INTERRUPTED:
+            raise typer.Abort
+        sys.exit(status)
     except UsageError as error:
         print(f"atmc: {error.format_message()}", file=sys.stderr)
         sys.exit(2)
     except typer.Abort:
+        print("atmc: interrupted", file=sys.stderr)
         sys.exit(1)
     except ValueError as error:
         print(f"atmc: {error}", file=sys.stderr)

@@ -15,7 +15,7 @@ from atmc.experiment import pictures, svg
 from atmc.experiment.config import RunConfig
 from atmc.experiment.layers import layers_section
 from atmc.experiment.markup import cut, element, escape, page, section, table
-from atmc.pack.artifact import write_beside
+from atmc.files import write_beside
 from atmc.pack.inspect import inspection
 from atmc.robust.evaluate import paper_steps
 from atmc.robust.threats import Threat

@@ -41,6 +41,7 @@ import torch
 from torch import Tensor, nn
 
 from atmc.compress.factorize import FORMS, Form, all_sites, compose, factored, factors_of, structure
+from atmc.files import write_beside
 from atmc.models import build_from_spec, call_factory
 from atmc.models.factory import factory_name
 from atmc.pack import coder
@@ -174,20 +175,6 @@ def _outputs(model: nn.Module) -> int:
     if not layers:
         raise ValueError("expected classes=..., since the model does not know how many it has")
     return layers[-1].out_features
-
-
-def write_beside(path: Path, data: bytes) -> int:
-    """Write to a temporary neighbour and rename, so that path is always the old file or the whole new one."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        with open(temporary, "wb") as file:
-            file.write(data)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
-    return len(data)
 
 
 def _tensors(model: nn.Module) -> dict[str, np.ndarray]:
