@@ -12,6 +12,8 @@ import sys
 
 import pytest
 import torch
+from PIL import Image
+from safetensors.torch import save_file
 from torch import nn
 
 import atmc
@@ -346,7 +348,9 @@ class TestRefused:
         options = ["--config", "run.toml", "--out", tmp_path / "out", "--device", "cuda"]
         assert "no CUDA device" in ended(capsys, 2, "compress", *options)
         options = [done / "model.atmc", "--data", "digits", "--threat", "linf:0.1", "--model", "cli_models:build"]
-        assert "cuda" in ended(capsys, 2, "evaluate", *options, "--device", "cuda")
+        monkeypatch.setattr(torch.cuda, "device_count", lambda: 0)
+        assert "no such CUDA device here" in ended(capsys, 2, "evaluate", *options, "--device", "cuda")
+        assert "expected a device such as" in ended(capsys, 2, "evaluate", *options, "--device", "gpu")
 
     @pytest.mark.parametrize(
         ("content", "message"),
@@ -370,6 +374,35 @@ class TestRefused:
             options = ["--config", "run.toml", "--out", tmp_path / "out", "--checkpoint", path]
             assert message in ended(capsys, 2, "compress", *options)
             assert not (tmp_path / "out").exists()
+
+    @pytest.mark.parametrize("name", ["a.pt", "a.safetensors"])
+    @pytest.mark.parametrize("content", [b"", b"rubbish", "half", "of another model"])
+    def test_checkpoints(self, tmp_path, capsys, small, name, content):
+        state = small.state_dict() if content == "half" else {"head": torch.zeros(3)}
+        (save_file if name == "a.safetensors" else torch.save)(state, tmp_path / name)
+        if content == "half":
+            content = (tmp_path / name).read_bytes()[: (tmp_path / name).stat().st_size // 2]
+        if isinstance(content, bytes):
+            (tmp_path / name).write_bytes(content)
+        options = ["--config", "run.toml", "--out", tmp_path / "out", "--checkpoint", tmp_path / name]
+        message = ended(capsys, 2, "compress", *options)
+        expected = f"{name} is of another model: 0.weight is missing" if isinstance(content, str) else "is damaged or"
+        assert expected in message
+        assert not (tmp_path / "out").exists()
+
+    @pytest.mark.parametrize(("size", "mode"), [(32, "L"), (28, "RGB")])
+    def test_images_that_do_not_fit_the_model(self, done, tmp_path, capsys, size, mode):
+        for split in ("train", "test"):
+            for label in range(10):
+                (tmp_path / "data" / split / str(label)).mkdir(parents=True)
+                for number in range(2):
+                    Image.new(mode, (size, size)).save(tmp_path / "data" / split / str(label) / f"{number}.png")
+        shape = f"does not take images of shape ({3 if mode == 'RGB' else 1}, {size}, {size})"
+        options = ["--data", tmp_path / "data", "--model", "cli_models:build"]
+        assert shape in ended(capsys, 2, "evaluate", done / "model.atmc", *options, "--threat", "linf:0.1")
+        options += ["--config", "run.toml", "--out", tmp_path / "out"]
+        assert shape in ended(capsys, 2, "compress", *options)
+        assert not (tmp_path / "out").exists()
 
     def test_a_folder_where_a_file_is_meant(self, done, capsys):
         assert str(done) in ended(capsys, 2, "inspect", done)
@@ -631,6 +664,44 @@ class TestPython:
             small[3].bias[0] = torch.nan
         with pytest.raises(ValueError, match="not finite numbers"):
             self.compress(small, (self.X, self.Y))
+
+    @pytest.mark.parametrize(
+        ("change", "message"),
+        [
+            ({"threat": 0.1}, r"expected a threat such as Linf\(8 / 255\) or 'linf:8/255', got 0\.1"),
+            ({"threat": "linf:2"}, "above the largest linf distance"),
+            ({"budget": 0.1}, "expected a budget such as .*, got 0"),
+            ({"budget": atmc.Budget(nonzeros=2661)}, "2,661 nonzeros is larger than the model: 2,660 weights"),
+            ({"budget": atmc.Budget(nonzeros=1)}, "1 nonzeros is below the floor of this model and method, 2"),
+            ({"device": "gpu"}, "expected a device such as .*, got 'gpu'"),
+            ({"device": "cuda:7"}, "torch sees no such CUDA device here"),
+            ({"device": torch.device("cuda")}, "torch sees no such CUDA device here"),
+            ({"epochs": 1.5}, "expected epochs >= 0 in phase dense, got 1.5"),
+            ({"epochs": {"dense": None}}, "expected epochs >= 0 in phase dense, got None"),
+            ({"learning_rate": "high"}, "expected learning_rate >= 0 in phase dense, got 'high'"),
+            ({"batch_size": 2.5}, "expected batch_size to be an integer, got 2.5"),
+            ({"val_n": "all"}, "expected val_n to be an integer, got 'all'"),
+            ({"seed": None}, "expected seed to be an integer, got None"),
+            ({"factor_start": "pca"}, "unknown factor_start 'pca': expected one of identity, svd"),
+        ],
+    )
+    def test_settings(self, small, monkeypatch, change, message):
+        monkeypatch.setattr(torch.cuda, "device_count", lambda: 0)
+        with pytest.raises(ValueError, match=message):
+            self.compress(small, (self.X, self.Y), **change)
+
+    def test_evaluate(self, small):
+        for arguments, message in [
+            (("lenet", (self.X, self.Y), {}), "expected a torch.nn.Module, such as .*, got 'lenet'"),
+            ((small, (self.X, self.Y), {"threat": None}), "expected a threat such as"),
+            ((small, (self.X, self.Y), {"n": {"pdg": 3}}), "did you mean 'pgd'"),
+            ((small, (self.X, self.Y), {"n": 0}), "n >= 1"),
+        ]:
+            model, test, options = arguments
+            with pytest.raises(ValueError, match=message):
+                atmc.evaluate(model, test, **{"threat": atmc.Linf(0.1), **options})
+        with pytest.raises(ValueError, match=r"expected a torch\.nn\.Module"):
+            self.compress("lenet", (self.X, self.Y))
 
     def test_a_last_class_that_no_image_has(self, small):
         """Ten outputs and nine of the classes among the labels: a small set of images, not a wrong model."""

@@ -10,7 +10,7 @@ LAYERS = [  # from the top down; a line may import from the lines below it, and 
     ["__init__"],
     ["experiment"],
     ["api"],
-    ["methods"],
+    ["inputs", "methods"],
     ["phases"],
     ["train"],
     ["pack"],

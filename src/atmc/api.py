@@ -8,6 +8,7 @@ import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from difflib import get_close_matches
+from numbers import Integral, Real
 from pathlib import Path
 from typing import Any, cast
 
@@ -19,6 +20,7 @@ from atmc.compress.budget import Budget
 from atmc.compress.factorize import fold, refuse_unfit, sites, use_channels_last
 from atmc.data import Images, as_images, mixed_order
 from atmc.files import write_beside
+from atmc.inputs import as_device, as_threat, expect_budget, expect_module
 from atmc.methods import Plan, floor_of, objective_of, phases_of
 from atmc.numerics import deterministic
 from atmc.pack import artifact
@@ -26,7 +28,7 @@ from atmc.pack.artifact import load, save
 from atmc.phases import EpochEnd, Recipe, Record, Runner, State
 from atmc.robust.attacks import attack_mode
 from atmc.robust.evaluate import Accuracy, check_attacks, clean_accuracy, robust_accuracy
-from atmc.robust.threats import Threat, check_threat, parse_threat
+from atmc.robust.threats import Threat, check_threat
 from atmc.train import Progress
 
 __all__ = ["Job", "Report", "Result", "check_model", "compress", "default_recipe", "evaluate", "load", "save"]
@@ -104,14 +106,15 @@ def by_phase(given: Any, defaults: dict[str, Any], what: str) -> dict[str, Any]:
     """One number for every phase, or a dict of some, filled up with the defaults. ValueError if it makes no sense."""
     if given is None:
         return dict(defaults)
+    kind: Any = Integral if what == "epochs" else Real
     values = dict(given) if isinstance(given, dict) else dict.fromkeys(defaults, given)
     for phase, value in values.items():
         if phase not in defaults:
             near = get_close_matches(phase, defaults, n=1)
             hint = f"; did you mean {near[0]!r}?" if near else ""
             raise ValueError(f"unknown phase {phase!r} in {what}: expected {', '.join(defaults)}{hint}")
-        if not 0 <= value < math.inf:
-            raise ValueError(f"expected {what} >= 0 in phase {phase}, got {value}")
+        if not (isinstance(value, kind) and 0 <= value < math.inf):
+            raise ValueError(f"expected {what} >= 0 in phase {phase}, got {value!r}")
     return {**defaults, **values}
 
 
@@ -238,17 +241,20 @@ def compress(
     """
     if recipe is not None and settings:
         raise ValueError(f"expected a recipe or settings, got both: {', '.join(settings)}")
+    place = as_device(device)
+    expect_module(model)
+    expect_budget(budget)
     job = Job(
         model,
         as_images(train),
         as_images(val),
-        threat=parse_threat(threat) if isinstance(threat, str) else threat,
+        threat=as_threat(threat),
         budget=budget,
         method=method,
         recipe=recipe or default_recipe(model, **settings),
-        device=torch.device(device),
+        device=place,
     )
-    with deterministic(torch.device(device)):
+    with deterministic(place):
         for event in job.run():
             if on_event:
                 on_event(event)
@@ -276,9 +282,11 @@ def evaluate(
     Raises:
         ValueError: unknown attack, a threat too large for the images, or a model that does not fit them.
     """
+    expect_module(model)
     names = [attack] if isinstance(attack, str) else list(attack)
     check_attacks(names)
-    threat = parse_threat(threat) if isinstance(threat, str) else threat
+    check_attacks(list(n) if isinstance(n, Mapping) else [])
+    threat = as_threat(threat)
     images = mixed_order(as_images(test))
     check_threat(threat, images.pixels[0].numel())
     check_model(model, images, None)

@@ -9,7 +9,6 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Annotated, Any
 
-import torch
 import typer
 from rich.console import Console
 
@@ -187,6 +186,7 @@ def evaluate(
     """Measure a model file's accuracy, clean and under attack, on a test split."""
     from atmc import api, models
     from atmc.data import load_data
+    from atmc.inputs import as_device
     from atmc.pack import artifact
     from atmc.robust.threats import parse_threat
 
@@ -194,12 +194,10 @@ def evaluate(
         raise ValueError(f"there is no folder {json_path.parent} to write {json_path.name} into")
     if json_path and json_path.exists() and not overwrite:
         raise ValueError(f"{json_path} exists: add --overwrite to replace it")
-    ball = parse_threat(threat)
+    ball, place = parse_threat(threat), as_device(device)
     network = artifact.load(file, factory=models.import_factory(model) if model else None)
-    if device not in ("cpu", "cuda") or (device == "cuda" and not torch.cuda.is_available()):
-        raise ValueError(f"expected device cpu, or cuda where torch sees one, got {device!r}")
     test = load_data(data, image_column=image_column, label_column=label_column).test
-    network.to(device)
+    network.to(place)
     report = api.evaluate(network, test, threat=ball, attack=_names(attack), n=n, steps=steps, seed=seed)
     figures = {"model": str(file), "data": data, "threat": str(ball), "seed": seed, **report.to_json()}
     console.print(evaluation_table(figures))

@@ -8,8 +8,9 @@ The state between two epochs is one value, `State`, made of tensors and numbers.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from dataclasses import dataclass, field, replace
+from numbers import Integral
 from typing import Any, Literal
 
 import torch
@@ -29,6 +30,12 @@ from atmc.robust.threats import Threat
 from atmc.train import Loop, Progress, assign, cosine, fit, reestimate_batch_norm
 
 Tensors = Mapping[str, Tensor]
+CHOICES: dict[str, Collection[str]] = {
+    "objective": OBJECTIVES,
+    "augment": AUGMENTATIONS,
+    "optimizer": ("adamw", "sgd"),
+    "factor_start": ("identity", "svd"),
+}
 
 
 @dataclass(frozen=True)
@@ -82,10 +89,13 @@ class Recipe:
 
     def __post_init__(self) -> None:
         """ValueError for a setting that makes no sense."""
-        check_seed(self.seed)
-        for name, known in (("objective", OBJECTIVES), ("augment", AUGMENTATIONS), ("optimizer", ("adamw", "sgd"))):
+        for name, known in CHOICES.items():
             if getattr(self, name) not in known:
                 raise ValueError(f"unknown {name} {getattr(self, name)!r}: expected one of {', '.join(known)}")
+        for name in ("attack_steps", "batch_size", "interval", "val_n", "seed"):
+            if not isinstance(getattr(self, name), Integral):
+                raise ValueError(f"expected {name} to be an integer, got {getattr(self, name)!r}")
+        check_seed(self.seed)
         for name in ("attack_steps", "batch_size", "interval", "val_n", "relative_step", "rho"):
             if not 0 < getattr(self, name) < math.inf:
                 raise ValueError(f"expected {name} > 0, got {getattr(self, name)}")
