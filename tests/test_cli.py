@@ -177,8 +177,10 @@ class TestDone:
 
     def test_options_go_before_the_configuration(self, tmp_path, capsys):
         out = tmp_path / "out"
-        assert call("compress", "--config", "run.toml", "--out", out, "--seed", 9, "--epochs", 0, "--limit", 50) == 0
+        options = ["--seed", 9, "--epochs", 0, "--limit", 50, "--val-n", 13]
+        assert call("compress", "--config", "run.toml", "--out", out, *options) == 0
         metrics = json.loads((out / "metrics.json").read_text())
+        assert [metrics["validation"][name]["n"] for name in ("clean", "pgd")] == [13, 13]
         assert metrics["seed"] == 9
         assert "limit = 50" in (out / "config.toml").read_text()
 
@@ -283,6 +285,7 @@ class TestRefused:
             ("--seed 99999999999999999999", "seed"),
             ("--limit 0", "limit"),
             ("--eval-n 0", "eval_n"),
+            ("--val-n 0", "training.val_n"),
             ("--threads 0", "threads"),
             ("--threads 1000000", "threads"),
             ("--threads 99999999999999999999", "threads"),

@@ -13,7 +13,16 @@ from atmc.train import Progress
 
 
 def record(**changes) -> Record:
-    values = {"loss": 0.5, "clean": 0.9, "robust": 0.6, "nonzeros": 1234, "nominal_bits": 99, "seconds": 2.0}
+    values = {
+        "loss": 0.5,
+        "clean": 0.9,
+        "robust": 0.6,
+        "clean_n": 143,
+        "robust_n": 100,
+        "nonzeros": 1234,
+        "nominal_bits": 99,
+        "seconds": 2.0,
+    }
     return Record(**{"phase": "admm", "epoch": 3, "primal": 0.25, "dual": 0.125, **values, **changes})
 
 

@@ -13,6 +13,7 @@ from atmc import api, models
 from atmc.api import Job, check_model, default_recipe
 from atmc.compress.budget import distinct_nonzero
 from atmc.compress.factorize import compressible, fold, structure
+from atmc.data import Images
 from atmc.methods import METHODS, Plan, floor_of, phases_of
 from atmc.phases import EpochEnd, State
 from atmc.robust.evaluate import clean_accuracy
@@ -246,6 +247,8 @@ class TestRefused:
             ({"objective": "robust"}, "unknown objective 'robust'"),
             ({"augment": "mixup"}, "unknown augment"),
             ({"attack_steps": 0}, "attack_steps > 0"),
+            ({"val_clean_n": 0}, "val_clean_n > 0"),
+            ({"val_clean_n": 1.5}, "val_clean_n > 0"),
             ({"interval": 0}, "interval > 0"),
             ({"eps_ramp": -1.0}, "eps_ramp >= 0"),
             ({"regrow": 0.5}, "regrow >= 1"),
@@ -302,6 +305,24 @@ def test_the_largest_seed_works(few):
     work = job(few, seed=2**63 - 1, epochs={"dense": 1, "l0": 0, "admm": 0, "tune": 0})
     assert list(work.run())
     assert atmc.evaluate(tiny(), few[1], threat=atmc.Linf(0.1), attack="pgd-strong", n=5, seed=2**63 - 1)
+
+
+@pytest.mark.parametrize(("settings", "counts"), [({}, (100, 100)), ({"val_n": 7, "val_clean_n": 30}, (30, 7))])
+def test_validation_uses_the_first_images_and_says_how_many(few, settings, counts):
+    """Wrong labels beyond them change nothing."""
+    train, val = few
+    labels = val.labels.clone()
+    labels[counts[0] :] = (labels[counts[0] :] + 1) % 10
+    works = [
+        job((train, Images(val.pixels, y)), method="da", bits=None, ratio=1.0, **settings) for y in (val.labels, labels)
+    ]
+    for work in works:
+        list(work.run())
+        assert {(record.clean_n, record.robust_n) for record in work.records} == {counts}
+        decided = work.result().decided
+        assert (decided["clean"].n, decided["robust"].n) == counts
+    timeless = [[replace(record, seconds=0.0) for record in work.records] for work in works]
+    assert timeless[0] == timeless[1]
 
 
 def test_floors(lenet):

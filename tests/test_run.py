@@ -178,6 +178,35 @@ def test_nothing_is_overwritten_unasked(here):
     assert (here / "out" / "model.atmc").read_bytes() != before
 
 
+def test_a_quick_trial_validates_on_fewer_images_and_says_so(here):
+    changes = {
+        "training": {**SMALL["training"], "val_clean_n": 30, "epochs": {"dense": 1, "l0": 0, "admm": 0, "tune": 0}}
+    }
+    stages = [event.text for event in run(parse({**SMALL, **changes}), here / "out") if isinstance(event, runs.Stage)]
+    assert "training on 300 images, validating on 30 of 143, under attack on 20" in stages
+    log = [json.loads(line) for line in (here / "out" / "log.jsonl").read_text().splitlines()]
+    assert {(line["clean_n"], line["robust_n"]) for line in log} == {(30, 20)}
+    validation = json.loads((here / "out" / "metrics.json").read_text())["validation"]
+    assert (validation["clean"]["n"], validation["pgd"]["n"]) == (30, 20)
+    assert "Validation images: 30 clean, 20 under pgd." in (here / "out" / "report.html").read_text()
+    with pytest.raises(ValueError, match=r"training\.val_clean_n was 30, is None"):
+        finish(here / "out", resume=True, changes={"training": {**changes["training"], "val_clean_n": None}})
+
+
+def test_settings_younger_than_the_run_are_at_their_defaults(here):
+    finish(here / "out")
+    config = here / "out" / "config.toml"
+    kept = [line for line in config.read_text().splitlines() if not line.startswith(("regrow", "exclude"))]
+    config.write_text("\n".join(kept))
+    finish(here / "out", resume=True)
+    for setting, message in (
+        ({"val_clean_n": 9}, "val_clean_n was None, is 9"),
+        ({"regrow": 2.0}, "regrow was 4.0, is 2.0"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            finish(here / "out", resume=True, changes={"training": {**SMALL["training"], **setting}})
+
+
 def test_a_number_of_images_for_each_attack(here):
     changes = {
         "eval_n": {"pgd-strong": 7},

@@ -63,7 +63,11 @@ def compress(
     objective: Annotated[str | None, typer.Option(help="natural, mixed, pgd_at, trades or mart.")] = None,
     attack: Annotated[str | None, typer.Option(help="Attacks of the final evaluation, separated by commas.")] = None,
     eval_n: Annotated[int | None, typer.Option(help="Test images under attack (default: all).")] = None,
-    limit: Annotated[int | None, typer.Option(help="Train on the first so many images only.")] = None,
+    limit: Annotated[int | None, typer.Option(help="Train on so many images only, always the same ones.")] = None,
+    val_n: Annotated[
+        int | None,
+        typer.Option(help="Validate on so many images only, for a trial (default: all; 1,000 attacked)."),
+    ] = None,
     image_column: Annotated[str | None, typer.Option(help="Where the data has several.")] = None,
     label_column: Annotated[str | None, typer.Option(help="If not label or fine_label.")] = None,
     config: Annotated[Path | None, typer.Option(help="TOML file; options given here override it.")] = None,
@@ -105,6 +109,7 @@ def compress(
         values.pop("bits", None)
     values |= {key: value for key, value in given.items() if value is not None}
     training: dict[str, Any] = {"epochs": _parse_epochs(epochs), "objective": objective}
+    training |= {"val_n": val_n, "val_clean_n": val_n}
     training = {key: value for key, value in training.items() if value is not None}
     if training:
         configured = values.get("training", {})

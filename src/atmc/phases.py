@@ -59,7 +59,7 @@ class Recipe:
         exclude: patterns of weights that stay as they are.
         bf16: train in bfloat16; validation is in float32 always.
         channels_last: memory layout of images and kernels in training; False where a model cannot take it.
-        val_n: validation images under attack each epoch.
+        val_n, val_clean_n: validation images each epoch, the first so many under attack and of clean ones (None: all).
     """
 
     epochs: Mapping[str, int]
@@ -85,6 +85,7 @@ class Recipe:
     bf16: bool = False
     channels_last: bool = True
     val_n: int = 1000
+    val_clean_n: int | None = None
     seed: int = 0
 
     def __post_init__(self) -> None:
@@ -96,6 +97,8 @@ class Recipe:
             if not isinstance(getattr(self, name), Integral):
                 raise ValueError(f"expected {name} to be an integer, got {getattr(self, name)!r}")
         check_seed(self.seed)
+        if self.val_clean_n is not None and not (isinstance(self.val_clean_n, Integral) and self.val_clean_n > 0):
+            raise ValueError(f"expected val_clean_n > 0 or none for the whole split, got {self.val_clean_n!r}")
         for name in ("attack_steps", "batch_size", "interval", "val_n", "relative_step", "rho"):
             if not 0 < getattr(self, name) < math.inf:
                 raise ValueError(f"expected {name} > 0, got {getattr(self, name)}")
@@ -147,13 +150,18 @@ class State:
 
 @dataclass(frozen=True)
 class Record:
-    """One line of log.jsonl: an epoch (0 for a phase's start) and its feasible model's figures."""
+    """One line of log.jsonl: an epoch (0 for a phase's start) and its feasible model's figures.
+
+    Accuracies are of the first clean_n and robust_n validation images.
+    """
 
     phase: str
     epoch: int
     loss: float | None
     clean: float
+    clean_n: int
     robust: float
+    robust_n: int
     nonzeros: int
     nominal_bits: int
     primal: float | None
@@ -272,7 +280,9 @@ class Runner:
             epoch=progress.epoch if progress else 0,
             loss=progress.loss if progress else None,
             clean=clean.accuracy,
+            clean_n=clean.n,
             robust=robust.accuracy,
+            robust_n=robust.n,
             nonzeros=sum(int(t.count_nonzero()) for t in tensors.values()),
             nominal_bits=nominal_bits(tensors, self._bits),
             primal=_number(admm.primal) if admm else None,
@@ -316,10 +326,10 @@ class Runner:
         return self.model, {**decided, "clean": clean, "robust": robust}
 
     def _validate(self, model: nn.Module) -> tuple[Accuracy, Accuracy]:
-        """Clean accuracy on the whole validation split and `pgd` accuracy on its first val_n images, in float32."""
+        """Clean and `pgd` accuracy on the first val_clean_n and val_n images of the validation split, in float32."""
         model.eval()
         with full_float32(), built_once(model):
-            clean = clean_accuracy(model, self._val)
+            clean = clean_accuracy(model, self._val, n=self._recipe.val_clean_n)
             robust = robust_accuracy(model, self._val, self._threat, "pgd", n=self._recipe.val_n)
         return clean, robust
 

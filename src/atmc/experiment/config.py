@@ -54,6 +54,7 @@ class Training(BaseModel):
     exclude: list[str] | None = None
     augment: Literal["none", "crop", "flip", "crop-flip"] | None = None
     val_n: int | None = Field(default=None, ge=1)
+    val_clean_n: int | None = Field(default=None, ge=1)
 
     @model_validator(mode="after")
     def _check(self) -> Training:

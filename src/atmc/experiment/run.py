@@ -30,7 +30,7 @@ from atmc.experiment.weights import UNREADABLE, load_weights
 from atmc.files import append_line, remove_leftovers, write_beside
 from atmc.numerics import deterministic
 from atmc.pack import artifact
-from atmc.phases import EpochEnd, State
+from atmc.phases import EpochEnd, Recipe, State
 from atmc.version import __version__
 
 
@@ -89,11 +89,19 @@ def run(config: RunConfig, folder: Path, *, resume: bool = False, overwrite: boo
     with _locked(folder), deterministic(torch.device(config.device)):
         if resuming != _check_folder(folder, resume=resume, overwrite=overwrite):
             raise FolderInUse(f"{folder} was changed by another run meanwhile")
-        yield Stage(f"training on {len(data.train):,} images, choosing on {len(data.val):,}")
+        yield Stage(_what_is_used(data, job.recipe))
         if not resuming:
             _clear(folder)
             write_beside(folder / "config.toml", config.to_toml().encode())
         yield from _train_and_judge(job, config, data, folder)
+
+
+def _what_is_used(data: Data, recipe: Recipe) -> str:
+    """'training on 1,294 images, validating on 143, 20 of them under attack', and how many there are if not on all."""
+    there = len(data.val)
+    clean, attacked = min(recipe.val_clean_n or there, there), min(recipe.val_n, there)
+    of_all = f" of {there:,}" if clean < there else ""
+    return f"training on {len(data.train):,} images, validating on {clean:,}{of_all}, under attack on {attacked:,}"
 
 
 def _train_and_judge(job: api.Job, config: RunConfig, data: Data, folder: Path) -> Iterator[Any]:
@@ -216,8 +224,9 @@ def _expect_same(asked: RunConfig, stored: RunConfig, folder: Path) -> None:
     """A resumed run goes on as it began."""
     ours, theirs = asked.model_dump(), stored.model_dump()
     flat = {key: (ours[key], theirs[key]) for key in ours if key != "training"}
-    known = {key: value for key, value in theirs["training"].items() if value is not None}  # settings may be younger
-    flat |= {f"training.{key}": (ours["training"][key], value) for key, value in known.items()}
+    for key, value in theirs["training"].items():  # one that is not there is younger than the run, or at its default
+        before = getattr(Recipe, key, None) if value is None else value
+        flat[f"training.{key}"] = (ours["training"][key], list(before) if isinstance(before, tuple) else before)
     changed = [f"{key} was {before!r}, is {now!r}" for key, (now, before) in flat.items() if now != before]
     if changed:
         raise ValueError(f"{folder} was begun with other settings: {'; '.join(changed)}")

@@ -75,9 +75,10 @@ def paper_steps(threat: Threat) -> int:
 
 
 @full_float32()
-def clean_accuracy(model: nn.Module, images: Images, *, batch_size: int = 500) -> Accuracy:
-    """Accuracy on unchanged images."""
-    right = [predictions(model, x) == y for x, y, _ in _chunks(images, len(images), batch_size)]
+def clean_accuracy(model: nn.Module, images: Images, *, n: int | None = None, batch_size: int = 500) -> Accuracy:
+    """Accuracy on the first n unchanged images, all by default."""
+    count = min(n or len(images), len(images))
+    right = [predictions(model, x) == y for x, y, _ in _chunks(images, count, batch_size)]
     return Accuracy.of(torch.cat(right))
 
 
