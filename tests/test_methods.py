@@ -12,12 +12,12 @@ import atmc
 from atmc import api, models
 from atmc.api import Job, check_model, default_recipe
 from atmc.compress.budget import distinct_nonzero
-from atmc.compress.factorize import compressible, fold, structure
+from atmc.compress.factorize import Factors, compressible, factorize, factors, fold, structure
 from atmc.data import Images
 from atmc.methods import METHODS, Plan, floor_of, phases_of
 from atmc.phases import EpochEnd, State
 from atmc.robust.evaluate import clean_accuracy
-from atmc.robust.objectives import TrainingAttack, mixed
+from atmc.robust.objectives import OBJECTIVES, TrainingAttack, mixed
 from atmc.train import Loop, Progress, TrainingDiverged, cosine, reestimate_batch_norm
 
 EPOCHS = {"dense": 1, "l0": 1, "admm": 1, "tune": 1}
@@ -123,6 +123,88 @@ def test_tuning_moves_only_the_codebook(few):
                 levels = torch.unique(tensor.detach(), return_inverse=True)[1]
                 assert torch.equal(levels, patterns.setdefault(name, levels))
     assert patterns
+
+
+@pytest.mark.parametrize("objective", OBJECTIVES)
+def test_w_is_built_once_a_step_not_once_a_pass(few, monkeypatch, objective):
+    """Attack, passes, gradient, penalty, projection and a refresh of ADMM: one W of each weight for all of them."""
+    built, builds, original = [], [], Factors.forward
+
+    def counted(self, *factors):
+        built.append(self.shape)
+        return original(self, *factors)
+
+    monkeypatch.setattr(Factors, "forward", counted)
+    settings = {"epochs": {"dense": 0, "l0": 0, "admm": 2, "tune": 0}, "attack_steps": 3, "interval": 1}
+    for event in job(few, objective=objective, ratio=0.3, **settings).run():
+        if isinstance(event, Progress):
+            builds.append((event.step, sorted(built)))
+        built.clear()
+    weights = sorted([(4, 1, 5, 5), (10, 256)])
+    assert [step for step, _ in builds] == [1, 2, 3, 4] * 2
+    assert all(shapes == weights for step, shapes in builds if step > 1)
+
+
+def test_batch_norm_is_reestimated_with_one_w_a_batch(few, monkeypatch):
+    built, original = [], Factors.forward
+    model = factorize(nn.Sequential(nn.Flatten(), nn.Linear(784, 10), nn.BatchNorm1d(10)))
+
+    def counted(self, *factors):
+        built.append(self.shape)
+        return original(self, *factors)
+
+    monkeypatch.setattr(Factors, "forward", counted)
+    loop, attack = Loop(batch_size=64, learning_rate=cosine(0.0)), TrainingAttack(atmc.Linf(0.1), steps=3)
+    assert reestimate_batch_norm(model, few[0], loop, objective=mixed, attack=attack)
+    assert len(built) == 4  # batches; the attacked copy holds the same W, and torch's cache takes the two for one
+
+
+class Everything(nn.Module):
+    """One weight of every kind: a convolution, a depthwise and a grouped one, packed attention, two tied, a head."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv = nn.Conv2d(1, 8, 5, stride=5)
+        self.depthwise = nn.Conv2d(8, 8, 3, padding=1, groups=8)
+        self.grouped = nn.Conv2d(8, 8, 1, groups=2)
+        self.attention = nn.MultiheadAttention(8, 2, batch_first=True)
+        self.one, self.two = nn.Linear(8, 8), nn.Linear(8, 8)
+        self.two.weight = self.one.weight
+        self.head = nn.Linear(8, 10)
+
+    def forward(self, x):
+        x = self.grouped(self.depthwise(self.conv(x)).relu()).flatten(2).transpose(1, 2)
+        x = x + self.attention(x, x, x, need_weights=False)[0]
+        return self.head(self.two(self.one(x).relu()).mean(1))
+
+
+def test_every_kind_of_weight_end_to_end(few):
+    torch.manual_seed(0)
+    model = Everything()
+    with pytest.raises(ValueError, match=r"share one weight, which cannot be compressed: exclude one\.weight and two"):
+        job(few, model=model)
+    work = job(few, model=model, bits=2, ratio=0.4, exclude=("one.weight", "two.weight", "hea*"))
+    list(work.run())
+    parts = factors(work.runner.model)
+    assert {path: "".join(sorted(tensors)) for path, tensors in parts.items()} == {
+        "conv.weight": "CUV",
+        "depthwise.weight": "W",
+        "grouped.weight": "W",
+        "attention.in_proj_weight": "CUV",
+        "attention.out_proj.weight": "CUV",
+        "one.weight": "W",
+        "two.weight": "W",
+        "head.weight": "W",
+    }
+    for path, tensors in parts.items():
+        excluded = path in ("one.weight", "two.weight", "head.weight")
+        assert all((distinct_nonzero(tensor) > 4) == excluded for tensor in tensors.values()), path
+    assert work.dense_weights == 200 + 72 + 32 + 192 + 64
+    result = work.result()
+    x = few[1].float_pixels(torch.arange(20))
+    with torch.no_grad():
+        assert torch.allclose(result.model(x), work.runner.model.eval()(x), atol=1e-5)
+    assert {type(module) for module in result.model.modules()} == {type(module) for module in model.modules()}
 
 
 RESUMED = {"epochs": {"dense": 2, "l0": 1, "admm": 2, "tune": 1}, "bits": 2, "ratio": 0.2}
