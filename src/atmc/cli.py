@@ -13,7 +13,7 @@ import typer
 from rich.console import Console
 
 from atmc.experiment import config as configs
-from atmc.experiment.display import Display, evaluation_table, inspection_table, result_table
+from atmc.experiment.display import NARROW, Display, evaluation_table, inspection_table, result_table
 from atmc.experiment.run import Finished, Stage, run
 from atmc.files import write_beside
 from atmc.version import __version__
@@ -222,7 +222,7 @@ def inspect(
     if as_json:
         print(json.dumps(found, indent=1))
     else:
-        console.print(inspection_table(found))
+        console.print(inspection_table(found, narrow=console.width < NARROW))
 
 
 def main() -> None:
