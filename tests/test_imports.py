@@ -10,7 +10,7 @@ LAYERS = [  # from the top down; a line may import from the lines below it, and 
     ["__init__"],
     ["experiment"],
     ["api"],
-    ["methods"],
+    ["inputs", "methods"],
     ["phases"],
     ["train"],
     ["pack"],
@@ -18,7 +18,7 @@ LAYERS = [  # from the top down; a line may import from the lines below it, and 
     ["models", "data"],
     ["augment", "images"],
     ["sources"],
-    ["rng", "version"],
+    ["files", "numerics", "rng", "version"],
 ]
 RANK = {name: depth for depth, names in enumerate(LAYERS) for name in names}
 

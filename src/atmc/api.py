@@ -8,22 +8,27 @@ import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from difflib import get_close_matches
+from numbers import Integral, Real
 from pathlib import Path
 from typing import Any, cast
 
 import torch
 from torch import nn
 
+from atmc import models
 from atmc.compress.budget import Budget
 from atmc.compress.factorize import fold, refuse_unfit, sites, use_channels_last
 from atmc.data import Images, as_images, mixed_order
+from atmc.files import write_beside
+from atmc.inputs import as_device, as_threat, expect_budget, expect_module
 from atmc.methods import Plan, floor_of, objective_of, phases_of
+from atmc.numerics import deterministic
 from atmc.pack import artifact
 from atmc.pack.artifact import load, save
 from atmc.phases import EpochEnd, Recipe, Record, Runner, State
 from atmc.robust.attacks import attack_mode
 from atmc.robust.evaluate import Accuracy, check_attacks, clean_accuracy, robust_accuracy
-from atmc.robust.threats import Threat, check_threat, parse_threat
+from atmc.robust.threats import Threat, check_threat
 from atmc.train import Progress
 
 __all__ = ["Job", "Report", "Result", "check_model", "compress", "default_recipe", "evaluate", "load", "save"]
@@ -53,7 +58,7 @@ class Result:
 
     def save(self, path: str | os.PathLike[str]) -> int:
         """Write the model file; its size in bytes."""
-        return artifact.write_beside(Path(path), self.data)
+        return write_beside(Path(path), self.data)
 
 
 @dataclass(frozen=True)
@@ -101,14 +106,15 @@ def by_phase(given: Any, defaults: dict[str, Any], what: str) -> dict[str, Any]:
     """One number for every phase, or a dict of some, filled up with the defaults. ValueError if it makes no sense."""
     if given is None:
         return dict(defaults)
+    kind: Any = Integral if what == "epochs" else Real
     values = dict(given) if isinstance(given, dict) else dict.fromkeys(defaults, given)
     for phase, value in values.items():
         if phase not in defaults:
             near = get_close_matches(phase, defaults, n=1)
             hint = f"; did you mean {near[0]!r}?" if near else ""
             raise ValueError(f"unknown phase {phase!r} in {what}: expected {', '.join(defaults)}{hint}")
-        if not 0 <= value < math.inf:
-            raise ValueError(f"expected {what} >= 0 in phase {phase}, got {value}")
+        if not (isinstance(value, kind) and 0 <= value < math.inf):
+            raise ValueError(f"expected {what} >= 0 in phase {phase}, got {value!r}")
     return {**defaults, **values}
 
 
@@ -136,10 +142,10 @@ class Job:
         classes = check_model(model, train, classes)
         check_model(model, val, classes)
         refuse_unfit(model, exclude=recipe.exclude)
-        if _normed(model) and len(train) % recipe.batch_size == 1:
+        if _normed(model) and min(len(train), recipe.batch_size) == 1:
             raise ValueError(
-                f"the last batch of an epoch would hold one image, which batch norm cannot take: {len(train)} images "
-                f"in batches of {recipe.batch_size}; choose another batch_size"
+                f"expected at least 2 images a step, since the model has batch norm; got {len(train)} training images "
+                f"in batches of {recipe.batch_size}"
             )
         self.dense_weights = sum(
             getattr(site.module, site.parameter).numel() for site in sites(model, exclude=recipe.exclude)
@@ -235,20 +241,24 @@ def compress(
     """
     if recipe is not None and settings:
         raise ValueError(f"expected a recipe or settings, got both: {', '.join(settings)}")
+    place = as_device(device)
+    expect_module(model)
+    expect_budget(budget)
     job = Job(
         model,
         as_images(train),
         as_images(val),
-        threat=parse_threat(threat) if isinstance(threat, str) else threat,
+        threat=as_threat(threat),
         budget=budget,
         method=method,
         recipe=recipe or default_recipe(model, **settings),
-        device=torch.device(device),
+        device=place,
     )
-    for event in job.run():
-        if on_event:
-            on_event(event)
-    return job.result()
+    with deterministic(place):
+        for event in job.run():
+            if on_event:
+                on_event(event)
+        return job.result()
 
 
 def evaluate(
@@ -272,9 +282,11 @@ def evaluate(
     Raises:
         ValueError: unknown attack, a threat too large for the images, or a model that does not fit them.
     """
+    expect_module(model)
     names = [attack] if isinstance(attack, str) else list(attack)
     check_attacks(names)
-    threat = parse_threat(threat) if isinstance(threat, str) else threat
+    check_attacks(list(n) if isinstance(n, Mapping) else [])
+    threat = as_threat(threat)
     images = mixed_order(as_images(test))
     check_threat(threat, images.pixels[0].numel())
     check_model(model, images, None)
@@ -297,7 +309,7 @@ def check_model(model: nn.Module, images: Images, classes: int | None) -> int:
     try:
         with attack_mode(model):
             output = model(x.to(device))
-    except (RuntimeError, ValueError, AssertionError, TypeError, LookupError) as error:
+    except models.USER_CODE_ERRORS as error:
         reason = (str(error) or type(error).__name__).splitlines()[0]
         raise ValueError(f"the model does not take images of shape {tuple(x.shape[1:])}: {reason}") from error
     if not isinstance(output, torch.Tensor) or output.dim() != 2 or len(output) != len(x):

@@ -3,17 +3,19 @@
 from __future__ import annotations
 
 import json
+import shlex
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Annotated, Any
 
-import torch
 import typer
 from rich.console import Console
 
 from atmc.experiment import config as configs
-from atmc.experiment.display import Display, evaluation_table, inspection_table, result_table
-from atmc.experiment.run import Finished, run
+from atmc.experiment.display import NARROW, Display, evaluation_table, inspection_table, result_table
+from atmc.experiment.run import Finished, Stage, run
+from atmc.files import write_beside
 from atmc.version import __version__
 
 app = typer.Typer(
@@ -23,6 +25,7 @@ app = typer.Typer(
     help="Make an image classifier small and hard to fool at once.",
 )
 UsageError: Any = typer.BadParameter.__bases__[0]  # click's, of whichever click typer brings along
+_TYPER_INTERRUPTED = 130  # what it makes of Ctrl-C; older versions raise Abort
 console = Console(width=None if sys.stdout.isatty() else 150)
 
 
@@ -60,7 +63,11 @@ def compress(
     objective: Annotated[str | None, typer.Option(help="natural, mixed, pgd_at, trades or mart.")] = None,
     attack: Annotated[str | None, typer.Option(help="Attacks of the final evaluation, separated by commas.")] = None,
     eval_n: Annotated[int | None, typer.Option(help="Test images under attack (default: all).")] = None,
-    limit: Annotated[int | None, typer.Option(help="Train on the first so many images only.")] = None,
+    limit: Annotated[int | None, typer.Option(help="Train on so many images only, always the same ones.")] = None,
+    val_n: Annotated[
+        int | None,
+        typer.Option(help="Validate on so many images only, for a trial (default: all; 1,000 attacked)."),
+    ] = None,
     image_column: Annotated[str | None, typer.Option(help="Where the data has several.")] = None,
     label_column: Annotated[str | None, typer.Option(help="If not label or fine_label.")] = None,
     config: Annotated[Path | None, typer.Option(help="TOML file; options given here override it.")] = None,
@@ -102,6 +109,7 @@ def compress(
         values.pop("bits", None)
     values |= {key: value for key, value in given.items() if value is not None}
     training: dict[str, Any] = {"epochs": _parse_epochs(epochs), "objective": objective}
+    training |= {"val_n": val_n, "val_clean_n": val_n}
     training = {key: value for key, value in training.items() if value is not None}
     if training:
         configured = values.get("training", {})
@@ -109,18 +117,34 @@ def compress(
             training["epochs"] = {**configured["epochs"], **training["epochs"]}
         values["training"] = {**configured, **training}
     settings = configs.parse(values, str(config) if config else "options")
+    metrics = _followed(run(settings, out, resume=resume, overwrite=overwrite), out)
+    console.print(result_table(metrics))
+    _say(f"model   {out / 'model.atmc'}\nreport  {out / 'report.html'}")
+
+
+def _followed(events: Iterator[Any], out: Path) -> dict[str, Any]:
+    """Show a run's events; its metrics. Where it ends early, say how to go on."""
+    resumable, metrics = False, {}
+    config, resume = out / "config.toml", f"go on with: atmc compress --out {shlex.quote(str(out))} --resume"
     with Display(console) as display:
         try:
-            for event in run(settings, out, resume=resume, overwrite=overwrite):
+            for event in events:
                 display.show(event)
+                if isinstance(event, Stage):
+                    resumable = event.resumable
                 if isinstance(event, Finished):
                     metrics = event.metrics
         except KeyboardInterrupt:
             display.close()
-            _say(f"interrupted; go on with: atmc compress --out {out} --resume")
+            begun = resumable and config.exists()
+            _say(f"interrupted; {resume if begun else 'nothing had begun: give the same command again'}")
             raise typer.Exit(1) from None
-    console.print(result_table(metrics))
-    _say(f"model   {out / 'model.atmc'}\nreport  {out / 'report.html'}")
+        except OSError:
+            display.close()
+            if resumable and config.exists():
+                _say(f"stopped by an error, which is not the run's: when it is mended, {resume}")
+            raise
+    return metrics
 
 
 def _say(text: str) -> None:
@@ -167,6 +191,7 @@ def evaluate(
     """Measure a model file's accuracy, clean and under attack, on a test split."""
     from atmc import api, models
     from atmc.data import load_data
+    from atmc.inputs import as_device
     from atmc.pack import artifact
     from atmc.robust.threats import parse_threat
 
@@ -174,17 +199,15 @@ def evaluate(
         raise ValueError(f"there is no folder {json_path.parent} to write {json_path.name} into")
     if json_path and json_path.exists() and not overwrite:
         raise ValueError(f"{json_path} exists: add --overwrite to replace it")
-    ball = parse_threat(threat)
+    ball, place = parse_threat(threat), as_device(device)
     network = artifact.load(file, factory=models.import_factory(model) if model else None)
-    if device not in ("cpu", "cuda") or (device == "cuda" and not torch.cuda.is_available()):
-        raise ValueError(f"expected device cpu, or cuda where torch sees one, got {device!r}")
     test = load_data(data, image_column=image_column, label_column=label_column).test
-    network.to(device)
+    network.to(place)
     report = api.evaluate(network, test, threat=ball, attack=_names(attack), n=n, steps=steps, seed=seed)
     figures = {"model": str(file), "data": data, "threat": str(ball), "seed": seed, **report.to_json()}
     console.print(evaluation_table(figures))
     if json_path:
-        artifact.write_beside(json_path, (json.dumps(figures, indent=1) + "\n").encode())
+        write_beside(json_path, (json.dumps(figures, indent=1) + "\n").encode())
 
 
 @app.command()
@@ -199,17 +222,21 @@ def inspect(
     if as_json:
         print(json.dumps(found, indent=1))
     else:
-        console.print(inspection_table(found))
+        console.print(inspection_table(found, narrow=console.width < NARROW))
 
 
 def main() -> None:
     """Run the command. Exit status: 0 done, 2 the user's input was wrong, 1 anything else."""
     try:
-        sys.exit(app(sys.argv[1:] or ["--help"], standalone_mode=False) or 0)
+        status = app(sys.argv[1:] or ["--help"], standalone_mode=False) or 0
+        if status == _TYPER_INTERRUPTED:
+            raise typer.Abort
+        sys.exit(status)
     except UsageError as error:
         print(f"atmc: {error.format_message()}", file=sys.stderr)
         sys.exit(2)
     except typer.Abort:
+        print("atmc: interrupted", file=sys.stderr)
         sys.exit(1)
     except ValueError as error:
         print(f"atmc: {error}", file=sys.stderr)

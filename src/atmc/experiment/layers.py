@@ -104,13 +104,13 @@ def _table(rows: Sequence[Layer], found: Mapping[str, Any]) -> str:
     kinds = ("path" if wide else "name", "num", "num", "num", "num", "text", "num", "num")
     cells = []
     for row in rows:
-        size = sum(row.file_bytes.values())
+        size = round(sum(row.file_bytes.values()))
         rank = f"{row.rank[0]:,} of {row.rank[1]:,}" if row.rank else "plain"
         shape = "×".join(map(str, row.shape))
         figures = _figures(row.total, row.weights)
         cells.append([escape(row.name), shape, *figures, rank, _held(row), *_bits(size, row.total)])
     total, weights = sum(row.total for row in rows), sum(row.weights for row in rows)
-    size = found["file_bytes"]
+    size = int(found["file_bytes"])
     cells.append(["whole file", "", *_figures(total, weights), "", "", *_bits(size, total)])
     return table(header, cells, kinds, foot=1)
 

@@ -45,7 +45,11 @@ def load_weights(model: nn.Module, path: str, *, factorized: bool = False) -> No
     if not Path(path).is_file():
         raise ValueError(f"checkpoint {path} does not exist")
     if path.endswith(".atmc"):
-        _fill(model, artifact.load(path, factory=lambda num_classes: copy.deepcopy(model)).state_dict(), path)
+        try:
+            loaded = artifact.load(path, factory=lambda num_classes: copy.deepcopy(model))
+        except artifact.ModelMismatch as error:  # without what it says of the factory, which is ours
+            raise ValueError(f"checkpoint {path} is of another model: {error.__cause__ or error}") from error
+        _fill(model, loaded.state_dict(), path)
         if factorized:
             content = artifact.read(path)
             decoded = artifact.decode(content, artifact.stored_fields(content))

@@ -45,7 +45,9 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from atmc.models import build_from_spec
+from atmc.files import write_beside
+from atmc.models import build_from_spec, call_factory
+from atmc.models.factory import factory_name
 from atmc.pack import coder, forms, norms
 from atmc.pack.coder import CodingError, Spent
 from atmc.pack.container import (
@@ -53,6 +55,7 @@ from atmc.pack.container import (
     ArtifactError,
     ChecksumMismatch,
     Content,
+    FactoryFailed,
     FactoryNeeded,
     Malformed,
     ModelMismatch,
@@ -73,6 +76,7 @@ __all__ = [
     "ArtifactError",
     "ChecksumMismatch",
     "Content",
+    "FactoryFailed",
     "FactoryNeeded",
     "Malformed",
     "ModelMismatch",
@@ -208,20 +212,6 @@ def _outputs(model: nn.Module) -> int:
     return layers[-1].out_features
 
 
-def write_beside(path: Path, data: bytes) -> int:
-    """Write to a temporary neighbour and rename, so that path is always the old file or the whole new one."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        with open(temporary, "wb") as file:
-            file.write(data)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
-    return len(data)
-
-
 def read(path: str | os.PathLike[str]) -> Content:
     """Take a file apart without decoding its tensors.
 
@@ -240,7 +230,7 @@ def load(
     """The plain module that a file holds, in evaluation mode, on the CPU.
 
     Args:
-        factory: called with num_classes=... where the model is of a user's own class.
+        factory: called with num_classes=... where the model is of a user's own class; not called otherwise.
         max_values: largest number of values that a file may ask memory for.
 
     Raises:
@@ -261,7 +251,14 @@ def from_bytes(
     model = _build(content, factory)
     implied = norms.implied_statistics(model) if content.metadata.get("norms") is True else {}
     expected = fields(model, without=implied)
-    expect_fields(content, expected)
+    try:
+        expect_fields(content, expected)
+    except ModelMismatch as error:
+        if factory is None or is_zoo(content.metadata["model"]):
+            raise
+        maker = content.metadata["model"].get("name")
+        hint = f"{factory_name(factory)} is not its factory" + (f", which was {maker!r}" if maker else "")
+        raise ModelMismatch(f"{error}; {hint}") from error
     decoded = decode(content, expected, max_values=max_values)
     state: dict[str, Tensor] = dict(implied)
     for field in expected:
@@ -338,7 +335,10 @@ def _build(content: Content, factory: Callable[..., nn.Module] | None) -> nn.Mod
     classes = metadata.get("classes")
     if not (isinstance(classes, int) and classes >= 1):
         raise content.bad(f"it does not say how many classes its model has: {classes!r}")
-    model = factory(num_classes=classes)
+    try:
+        model = call_factory(factory, classes)
+    except ValueError as error:
+        raise FactoryFailed(f"{source} cannot be loaded: {error}") from error
     model.atmc_spec = spec
     return model
 

@@ -277,7 +277,7 @@ def _choose_values(nonzero: Floats) -> Choice:
 
 
 def _choose_positions(flags: Flags, matrix: Matrix, hint: Integers | None, choice: Choice) -> Choice:
-    """The best group size at the first scale, then the best scale for it; a large matrix is judged by its first rows."""
+    """The best group size at the first scale, then the best scale for it; of a large matrix by its first rows."""
     rows = min(matrix.rows, max(FULL_SEARCH // matrix.columns, 1))
 
     def length(option: Choice) -> float:

@@ -53,6 +53,10 @@ class FactoryNeeded(ArtifactError):
     """The model is of a user's own class, and no factory was given."""
 
 
+class FactoryFailed(ArtifactError):
+    """The factory that was given raised an error, or returned no module."""
+
+
 class ModelMismatch(ArtifactError):
     """The file's tensors are not those of the model."""
 

@@ -1,7 +1,8 @@
 """Accuracy, clean and under attack, with its number of examples and a 95 % interval.
 
 A figure is the share of examples that no attack of the named kind fooled; what an attack did stands beside it. All
-randomness is keyed by seed, restart and example, so that a figure depends neither on batch size nor on order.
+randomness is keyed by seed, restart and example, so that a figure depends neither on batch size nor on order. Whatever
+precision the user has chosen for training, float32 is full here (no TF32).
 """
 
 from __future__ import annotations
@@ -16,7 +17,8 @@ import torch
 from torch import Tensor, nn
 
 from atmc.data import Images
-from atmc.rng import Noise
+from atmc.numerics import full_float32
+from atmc.rng import Noise, check_seed
 from atmc.robust.attacks import attack_mode, fgsm, pgd, wrm
 from atmc.robust.threats import Threat
 
@@ -72,9 +74,11 @@ def paper_steps(threat: Threat) -> int:
     return 7 if threat.name == "linf" and threat.eps < 0.1 else 16
 
 
-def clean_accuracy(model: nn.Module, images: Images, *, batch_size: int = 500) -> Accuracy:
-    """Accuracy on unchanged images."""
-    right = [predictions(model, x) == y for x, y, _ in _chunks(images, len(images), batch_size)]
+@full_float32()
+def clean_accuracy(model: nn.Module, images: Images, *, n: int | None = None, batch_size: int = 500) -> Accuracy:
+    """Accuracy on the first n unchanged images, all by default."""
+    count = min(n or len(images), len(images))
+    right = [predictions(model, x) == y for x, y, _ in _chunks(images, count, batch_size)]
     return Accuracy.of(torch.cat(right))
 
 
@@ -86,6 +90,7 @@ def predictions(model: nn.Module, x: Tensor) -> Tensor:
     return torch.where(logits.isfinite().all(1), logits.argmax(1), -1)
 
 
+@full_float32()
 def robust_accuracy(
     model: nn.Module,
     images: Images,
@@ -108,13 +113,14 @@ def robust_accuracy(
         steps: steps of ``pgd``, by default `paper_steps`.
 
     Raises:
-        ValueError: an unknown attack, or n < 1.
+        ValueError: an unknown attack, n < 1, steps < 1, or a seed that 63 bits do not hold.
     """
     check_attacks([attack])
     if n is not None and n < 1:
         raise ValueError(f"expected n >= 1 examples, got {n}")
     if steps is not None and steps < 1:
         raise ValueError(f"expected steps >= 1, got {steps}")
+    check_seed(seed)
     count = min(n or len(images), len(images))
     chunks = _chunks(images, count, batch_size)
     if attack == "fgsm":
