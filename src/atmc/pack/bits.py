@@ -28,6 +28,20 @@ STEPS = 11 << 10  # log odds are clamped to +-11 nats, in steps of 1/1024: no de
 POSITION_CLASSES = 6
 
 
+def settle(coder: Any, data: Any) -> None:
+    """Leading bytes in which low and high agree leave the interval, into the data or, in decoding, out of it."""
+    low, high, at = coder[LOW], coder[HIGH], coder[AT]
+    while (low ^ high) < 16777216:
+        if coder[MODE] == DECODE:
+            coder[CODE] = ((coder[CODE] & 16777215) << 8) | (data[at] if at < len(data) else 0)
+        elif at < len(data):
+            data[at] = high >> 24
+        at += 1
+        low = (low & 16777215) << 8
+        high = ((high & 16777215) << 8) | 255
+    coder[LOW], coder[HIGH], coder[AT] = low, high, at
+
+
 def code_bit(coder: Any, data: Any, cost: Any, p: int, bit: int) -> int:
     """Code one bit whose probability of being 1 is p / 65536, 0 < p < 65536; the bit.
 
@@ -46,24 +60,34 @@ def code_bit(coder: Any, data: Any, cost: Any, p: int, bit: int) -> int:
         high = mid
     else:
         low = mid + 1
-    at = coder[AT]
-    while (low ^ high) < 16777216:
-        if coder[MODE] == DECODE:
-            coder[CODE] = ((coder[CODE] & 16777215) << 8) | (data[at] if at < len(data) else 0)
-        elif at < len(data):
-            data[at] = high >> 24
-        at += 1
-        low = (low & 16777215) << 8
-        high = ((high & 16777215) << 8) | 255
-    coder[LOW], coder[HIGH], coder[AT] = low, high, at
+    coder[LOW], coder[HIGH] = low, high
+    settle(coder, data)
     return bit
 
 
 def code_number(coder: Any, data: Any, cost: Any, width: int, number: int) -> int:
-    """Code an integer of so many bits, all equally likely, highest bit first; the integer."""
+    """Code an integer of so many bits, all equally likely, highest bits first; the integer.
+
+    Up to 12 bits are taken at a time: the interval is cut into equal parts, where it is long enough for that.
+    """
     found = 0
-    for shift in range(width - 1, -1, -1):
-        found = (found << 1) | code_bit(coder, data, cost, 32768, (number >> shift) & 1)
+    while width:
+        low, high = coder[LOW], coder[HIGH]
+        if width == 1 or high - low < 16777216 or coder[MODE] == MEASURE:
+            width -= 1
+            found = (found << 1) | code_bit(coder, data, cost, 32768, (number >> width) & 1)
+            continue
+        size = min(width, 12)
+        width -= size
+        part = (high - low + 1) >> size
+        value = (number >> width) & ((1 << size) - 1)
+        if coder[MODE] == DECODE:
+            value = min((coder[CODE] - low) // part, (1 << size) - 1)
+        found = (found << size) | value
+        coder[SPENT] += size << 16
+        coder[LOW] = low + value * part
+        coder[HIGH] = low + value * part + part - 1
+        settle(coder, data)
     return found
 
 
@@ -182,22 +206,24 @@ def code_symbols(
     """Symbols of `depth` bits below symbols[-1], which is their number and not one of them: a binary tree of decisions.
 
     The first `modelled` bits are decided with a context for each node of the tree, the others are taken as equally
-    likely. Where the upper half of a node lies beyond the number of symbols there is nothing to decide.
+    likely (and levels is 2^depth then). Where the upper half of a node lies beyond the number of symbols there is
+    nothing to decide.
     """
     levels = symbols[len(symbols) - 1]
+    rest = depth - modelled
     for i in range(len(symbols) - 1):
         symbol = symbols[i]
         node = 1
-        for shift in range(depth - 1, -1, -1):
+        for shift in range(depth - 1, rest - 1, -1):
             bit = (symbol >> shift) & 1
             if (((node << 1) | 1) << shift) - (1 << depth) >= levels:
                 bit = 0
-            elif depth - shift <= modelled:
+            else:
                 contexts[0] = node
                 bit = decide(coder, data, tables, model, contexts, 1, bit)
-            else:
-                bit = code_bit(coder, data, tables[1], 32768, bit)
             node = (node << 1) | bit
+        if rest:
+            node = (node << rest) | code_number(coder, data, tables[1], rest, symbol & ((1 << rest) - 1))
         symbols[i] = node - (1 << depth)
 
 
@@ -216,10 +242,8 @@ def code_ascending(coder: Any, data: Any, tables: Any, numbers: Any, model: Any,
             node = (node << 1) | bit
         size = min(node - 64, 33)
         if size > 1:
-            low = 0
-            for shift in range(size - 2, -1, -1):
-                low = (low << 1) | code_bit(coder, data, tables[1], 32768, (gap >> shift) & 1)
-            gap = (1 << (size - 1)) | low
+            low = gap & ((1 << (size - 1)) - 1)
+            gap = (1 << (size - 1)) | code_number(coder, data, tables[1], size - 1, low)
         else:
             gap = size
         last += gap + 1

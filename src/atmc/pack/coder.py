@@ -25,6 +25,7 @@ MAX_LEVELS = 256
 MAX_GROUP = 256
 POSITION_SCALES, VALUE_SCALES = (1, 0, 2, 4, 6), (2, 0, 4)
 FULL_SEARCH = 1 << 19  # entries up to which every group is tried, and on which scales are judged
+VALUE_SAMPLE = 1 << 16  # values on which the scale of their statistics is judged
 MODELLED = 9  # leading bits of a plain value that are modelled, the others are taken as random
 
 Floats = NDArray[np.float32]
@@ -268,9 +269,11 @@ def _choose_values(nonzero: Floats) -> Choice:
     sizes = [0] if levels > MAX_LEVELS else [levels] if len(nonzero) > 8 * levels else [levels, 0]
     options = [Choice(half=half, levels=size, value_scale=scale) for size in sizes for scale in VALUE_SCALES]
 
+    sample = nonzero[:VALUE_SAMPLE]
+
     def length(choice: Choice) -> float:
-        stream = Stream(MEASURE, work=6 * 16 * len(nonzero))
-        _code_values(stream, choice, nonzero, len(nonzero))
+        stream = Stream(MEASURE, work=6 * 16 * len(sample))
+        _code_values(stream, choice, sample, len(sample))
         return stream.spent
 
     return min(options, key=length)

@@ -18,7 +18,7 @@ from atmc.pack import bits
 from atmc.pack.bits import AT, DECODE, HIGH, LOW, SPENT
 
 WORTH_COMPILING = 60_000  # decisions from which on Numba's start is worth its time
-FUNCTIONS = ("code_bit", "code_number", "decide", "code_positions", "code_symbols", "code_ascending")
+FUNCTIONS = ("settle", "code_bit", "code_number", "decide", "code_positions", "code_symbols", "code_ascending")
 _SLOTS = ("DECODE", "MEASURE", "MODE", "LOW", "HIGH", "CODE", "AT", "SPENT")
 
 
