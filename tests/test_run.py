@@ -350,6 +350,13 @@ class TestWeights:
         with pytest.raises(ValueError, match=r"fc2\.weight has shape \(7, 500\), not \(10, 500\)"):
             load_weights(lenet, str(tmp_path / "a.pt"))
 
+    def test_a_model_file_of_another_class(self, tmp_path):
+        """What does not fit is named; no factory was given, so none is to blame."""
+        artifact.save(nn.Sequential(nn.Linear(4, 3)), tmp_path / "a.atmc")
+        message = r"a\.atmc is of another model: .*tensor 0\.weight has shape \(3, 4\), the model's is \(3, 5\)$"
+        with pytest.raises(ValueError, match=message):
+            load_weights(nn.Sequential(nn.Linear(5, 3)), str(tmp_path / "a.atmc"))
+
     def test_factors_are_kept_where_they_are_wanted(self, here):
         finish(here / "out")
         metrics = finish(

@@ -142,7 +142,7 @@ def _followed(events: Iterator[Any], out: Path) -> dict[str, Any]:
         except OSError:
             display.close()
             if resumable and config.exists():
-                _say(f"stopped by an error, which is not the run's: when it is mended, {resume}")
+                _say(f"stopped; once the error is mended, {resume}")
             raise
     return metrics
 
