@@ -156,7 +156,9 @@ class Runner:
         tensors = compressible(self.model, exclude=self._recipe.exclude)
         if not resumed:
             if self.rate and phase.feasible:
-                _, following, _ = self.rate.allocate(self.model, tensors, _allocation(state), choose_bits=True)
+                _, following, _ = self.rate.allocate(
+                    self.model, tensors, _allocation(state), choose_bits=phase.admm is not None
+                )
                 state.allocation = asdict(following)
             if phase.feasible and phase.starts_feasible:
                 assign(tensors, phase.feasible(_allocation(state)).project(_copy(tensors)))
@@ -206,8 +208,7 @@ class Runner:
         """Validate the feasible model, keep it if it is the best, and update the state."""
         held, now, size = _copy(tensors), _allocation(state), None
         if self.rate and phase.feasible:
-            choose = phase.admm is None  # ADMM holds to the codebooks that it began with
-            now, following, size = self.rate.allocate(self.model, tensors, now, choose_bits=choose)
+            now, following, size = self.rate.allocate(self.model, tensors, now, choose_bits=False)
             state.allocation = asdict(following)
         if phase.feasible:
             assign(tensors, phase.feasible(now).project(held))

@@ -18,6 +18,8 @@ from atmc.compress.projections import keep_largest, zero_kmeans
 EXACT_BELOW = 20_000  # nonzeros up to which a tensor's final codebook is the exact optimum
 FILLED = 0.985  # share of the byte budget from which on a search is content
 BITS_EACH = 12.0  # about what a nonzero takes, position and code
+USUAL_BITS = 4
+MARGINAL = 0.02  # the share of nonzeros, by magnitude, that stand for the marginal one
 
 
 class BudgetTooSmall(ValueError):
@@ -79,9 +81,11 @@ class RateControl:
         held = {name: tensor.detach().clone() for name, tensor in tensors.items()}
         there = sum(int(tensor.count_nonzero()) for tensor in held.values())
         bits = now.bits
-        if self.most_bits is not None and (choose_bits or bits is None):
+        if self.most_bits is not None and choose_bits:
             kept = keep_largest(list(held.values()), min(now.nonzeros, there))
             bits = self._bits(dict(zip(held, kept, strict=True)))
+        elif self.most_bits is not None and bits is None:
+            bits = min(USUAL_BITS, self.most_bits)  # until there is something to choose by
 
         def length(k: int) -> int:
             for name, value in Allocation(k, bits).constraint().project(held).items():
@@ -139,14 +143,15 @@ class RateControl:
         for name, tensor in kept.items():
             nonzero = tensor[tensor != 0]
             costs = [_cost(nonzero, bits, price) for bits in range(1, self.most_bits + 1)] if len(nonzero) else []
-            chosen[name] = 1 + costs.index(min(costs)) if costs else min(4, self.most_bits)
+            chosen[name] = 1 + costs.index(min(costs)) if costs else min(USUAL_BITS, self.most_bits)
         return chosen
 
 
 def _price(kept: Mapping[str, Tensor]) -> float:
-    """Squared error that a bit is worth: that of the smallest nonzero, over the bits that it takes."""
-    least = min(float(tensor[tensor != 0].abs().min()) for tensor in kept.values() if tensor.count_nonzero())
-    return least**2 / BITS_EACH
+    """Squared error that a bit is worth: that of a small nonzero, over the bits that it takes."""
+    magnitudes = torch.cat([tensor[tensor != 0].abs().flatten() for tensor in kept.values()])
+    marginal = magnitudes.kthvalue(max(int(MARGINAL * len(magnitudes)), 1)).values
+    return float(marginal) ** 2 / BITS_EACH
 
 
 def _cost(nonzero: Tensor, bits: int, price: float) -> float:
