@@ -32,7 +32,7 @@ from atmc.recipe import Recipe
 from atmc.robust.attacks import attack_mode
 from atmc.robust.evaluate import Accuracy, check_attacks, clean_accuracy, robust_accuracy
 from atmc.robust.threats import Threat, check_threat
-from atmc.train import Progress
+from atmc.train import Progress, restore_batch_norm
 
 __all__ = ["Job", "Report", "Result", "check_model", "compress", "default_recipe", "evaluate", "load", "save"]
 
@@ -179,6 +179,7 @@ class Job:
         phases = phases_of(method, plan)
         working = copy.deepcopy(model).to(device)
         train, val = train.to(device), mixed_order(val).to(device)
+        restore_batch_norm(working, train)
         recipe = replace(
             recipe,
             objective=objective_of(method, recipe.objective),
