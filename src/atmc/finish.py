@@ -1,7 +1,8 @@
 """After the last phase: what the file will hold is decided, before the model is judged for the last time.
 
 All rounding is done here, so that saving is a pure function of the values: batch norm becomes a scale and a shift, each
-weight takes the form of fewest bytes, floats become float16 where that costs nothing, and a budget in bytes is met.
+weight takes the form of fewest bytes, what has no effect becomes zero, floats become float16 where that costs nothing,
+and a budget in bytes is met.
 """
 
 from __future__ import annotations
@@ -17,6 +18,7 @@ from atmc.compress.budget import Bits, distinct_nonzero, mean_bits, nominal_bits
 from atmc.compress.constraints import NonzeroBudget
 from atmc.compress.factorize import compressible, cut_ranks, fold, sites
 from atmc.compress.rate import RateControl
+from atmc.data import Images
 from atmc.pack.forms import shorten
 from atmc.pack.norms import to_affine
 from atmc.robust.evaluate import Accuracy
@@ -46,6 +48,7 @@ class Decided:
         fp16: floating point values were rounded to float16, codebooks included.
         unrounded: clean and robust validation accuracy before that.
         size: of the model as it was trained, before the file's forms were chosen.
+        idle: biases, scales and shifts without effect that were set to zero, see `drop_idle`.
         pruned: nonzeros that were given up in the end for a budget in bytes.
     """
 
@@ -55,6 +58,7 @@ class Decided:
     robust: Accuracy
     unrounded: tuple[Accuracy, Accuracy]
     size: Size
+    idle: int = 0
     pruned: int = 0
 
 
@@ -67,6 +71,7 @@ def final_choices(
     score: Callable[[Accuracy, Accuracy], float],
     reestimate: Callable[[nn.Module], bool],
     rate: RateControl | None,
+    probe: Tensor,
 ) -> tuple[nn.Module, Decided]:
     """The model as it will be written, in place (still factorized where that is shorter), and what was decided.
 
@@ -78,26 +83,43 @@ def final_choices(
         bits: of the codebooks, where they are given.
         validate: model -> clean and robust validation accuracy.
         score: what is compared of two pairs of them.
+        probe: some training images, for `drop_idle`.
         reestimate: gives a model new batch norm statistics; False where it has none.
     """
     renewed = _renew_batch_norm(model, validate, score, reestimate)
     size = _counts(compressible(model, exclude=exclude), bits, rate)
     shorten(to_affine(model))
     exact = validate(fold(model))
+    exact, idle = _without_idle(model, probe, exact, validate, must=rate is not None)
     before = {name: value.detach().clone() for name, value in model.state_dict().items()}
     rounded = {name: _to_fp16(value) for name, value in before.items()}
     fits = rate is None or rate.measure_exact(model) <= rate.max_bytes
     if not all(bool(value.isfinite().all()) for value in rounded.values()):
         if not fits:
             raise RuntimeError("values are too large for float16, and in float32 the file is over its budget")
-        return model, Decided(renewed, False, *exact, exact, size)
+        return model, Decided(renewed, False, *exact, exact, size, idle)
     model.load_state_dict(rounded)
     pruned = _fit_bytes(model, exclude, rate) if rate else 0
     half = validate(fold(model))
     if fits and (half[0].accuracy < exact[0].accuracy or half[1].accuracy < exact[1].accuracy):
         model.load_state_dict(before)
-        return model, Decided(renewed, False, *exact, exact, size)
-    return model, Decided(renewed, True, *half, exact, size, pruned)
+        return model, Decided(renewed, False, *exact, exact, size, idle)
+    return model, Decided(renewed, True, *half, exact, size, idle, pruned)
+
+
+def _without_idle(
+    model: nn.Module, probe: Tensor, exact: tuple[Accuracy, Accuracy], validate: Validate, *, must: bool
+) -> tuple[tuple[Accuracy, Accuracy], int]:
+    """Drop what is idle if neither validation accuracy falls, or if a budget in bytes counts on it."""
+    before = {name: value.detach().clone() for name, value in model.state_dict().items()}
+    idle = drop_idle(model.eval(), probe)
+    if not idle:
+        return exact, 0
+    now = validate(fold(model))
+    if must or (now[0].accuracy >= exact[0].accuracy and now[1].accuracy >= exact[1].accuracy):
+        return now, idle
+    model.load_state_dict(before)
+    return exact, 0
 
 
 def _counts(tensors: Mapping[str, Tensor], bits: int | None, rate: RateControl | None) -> Size:
@@ -109,9 +131,10 @@ def _counts(tensors: Mapping[str, Tensor], bits: int | None, rate: RateControl |
     return Size(nonzeros, nominal_bits(tensors, held), mean_bits(tensors, held))
 
 
-def to_final(model: nn.Module) -> nn.Module:
-    """A copy as `final_choices` would leave it if float16 were taken: what rate control measures."""
-    final = shorten(to_affine(copy.deepcopy(model).cpu()))
+def to_final(model: nn.Module, probe: Tensor) -> nn.Module:
+    """A copy as `final_choices` would leave it if float16 were taken: what rate control measures; probe: images."""
+    final = shorten(to_affine(copy.deepcopy(model).cpu().eval()))
+    drop_idle(final, probe.cpu())
     final.load_state_dict({name: _to_fp16(value) for name, value in final.state_dict().items()})
     return final
 
@@ -134,6 +157,34 @@ def smallest_model(method: str, model: nn.Module, exclude: tuple[str, ...]) -> n
             weight.zero_()
             weight[-1] = last
     return small
+
+
+def probe_images(images: Images, n: int = 256) -> Tensor:
+    """The first n training images, (n, c, h, w) float32 in [0, 1]."""
+    return images.float_pixels(torch.arange(min(n, len(images)), device=images.labels.device))
+
+
+def drop_idle(model: nn.Module, probe: Tensor) -> int:
+    """Zero the biases, scales and shifts that no image of the probe (n, c, h, w) feels; in place. How many they are.
+
+    They belong to channels that nothing reads, or whose weights were all pruned, or that never wake: their gradient is
+    exactly zero. Zeros cost next to nothing in the file.
+    """
+    vectors = [p for p in model.parameters() if p.dim() == 1 and p.requires_grad]
+    if not vectors:
+        return 0
+    noise = torch.Generator().manual_seed(0)
+    with torch.enable_grad():
+        logits = model(probe)
+        weights = torch.randn(logits.shape, generator=noise).to(logits)
+        grads = torch.autograd.grad((logits * weights).sum(), vectors, allow_unused=True)
+    dropped = 0
+    with torch.no_grad():
+        for vector, grad in zip(vectors, grads, strict=True):
+            idle = torch.ones_like(vector, dtype=torch.bool) if grad is None else grad == 0
+            dropped += int((idle & (vector != 0)).sum())
+            vector.masked_fill_(idle, 0.0)
+    return dropped
 
 
 def _renew_batch_norm(
