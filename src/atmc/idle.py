@@ -16,7 +16,7 @@ from atmc.data import Images
 AGREEMENT = 1e-5  # of the largest logit: what rounding may change
 
 
-def probe_images(images: Images, n: int = 256) -> Tensor:
+def probe_images(images: Images, n: int = 64) -> Tensor:
     """The first n training images, (n, c, h, w) float32 in [0, 1]."""
     return images.float_pixels(torch.arange(min(n, len(images)), device=images.labels.device))
 
