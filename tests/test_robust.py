@@ -302,5 +302,5 @@ def test_losses_in_closed_form():
     logits, y = torch.tensor([[1.0, 3.0, 2.0]]), torch.tensor([0])
     assert margin(logits, y).item() == 2.0
     assert cross_entropy(logits, y).item() == pytest.approx(math.log(math.e**1 + math.e**3 + math.e**2) - 1)
-    assert set(LOSSES) == {"ce", "margin"}
+    assert set(LOSSES) == {"ce", "dlr", "margin"}
     assert kl_from(logits, logits.log_softmax(1)).item() == pytest.approx(0, abs=1e-6)

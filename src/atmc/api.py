@@ -22,7 +22,9 @@ from atmc.pack import artifact
 from atmc.pack.artifact import load, save
 from atmc.phases import EpochEnd, Recipe, Record, Runner, State
 from atmc.robust.attacks import attack_mode
-from atmc.robust.evaluate import Accuracy, check_attacks, clean_accuracy, robust_accuracy
+from atmc.robust.evaluate import clean_accuracy, robust_accuracy
+from atmc.robust.figures import Accuracy
+from atmc.robust.protocols import check_attacks
 from atmc.robust.threats import Threat, check_threat, parse_threat
 from atmc.train import Progress
 

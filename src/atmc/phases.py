@@ -22,7 +22,8 @@ from atmc.compress.constraints import Constraint
 from atmc.compress.factorize import built_once, compressible, fold, restructure, structure
 from atmc.data import Images
 from atmc.rng import derived_seed
-from atmc.robust.evaluate import Accuracy, clean_accuracy, robust_accuracy
+from atmc.robust.evaluate import clean_accuracy, robust_accuracy
+from atmc.robust.figures import Accuracy
 from atmc.robust.objectives import OBJECTIVES, TrainingAttack
 from atmc.robust.threats import Threat
 from atmc.train import Loop, Progress, assign, cosine, fit, reestimate_batch_norm

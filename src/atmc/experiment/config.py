@@ -21,7 +21,7 @@ from atmc.api import DEFAULT_EPOCHS, LEARNING_RATES, by_phase, default_recipe
 from atmc.compress.budget import Budget
 from atmc.methods import check_method
 from atmc.phases import Recipe
-from atmc.robust.evaluate import check_attacks
+from atmc.robust.protocols import check_attacks
 from atmc.robust.threats import Threat, parse_threat
 
 
