@@ -76,12 +76,17 @@ def attack_mode(model: nn.Module, *, batch_statistics: bool = False) -> Iterator
             buffer.copy_(before)
 
 
-def _gradient(model: nn.Module, adv: Tensor, y: Tensor, loss: Loss) -> tuple[Tensor, Tensor]:
-    """Losses (n,) at adv and their gradient there, like adv; weight gradients are not even computed."""
+def input_gradient(model: nn.Module, adv: Tensor, y: Tensor, loss: Loss) -> tuple[Tensor, Tensor]:
+    """Losses (n,) at adv and their gradient there, like adv; weight gradients are not even computed.
+
+    Zero where the outputs do not depend on the image by way of anything differentiable.
+    """
     adv = adv.detach().requires_grad_()
     with torch.enable_grad():
         values = loss(model(adv), y)
-        (grad,) = torch.autograd.grad(values.sum(), adv)
+        if not values.requires_grad:
+            return values, torch.zeros_like(adv)
+        (grad,) = torch.autograd.grad(values.sum(), adv, allow_unused=True, materialize_grads=True)
     return values.detach(), grad
 
 
@@ -129,7 +134,7 @@ def pgd(
     best, best_value = adv, torch.full((len(x),), -torch.inf, device=x.device)
     with attack_mode(model, batch_statistics=batch_statistics):
         for _ in range(steps):
-            value, grad = _gradient(model, adv, y, objective)
+            value, grad = input_gradient(model, adv, y, objective)
             if best_of_steps:
                 best, best_value = _better(best, best_value, adv, value)
             adv = threat.project(threat.ascent(adv, grad, step_size), x)
@@ -162,14 +167,14 @@ def wrm(model: nn.Module, x: Tensor, y: Tensor, *, penalty: float = 1.3, steps: 
     adv = x
     with attack_mode(model):
         for step in range(1, steps + 1):
-            _, grad = _gradient(model, adv, y, cross_entropy)
+            _, grad = input_gradient(model, adv, y, cross_entropy)
             uphill = grad - 2 * penalty * (adv - x)
             adv = (adv + uphill / (2 * penalty * step**0.5)).clamp(0, 1)
     return adv.detach()
 
 
 def cw(
-    model: nn.Module, x: Tensor, y: Tensor, *, steps: int = 100, searches: int = 6, learning_rate: float = 0.05
+    model: nn.Module, x: Tensor, y: Tensor, *, steps: int = 200, searches: int = 9, learning_rate: float = 0.01
 ) -> Tensor:
     """The nearest image found that is classified wrong; x where none is (Carlini and Wagner 2017, section V, l2).
 

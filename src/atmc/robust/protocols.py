@@ -119,7 +119,7 @@ def protocol_of(
     if attack == "wrm":
         return Protocol(attack, [Stage("wrm", lambda x, y, _: wrm(model, x, y))], {"penalty": 1.3, "steps": 7}, None)
     if attack == "cw":
-        found = {"eps": threat.eps, "steps": 100, "searches": 6, "learning_rate": 0.05}
+        found = {"eps": threat.eps, "steps": 200, "searches": 9, "learning_rate": 0.01}
         return Protocol(attack, [Stage("cw", lambda x, y, _: cw(model, x, y))], found, threat)
     classes = _classes(model, images)
     if attack in autoattack.STAGES:
@@ -166,4 +166,4 @@ def _pgd_protocol(model: nn.Module, threat: Threat, attack: str, custom: Custom,
 @torch.no_grad()
 def _classes(model: nn.Module, images: Images) -> int:
     with attack_mode(model):
-        return int(model(images.float_pixels(slice(0, 1))).shape[1])
+        return int(model(images.float_pixels(slice(0, 2))).shape[1])
