@@ -33,6 +33,7 @@ SMALL = {
     "precision": "fp32",
     "threads": 1,
     "eval_n": 50,
+    "checks": False,
     "limit": 300,
     "training": {"epochs": 1, "attack_steps": 1, "val_n": 20, "batch_size": 100},
 }
