@@ -311,6 +311,49 @@ def test_a_users_class_needs_its_factory(tmp_path):
     assert artifact.read(tmp_path / "m.atmc").metadata["input_shape"] == [1, 2, 2]
 
 
+def failing(num_classes: int) -> nn.Module:
+    raise KeyError("width")
+
+
+def wide(num_classes: int) -> nn.Module:
+    model = Own(num_classes)
+    model.layer = nn.Linear(9, num_classes)
+    return model
+
+
+@pytest.mark.parametrize(
+    ("factory", "error", "message"),
+    [
+        (
+            failing,
+            artifact.FactoryFailed,
+            r"m\.atmc cannot be loaded: the factory .*:failing failed .*KeyError: 'width'$",
+        ),
+        (lambda num_classes: "net", artifact.FactoryFailed, "to return a torch.nn.Module, got str"),
+        (lambda: Own(3), artifact.FactoryFailed, "callable with num_classes alone"),
+        (
+            wide,
+            artifact.ModelMismatch,
+            r"tensor layer\.weight has shape \(3, 4\), the model's is \(3, 9\); .*:wide is not its "
+            r"factory, which was 'nets:Own'$",
+        ),
+        (
+            lambda num_classes: Own(5),
+            artifact.ModelMismatch,
+            r"\(3, 4\), the model's is \(5, 4\); .*is not its factory",
+        ),
+        (lambda num_classes: nn.Linear(4, 3), artifact.ModelMismatch, "no tensor weight, .*; .*is not its factory"),
+    ],
+    ids=["fails", "no module", "no argument", "another width", "another number of classes", "other names"],
+)
+def test_factories_that_do_not_build_the_files_model(tmp_path, factory, error, message):
+    model = Own(3)
+    model.atmc_spec = {"name": "nets:Own", "num_classes": 3, "input_shape": None}
+    artifact.save(model, tmp_path / "m.atmc")
+    with pytest.raises(error, match=message):
+        artifact.load(tmp_path / "m.atmc", factory=factory)
+
+
 def test_a_factory_named_in_a_file_is_never_imported(tmp_path):
     model = Own(3)
     model.atmc_spec = {"name": "antigravity:run", "num_classes": 3, "input_shape": None}

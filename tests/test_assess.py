@@ -316,8 +316,8 @@ class TestRefused:
     def test_a_file_for_another_size(self, here, capsys):
         """Also where the model would take the images all the same, as this one."""
         said = refused(capsys, "small.atmc")
-        assert "small.atmc takes images of shape (1, 14, 56), digits has (1, 28, 28)" in said
-        assert "small.atmc takes images of shape" in refused(capsys, "a.atmc", "--n", 2, "--against", "small.atmc")
+        assert "small.atmc is for images of shape (1, 14, 56) and does not take images of shape (1, 28, 28)" in said
+        assert "small.atmc is for images of shape" in refused(capsys, "a.atmc", "--n", 2, "--against", "small.atmc")
 
     def test_examples_of_another_size(self, here, capsys):
         about = {"adv": np.zeros((2, 1, 9, 9), np.float32), "about": np.array("{}")}

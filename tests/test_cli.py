@@ -3,17 +3,22 @@
 import fcntl
 import json
 import os
+import pkgutil
+import re
 import runpy
+import shutil
+import signal
 import sys
 
 import pytest
 import torch
+from PIL import Image
+from safetensors.torch import save_file
 from torch import nn
 
 import atmc
-from atmc import cli, judge
+from atmc import cli, files, judge
 from atmc.experiment.run import run
-from atmc.pack import artifact
 from atmc.phases import EpochEnd
 from atmc.train import TrainingDiverged
 
@@ -25,6 +30,9 @@ def build(num_classes):
 
 def seven(num_classes):
     return build(7)
+
+def failing(num_classes):
+    return build(num_classes, width=4)
 
 def probabilities(num_classes):
     return nn.Sequential(build(num_classes), nn.Softmax(1))
@@ -162,16 +170,14 @@ class TestDone:
         assert f"{metrics['file_bytes']:,} bytes" in said.out
         assert str(out / "model.atmc") in said.out
         assert str(out / "report.html") in said.out
-        assert [line.split()[0] for line in said.out.splitlines() if " nonzeros " in line and "loss" in line] == [
-            "dense",
-            "l0",
-            "admm",
-        ]
+        assert [line.split()[0] for line in said.out.splitlines() if line.endswith(" s")] == ["dense", "l0", "admm"]
 
     def test_options_go_before_the_configuration(self, tmp_path, capsys):
         out = tmp_path / "out"
-        assert call("compress", "--config", "run.toml", "--out", out, "--seed", 9, "--epochs", 0, "--limit", 50) == 0
+        options = ["--seed", 9, "--epochs", 0, "--limit", 50, "--val-n", 13]
+        assert call("compress", "--config", "run.toml", "--out", out, *options) == 0
         metrics = json.loads((out / "metrics.json").read_text())
+        assert [metrics["validation"][name]["n"] for name in ("clean", "pgd")] == [13, 13]
         assert metrics["seed"] == 9
         assert "limit = 50" in (out / "config.toml").read_text()
 
@@ -272,13 +278,18 @@ class TestRefused:
             ("--epochs dense=x", "expected --epochs 20 or --epochs dense=20"),
             ("--epochs dense=-1", "expected epochs >= 0"),
             ("--seed -1", "seed"),
+            ("--seed 9223372036854775808", "seed: Input should be less than or equal to 9223372036854775807"),
             ("--seed 99999999999999999999", "seed"),
             ("--limit 0", "limit"),
             ("--eval-n 0", "eval_n"),
+            ("--val-n 0", "training.val_n"),
             ("--threads 0", "threads"),
+            ("--threads 1000000", "threads"),
+            ("--threads 99999999999999999999", "threads"),
             ("--checkpoint nowhere.pt", "nowhere.pt does not exist"),
             ("--config nowhere.toml", "cannot read nowhere.toml"),
             ("--model cli_models:seven", "the model has 7 outputs, the data 10 classes"),
+            ("--model cli_models:failing", "cli_models:failing failed for num_classes=10: TypeError: build() got"),
             ("--model cli_models:probabilities", "look like probabilities"),
             ("--model cli_models:Picky", "expected 32x32 images"),
             ("--model cli_models:Tied", "share one weight"),
@@ -308,6 +319,7 @@ class TestRefused:
             ("regrow = inf", "regrow"),
             ("learning_rate = nan", "learning_rate"),
             ("learning_rate = ", "is not a TOML file"),
+            ("seed = 9223372036854775808", "unknown key 'training.seed'"),
         ],
     )
     def test_configurations(self, tmp_path, capsys, line, message):
@@ -336,7 +348,9 @@ class TestRefused:
         options = ["--config", "run.toml", "--out", tmp_path / "out", "--device", "cuda"]
         assert "no CUDA device" in ended(capsys, 2, "compress", *options)
         options = [done / "model.atmc", "--data", "digits", "--threat", "linf:0.1", "--model", "cli_models:build"]
-        assert "cuda" in ended(capsys, 2, "evaluate", *options, "--device", "cuda")
+        monkeypatch.setattr(torch.cuda, "device_count", lambda: 0)
+        assert "no such CUDA device here" in ended(capsys, 2, "evaluate", *options, "--device", "cuda")
+        assert "expected a device such as" in ended(capsys, 2, "evaluate", *options, "--device", "gpu")
 
     @pytest.mark.parametrize(
         ("content", "message"),
@@ -361,6 +375,35 @@ class TestRefused:
             assert message in ended(capsys, 2, "compress", *options)
             assert not (tmp_path / "out").exists()
 
+    @pytest.mark.parametrize("name", ["a.pt", "a.safetensors"])
+    @pytest.mark.parametrize("content", [b"", b"rubbish", "half", "of another model"])
+    def test_checkpoints(self, tmp_path, capsys, small, name, content):
+        state = small.state_dict() if content == "half" else {"head": torch.zeros(3)}
+        (save_file if name == "a.safetensors" else torch.save)(state, tmp_path / name)
+        if content == "half":
+            content = (tmp_path / name).read_bytes()[: (tmp_path / name).stat().st_size // 2]
+        if isinstance(content, bytes):
+            (tmp_path / name).write_bytes(content)
+        options = ["--config", "run.toml", "--out", tmp_path / "out", "--checkpoint", tmp_path / name]
+        message = ended(capsys, 2, "compress", *options)
+        expected = f"{name} is of another model: 0.weight is missing" if isinstance(content, str) else "is damaged or"
+        assert expected in message
+        assert not (tmp_path / "out").exists()
+
+    @pytest.mark.parametrize(("size", "mode"), [(32, "L"), (28, "RGB")])
+    def test_images_that_do_not_fit_the_model(self, done, tmp_path, capsys, size, mode):
+        for split in ("train", "test"):
+            for label in range(10):
+                (tmp_path / "data" / split / str(label)).mkdir(parents=True)
+                for number in range(2):
+                    Image.new(mode, (size, size)).save(tmp_path / "data" / split / str(label) / f"{number}.png")
+        shape = f"does not take images of shape ({3 if mode == 'RGB' else 1}, {size}, {size})"
+        options = ["--data", tmp_path / "data", "--model", "cli_models:build"]
+        assert shape in ended(capsys, 2, "evaluate", done / "model.atmc", *options, "--threat", "linf:0.1")
+        options += ["--config", "run.toml", "--out", tmp_path / "out"]
+        assert shape in ended(capsys, 2, "compress", *options)
+        assert not (tmp_path / "out").exists()
+
     def test_a_folder_where_a_file_is_meant(self, done, capsys):
         assert str(done) in ended(capsys, 2, "inspect", done)
         assert str(done) in ended(capsys, 2, "evaluate", done, "--data", "digits", "--threat", "linf:0.1")
@@ -372,8 +415,20 @@ class TestRefused:
             ("--threat linf:0.1 --attack pdg", "did you mean 'pgd'"),
             ("--threat linf:0.1 --n 0", "n >= 1"),
             ("--threat linf:0.1 --steps 0", "steps >= 1"),
-            ("--threat linf:0.1 --model cli_models:seven", "(7, 256)"),
-            ("--threat linf:0.1 --model cli_models:probabilities", ""),
+            ("--threat linf:0.1 --seed -1", "expected a seed from 0 to 2^63 - 1, got -1"),
+            ("--threat linf:0.1 --seed 9223372036854775808", "expected a seed from 0 to 2^63 - 1"),
+            (
+                "--threat linf:0.1 --model cli_models:seven",
+                "tensor 3.weight.C has shape (10, 256), the model's is (7, 256); cli_models:seven",
+            ),
+            (
+                "--threat linf:0.1 --model cli_models:probabilities",
+                "cli_models:probabilities is not its factory, which was 'cli_models:build'",
+            ),
+            (
+                "--threat linf:0.1 --model cli_models:failing",
+                "model.atmc cannot be loaded: the factory cli_models:failing",
+            ),
             ("--threat linf:0.1 --data digit", "did you mean digits"),
         ],
     )
@@ -443,14 +498,47 @@ class TestFolders:
 class TestFailed:
     """Status 1: not the user's input."""
 
-    def test_a_full_disk(self, tmp_path, capsys, monkeypatch):
+    @pytest.mark.parametrize("name", ["config.toml", "state.pt", "model.atmc", "report.html", "metrics.json"])
+    def test_a_full_disk(self, done, tmp_path, capsys, monkeypatch, name):
+        """From the moment when this file is written anew, once a checkpoint is there."""
+        out = tmp_path / "a run"
+        replace = os.replace
+
+        def full(source, target):
+            if target.name == name and (name != "state.pt" or target.exists()):
+                raise OSError(28, os.strerror(28), str(source), None, str(target))
+            replace(source, target)
+
+        command = ["compress", "--config", "run.toml", "--out", out]
+        with monkeypatch.context() as patch:
+            patch.setattr(files.os, "replace", full)
+            message = ended(capsys, 1, *command)
+        assert re.fullmatch(f"atmc: .*{name}: No space left on device", message)
+        assert not list(out.rglob("*.tmp"))
+        assert not (out / name).exists()
+        if name == "config.toml":
+            assert call(*command) == 0
+        else:
+            assert (out / "checkpoint" / "state.pt").exists()
+            assert call("compress", "--out", out, "--resume") == 0
+        assert (out / "model.atmc").read_bytes() == (done / "model.atmc").read_bytes()
+
+    def test_a_full_disk_for_the_log(self, tmp_path, capsys, monkeypatch):
+        (tmp_path / "out").mkdir()
+        (tmp_path / "out" / "log.jsonl").symlink_to("/dev/full")
+        monkeypatch.setattr("atmc.experiment.run._check_folder", lambda *_, **__: False)
+        monkeypatch.setattr("atmc.experiment.run._clear", lambda _: None)
+        monkeypatch.setattr("atmc.experiment.run._read_checkpoint", lambda _: (None, 0.0))
+        message = ended(capsys, 1, "compress", "--config", "run.toml", "--out", tmp_path / "out")
+        assert message.endswith("log.jsonl: No space left on device")
+
+    def test_a_full_disk_says_how_to_go_on(self, tmp_path, capsys, monkeypatch):
         def full(*_):
             raise OSError(28, os.strerror(28))
 
-        monkeypatch.setattr(artifact.os, "fsync", full)
-        command = ["compress", "--config", "run.toml", "--out", tmp_path / "out"]
-        assert "No space left on device" in ended(capsys, 1, *command)
-        assert not list(tmp_path.rglob("*.tmp"))
+        monkeypatch.setattr("atmc.experiment.run.append_line", full)
+        assert call("compress", "--config", "run.toml", "--out", tmp_path / "a run") == 1
+        assert f"go on with: atmc compress --out '{tmp_path / 'a run'}' --resume" in capsys.readouterr().out
 
     def test_training_that_diverged(self, tmp_path, capsys, monkeypatch):
         def diverging(*_, **__):
@@ -460,22 +548,75 @@ class TestFailed:
         monkeypatch.setattr(cli, "run", diverging)
         assert "lower learning rate" in ended(capsys, 1, "compress", "--config", "run.toml", "--out", tmp_path / "out")
 
-    def test_interrupted(self, tmp_path, capsys, monkeypatch):
-        def interrupted(*arguments, **options):
-            for event in run(*arguments, **options):
-                yield event
-                if isinstance(event, EpochEnd):
-                    raise KeyboardInterrupt
+    @pytest.mark.parametrize(
+        ("place", "nth"),
+        [
+            ("atmc.experiment.run.load_data", 1),
+            ("atmc.files.os.replace", 1),  # config.toml
+            ("atmc.train.assign", 3),
+            ("atmc.phases.clean_accuracy", 2),
+            ("atmc.experiment.run.append_line", 3),
+            ("atmc.files.os.replace", 4),  # the third epoch's checkpoint
+            ("atmc.api.artifact.to_bytes", 2),  # the last choices are made
+            ("atmc.files.os.replace", 7),  # model.atmc
+            ("atmc.judge.attacked", 1),
+            ("atmc.experiment.run.write_report", 1),
+            ("atmc.files.os.replace", 9),  # metrics.json
+        ],
+    )
+    @pytest.mark.parametrize("after", [False, True], ids=["before", "after"])
+    def test_interrupted(self, done, tmp_path, capsys, monkeypatch, place, nth, after):
+        """Ctrl-C, the signal itself, just before or after one of these is called: every part of a run."""
+        out, calls, original = tmp_path / "out", [], pkgutil.resolve_name(place)
 
-        out = tmp_path / "out"
+        def interrupting(*arguments, **options):
+            calls.append(place)
+            if len(calls) == nth and not after:
+                signal.raise_signal(signal.SIGINT)
+            result = original(*arguments, **options)
+            if len(calls) == nth:
+                signal.raise_signal(signal.SIGINT)
+            return result
+
+        command = ["compress", "--config", "run.toml", "--out", out]
         with monkeypatch.context() as patch:
-            patch.setattr(cli, "run", interrupted)
-            assert call("compress", "--config", "run.toml", "--out", out) == 1
+            patch.setattr(place, interrupting)
+            assert call(*command) == 1
         said = capsys.readouterr()
-        assert f"atmc compress --out {out} --resume" in said.out + said.err
-        assert "Traceback" not in said.err
-        assert call("compress", "--out", out, "--resume") == 0
-        assert (out / "model.atmc").exists()
+        assert said.err == ""
+        assert not [path for path in out.rglob(".*") if path.is_file()]  # neither a lock nor half a file
+        hint = said.out.splitlines()[-1]
+        if (out / "config.toml").exists():
+            assert hint == f"interrupted; go on with: atmc compress --out {out} --resume"
+            command = ["compress", "--out", out, "--resume"]
+        else:
+            assert hint == "interrupted; nothing had begun: give the same command again"
+        assert call(*command) == 0
+        assert (out / "model.atmc").read_bytes() == (done / "model.atmc").read_bytes()
+        metrics = [json.loads((folder / "metrics.json").read_text()) for folder in (out, done)]
+        assert {**metrics[0], "seconds": 0} == {**metrics[1], "seconds": 0}
+        assert {path.name for path in out.iterdir()} == {path.name for path in done.iterdir()}
+
+    def test_an_interrupted_overwrite_goes_on_with_nothing_else(self, done, tmp_path, capsys, monkeypatch):
+        """While the data is read the old run is whole, and it is not what the interrupted command was about."""
+        out = tmp_path / "out"
+        shutil.copytree(done, out)
+        command = ["compress", "--config", "run.toml", "--out", out, "--seed", 5, "--overwrite"]
+        for place in ("load_data", "write_beside"):
+            with monkeypatch.context() as patch:
+                patch.setattr(f"atmc.experiment.run.{place}", lambda *_, **__: signal.raise_signal(signal.SIGINT))
+                assert call(*command) == 1
+            assert "nothing had begun: give the same command again" in capsys.readouterr().out
+            assert (out / "model.atmc").exists() == (place == "load_data")
+        assert call(*command) == 0
+
+    def test_evaluate_interrupted(self, done, tmp_path, capsys, monkeypatch):
+        monkeypatch.setattr(judge, "attacked", lambda *_, **__: signal.raise_signal(signal.SIGINT))
+        command = ["evaluate", done / "model.atmc", "--data", "digits", "--threat", "linf:0.1"]
+        command += ["--model", "cli_models:build", "--json", tmp_path / "figures.json"]
+        assert call(*command) == 1
+        assert capsys.readouterr().err.split() == ["atmc:", "interrupted"]
+        assert not (tmp_path / "figures.json").exists()
 
 
 class TestPython:
@@ -523,6 +664,44 @@ class TestPython:
             small[3].bias[0] = torch.nan
         with pytest.raises(ValueError, match="not finite numbers"):
             self.compress(small, (self.X, self.Y))
+
+    @pytest.mark.parametrize(
+        ("change", "message"),
+        [
+            ({"threat": 0.1}, r"expected a threat such as Linf\(8 / 255\) or 'linf:8/255', got 0\.1"),
+            ({"threat": "linf:2"}, "above the largest linf distance"),
+            ({"budget": 0.1}, "expected a budget such as .*, got 0"),
+            ({"budget": atmc.Budget(nonzeros=2661)}, "2,661 nonzeros is larger than the model: 2,660 weights"),
+            ({"budget": atmc.Budget(nonzeros=1)}, "1 nonzeros is below the floor of this model and method, 2"),
+            ({"device": "gpu"}, "expected a device such as .*, got 'gpu'"),
+            ({"device": "cuda:7"}, "torch sees no such CUDA device here"),
+            ({"device": torch.device("cuda")}, "torch sees no such CUDA device here"),
+            ({"epochs": 1.5}, "expected epochs >= 0 in phase dense, got 1.5"),
+            ({"epochs": {"dense": None}}, "expected epochs >= 0 in phase dense, got None"),
+            ({"learning_rate": "high"}, "expected learning_rate >= 0 in phase dense, got 'high'"),
+            ({"batch_size": 2.5}, "expected batch_size to be an integer, got 2.5"),
+            ({"val_n": "all"}, "expected val_n to be an integer, got 'all'"),
+            ({"seed": None}, "expected seed to be an integer, got None"),
+            ({"factor_start": "pca"}, "unknown factor_start 'pca': expected one of identity, svd"),
+        ],
+    )
+    def test_settings(self, small, monkeypatch, change, message):
+        monkeypatch.setattr(torch.cuda, "device_count", lambda: 0)
+        with pytest.raises(ValueError, match=message):
+            self.compress(small, (self.X, self.Y), **change)
+
+    def test_evaluate(self, small):
+        for arguments, message in [
+            (("lenet", (self.X, self.Y), {}), "expected a torch.nn.Module, such as .*, got 'lenet'"),
+            ((small, (self.X, self.Y), {"threat": None}), "expected a threat such as"),
+            ((small, (self.X, self.Y), {"n": {"pdg": 3}}), "did you mean 'pgd'"),
+            ((small, (self.X, self.Y), {"n": 0}), "n >= 1"),
+        ]:
+            model, test, options = arguments
+            with pytest.raises(ValueError, match=message):
+                atmc.evaluate(model, test, **{"threat": atmc.Linf(0.1), **options})
+        with pytest.raises(ValueError, match=r"expected a torch\.nn\.Module"):
+            self.compress("lenet", (self.X, self.Y))
 
     def test_a_last_class_that_no_image_has(self, small):
         """Ten outputs and nine of the classes among the labels: a small set of images, not a wrong model."""

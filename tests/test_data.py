@@ -16,13 +16,15 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from PIL import Image
 from sklearn.datasets import load_digits
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, IterableDataset, TensorDataset
 
 from atmc.augment import augment
-from atmc.data import Data, Images, as_images, batches, load_data
+from atmc.data import Data, Images, as_images, batch_count, batches, load_data
 
 PALETTE = [0, 0, 0, 255, 0, 0, 0, 255, 0]  # black, red, green
 
@@ -663,7 +665,7 @@ def ramp() -> Images:
 class TestBatches:
     def test_an_epoch_serves_every_example_once(self, ramp: Images) -> None:
         served = list(batches(ramp, 4, seed=1, epoch=2))
-        assert [len(batch.x) for batch in served] == [4, 4, 1]
+        assert [len(batch.x) for batch in served] == [4, 5]
         index = torch.cat([batch.index for batch in served])
         assert sorted(index.tolist()) == list(range(9))
         for batch in served:
@@ -679,9 +681,22 @@ class TestBatches:
         assert order() == order(batch_size=9) == order(augment="crop-flip")
         assert len({tuple(order(seed=s, epoch=e)) for s in range(3) for e in range(3)}) == 9
         assert order(shuffle=False) == list(range(9))
+        assert order(batch_size=4) == order()
         assert order(batch_size=4, drop_last=True) == order()[:8]
         assert order(batch_size=3, drop_last=True) == order()
         assert list(batches(ramp, 10, seed=0, epoch=0, drop_last=True)) == []
+
+    @given(st.integers(1, 40), st.integers(1, 45))
+    @settings(deadline=None)
+    def test_no_batch_of_one_beside_others(self, n: int, batch_size: int) -> None:
+        images = Images(torch.zeros(n, 1, 1, 1), torch.zeros(n, dtype=torch.int64))
+        sizes = [len(batch.x) for batch in batches(images, batch_size, seed=0, epoch=0)]
+        assert sum(sizes) == n
+        assert len(sizes) == batch_count(n, batch_size)
+        assert set(sizes[:-1]) <= {batch_size}
+        assert len(sizes) == 1 or batch_size == 1 or 2 <= sizes[-1] <= batch_size + 1
+        whole = [len(batch.x) for batch in batches(images, batch_size, seed=0, epoch=0, drop_last=True)]
+        assert whole == [batch_size] * (n // batch_size)
 
     def test_refusals_come_at_the_call(self, ramp: Images) -> None:
         with pytest.raises(ValueError, match="expected batch_size >= 1, got 0"):

@@ -42,6 +42,10 @@ def test_robust_accuracy_in_closed_form(attack):
 
 def test_clean_and_first_n():
     assert clean_accuracy(threshold_model(), ramp()).accuracy == 1.0
+    wrong_first = Images(ramp().pixels, (ramp().pixels[:, 0, 0, 0] > 0.5).long().index_fill(0, torch.arange(5), 1))
+    few = clean_accuracy(threshold_model(), wrong_first, n=10)
+    assert (few.accuracy, few.n, few.right.tolist()) == (0.5, 10, [False] * 5 + [True] * 5)
+    assert clean_accuracy(threshold_model(), wrong_first, n=1000).n == 100
     assert robust_accuracy(threshold_model(), ramp(), Linf(0.1), n=45).accuracy == pytest.approx(40 / 45)
     assert robust_accuracy(threshold_model(), ramp(), Linf(0.1), n=1000).n == 100
 

@@ -11,7 +11,7 @@ LAYERS = [  # from the top down; a line may import from the lines below it, and 
     ["experiment"],
     ["api"],
     ["judge"],
-    ["methods"],
+    ["inputs", "methods"],
     ["phases"],
     ["train"],
     ["pack"],
@@ -19,7 +19,7 @@ LAYERS = [  # from the top down; a line may import from the lines below it, and 
     ["models", "data"],
     ["augment", "images"],
     ["sources"],
-    ["rng", "version"],
+    ["files", "numerics", "rng", "version"],
 ]
 RANK = {name: depth for depth, names in enumerate(LAYERS) for name in names}
 

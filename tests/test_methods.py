@@ -12,11 +12,12 @@ import atmc
 from atmc import api, models
 from atmc.api import Job, check_model, default_recipe
 from atmc.compress.budget import distinct_nonzero
-from atmc.compress.factorize import compressible, fold, structure
+from atmc.compress.factorize import Factors, compressible, factorize, factors, fold, structure
+from atmc.data import Images
 from atmc.methods import METHODS, Plan, floor_of, phases_of
 from atmc.phases import EpochEnd, State
 from atmc.robust.evaluate import clean_accuracy
-from atmc.robust.objectives import TrainingAttack, mixed
+from atmc.robust.objectives import OBJECTIVES, TrainingAttack, mixed
 from atmc.train import Loop, Progress, TrainingDiverged, cosine, reestimate_batch_norm
 
 EPOCHS = {"dense": 1, "l0": 1, "admm": 1, "tune": 1}
@@ -122,6 +123,88 @@ def test_tuning_moves_only_the_codebook(few):
                 levels = torch.unique(tensor.detach(), return_inverse=True)[1]
                 assert torch.equal(levels, patterns.setdefault(name, levels))
     assert patterns
+
+
+@pytest.mark.parametrize("objective", OBJECTIVES)
+def test_w_is_built_once_a_step_not_once_a_pass(few, monkeypatch, objective):
+    """Attack, passes, gradient, penalty, projection and a refresh of ADMM: one W of each weight for all of them."""
+    built, builds, original = [], [], Factors.forward
+
+    def counted(self, *factors):
+        built.append(self.shape)
+        return original(self, *factors)
+
+    monkeypatch.setattr(Factors, "forward", counted)
+    settings = {"epochs": {"dense": 0, "l0": 0, "admm": 2, "tune": 0}, "attack_steps": 3, "interval": 1}
+    for event in job(few, objective=objective, ratio=0.3, **settings).run():
+        if isinstance(event, Progress):
+            builds.append((event.step, sorted(built)))
+        built.clear()
+    weights = sorted([(4, 1, 5, 5), (10, 256)])
+    assert [step for step, _ in builds] == [1, 2, 3, 4] * 2
+    assert all(shapes == weights for step, shapes in builds if step > 1)
+
+
+def test_batch_norm_is_reestimated_with_one_w_a_batch(few, monkeypatch):
+    built, original = [], Factors.forward
+    model = factorize(nn.Sequential(nn.Flatten(), nn.Linear(784, 10), nn.BatchNorm1d(10)))
+
+    def counted(self, *factors):
+        built.append(self.shape)
+        return original(self, *factors)
+
+    monkeypatch.setattr(Factors, "forward", counted)
+    loop, attack = Loop(batch_size=64, learning_rate=cosine(0.0)), TrainingAttack(atmc.Linf(0.1), steps=3)
+    assert reestimate_batch_norm(model, few[0], loop, objective=mixed, attack=attack)
+    assert len(built) == 4  # batches; the attacked copy holds the same W, and torch's cache takes the two for one
+
+
+class Everything(nn.Module):
+    """One weight of every kind: a convolution, a depthwise and a grouped one, packed attention, two tied, a head."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv = nn.Conv2d(1, 8, 5, stride=5)
+        self.depthwise = nn.Conv2d(8, 8, 3, padding=1, groups=8)
+        self.grouped = nn.Conv2d(8, 8, 1, groups=2)
+        self.attention = nn.MultiheadAttention(8, 2, batch_first=True)
+        self.one, self.two = nn.Linear(8, 8), nn.Linear(8, 8)
+        self.two.weight = self.one.weight
+        self.head = nn.Linear(8, 10)
+
+    def forward(self, x):
+        x = self.grouped(self.depthwise(self.conv(x)).relu()).flatten(2).transpose(1, 2)
+        x = x + self.attention(x, x, x, need_weights=False)[0]
+        return self.head(self.two(self.one(x).relu()).mean(1))
+
+
+def test_every_kind_of_weight_end_to_end(few):
+    torch.manual_seed(0)
+    model = Everything()
+    with pytest.raises(ValueError, match=r"share one weight, which cannot be compressed: exclude one\.weight and two"):
+        job(few, model=model)
+    work = job(few, model=model, bits=2, ratio=0.4, exclude=("one.weight", "two.weight", "hea*"))
+    list(work.run())
+    parts = factors(work.runner.model)
+    assert {path: "".join(sorted(tensors)) for path, tensors in parts.items()} == {
+        "conv.weight": "CUV",
+        "depthwise.weight": "W",
+        "grouped.weight": "W",
+        "attention.in_proj_weight": "CUV",
+        "attention.out_proj.weight": "CUV",
+        "one.weight": "W",
+        "two.weight": "W",
+        "head.weight": "W",
+    }
+    for path, tensors in parts.items():
+        excluded = path in ("one.weight", "two.weight", "head.weight")
+        assert all((distinct_nonzero(tensor) > 4) == excluded for tensor in tensors.values()), path
+    assert work.dense_weights == 200 + 72 + 32 + 192 + 64
+    result = work.result()
+    x = few[1].float_pixels(torch.arange(20))
+    with torch.no_grad():
+        assert torch.allclose(result.model(x), work.runner.model.eval()(x), atol=1e-5)
+    assert {type(module) for module in result.model.modules()} == {type(module) for module in model.modules()}
 
 
 RESUMED = {"epochs": {"dense": 2, "l0": 1, "admm": 2, "tune": 1}, "bits": 2, "ratio": 0.2}
@@ -246,11 +329,15 @@ class TestRefused:
             ({"objective": "robust"}, "unknown objective 'robust'"),
             ({"augment": "mixup"}, "unknown augment"),
             ({"attack_steps": 0}, "attack_steps > 0"),
+            ({"val_clean_n": 0}, "val_clean_n > 0"),
+            ({"val_clean_n": 1.5}, "val_clean_n > 0"),
             ({"interval": 0}, "interval > 0"),
             ({"eps_ramp": -1.0}, "eps_ramp >= 0"),
             ({"regrow": 0.5}, "regrow >= 1"),
             ({"gradual": 2.0}, "gradual <= 1"),
             ({"learning_rat": 0.1}, "did you mean 'learning_rate'"),
+            ({"seed": -1}, r"a seed from 0 to 2\^63 - 1, got -1"),
+            ({"seed": 2**63}, r"a seed from 0 to 2\^63 - 1"),
         ],
     )
     def test_before_training(self, few, settings, message):
@@ -294,6 +381,30 @@ class TestRefused:
         work = job(few, learning_rate=1e12, optimizer="sgd", epochs={"dense": 5})
         with pytest.raises(TrainingDiverged, match="try a lower learning rate"):
             list(work.run())
+
+
+def test_the_largest_seed_works(few):
+    work = job(few, seed=2**63 - 1, epochs={"dense": 1, "l0": 0, "admm": 0, "tune": 0})
+    assert list(work.run())
+    assert atmc.evaluate(tiny(), few[1], threat=atmc.Linf(0.1), attack="pgd-strong", n=5, seed=2**63 - 1)
+
+
+@pytest.mark.parametrize(("settings", "counts"), [({}, (100, 100)), ({"val_n": 7, "val_clean_n": 30}, (30, 7))])
+def test_validation_uses_the_first_images_and_says_how_many(few, settings, counts):
+    """Wrong labels beyond them change nothing."""
+    train, val = few
+    labels = val.labels.clone()
+    labels[counts[0] :] = (labels[counts[0] :] + 1) % 10
+    works = [
+        job((train, Images(val.pixels, y)), method="da", bits=None, ratio=1.0, **settings) for y in (val.labels, labels)
+    ]
+    for work in works:
+        list(work.run())
+        assert {(record.clean_n, record.robust_n) for record in work.records} == {counts}
+        decided = work.result().decided
+        assert (decided["clean"].n, decided["robust"].n) == counts
+    timeless = [[replace(record, seconds=0.0) for record in work.records] for work in works]
+    assert timeless[0] == timeless[1]
 
 
 def test_floors(lenet):
@@ -368,7 +479,39 @@ def test_frozen_weights_are_compressed_without_training(few):
     assert work.result().records[-1].nonzeros <= work.nonzeros
 
 
-def test_a_last_batch_of_one_image_is_refused_with_batch_norm(few):
-    model = nn.Sequential(nn.Flatten(), nn.Linear(784, 10), nn.BatchNorm1d(10))
-    with pytest.raises(ValueError, match="hold one image, which batch norm cannot take: 256 images in batches of 51"):
-        job(few, model=model, batch_size=51)
+def normed() -> nn.Module:
+    """Batch norm without space, which refuses a batch of one image."""
+    torch.manual_seed(0)
+    return nn.Sequential(nn.Flatten(), nn.Linear(784, 10), nn.BatchNorm1d(10))
+
+
+ALONE = {"epochs": {"dense": 2, "l0": 1, "admm": 1, "tune": 0}, "batch_size": 51, "ratio": 0.3, "bits": None}
+
+
+class TestALastImageAlone:
+    """256 images in batches of 51 are five batches, and one image more."""
+
+    def test_joins_the_batch_before_it(self, few):
+        work = job(few, model=normed(), **ALONE)
+        steps = [event for event in work.run() if isinstance(event, Progress)]
+        assert [(event.step, event.steps) for event in steps[:5]] == [(step, 5) for step in range(1, 6)]
+        assert len(steps) == 4 * 5
+        assert steps[-1].share == 1
+        assert work.result().decided["clean"].n == 100  # batch norm re-estimated too
+
+    def test_resumes_to_the_same_file(self, few):
+        whole = job(few, model=normed(), **ALONE)
+        list(whole.run())
+        cut = job(few, model=normed(), **ALONE)
+        state = next(event.state for event in cut.run() if isinstance(event, EpochEnd))
+        resumed = job(few, model=normed(), **ALONE)
+        list(resumed.run(copy.deepcopy(state)))
+        assert resumed.result().data == whole.result().data
+
+    @pytest.mark.parametrize(("images", "batch_size"), [(1, 51), (256, 1)])
+    def test_without_a_batch_before_it(self, few, images, batch_size):
+        train, val = few
+        some = train.take(slice(0, images)), val
+        with pytest.raises(ValueError, match=f"at least 2 images a step.*got {images} training .* {batch_size}$"):
+            job(some, model=normed(), **{**ALONE, "batch_size": batch_size})
+        job(some, model=tiny(), **{**ALONE, "batch_size": batch_size})

@@ -2,6 +2,7 @@
 
 import copy
 import math
+from collections.abc import Callable
 
 import pytest
 import torch
@@ -10,7 +11,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
 
+from atmc.compress.factorize import factorize
+from atmc.data import Images
 from atmc.rng import Noise
+from atmc.robust import autoattack, protocols
+from atmc.robust import evaluate as evaluation
 from atmc.robust.attacks import LOSSES, attack_mode, cross_entropy, fgsm, kl_from, margin, pgd, wrm
 from atmc.robust.objectives import OBJECTIVES, TrainingAttack, mart, trades
 from atmc.robust.threats import L1, L2, Linf, check_threat, parse_threat
@@ -106,6 +111,38 @@ class TestBalls:
         assert ball.ascent(x, torch.zeros_like(x), 0.1).isfinite().all()
 
 
+def assert_untouched(model: nn.Module, attack: Callable[[], object]) -> None:
+    """Modes, values, buffers, gradients (none, then some that are there already) and what is frozen stay."""
+    next(model.parameters()).requires_grad_(False)
+    for grads in (False, True):
+        for parameter in model.parameters():
+            parameter.grad = torch.full_like(parameter, 3.0) if grads else None
+        modes = [module.training for module in model.modules()]
+        frozen = [parameter.requires_grad for parameter in model.parameters()]
+        before = copy.deepcopy(model.state_dict())
+        attack()
+        assert [module.training for module in model.modules()] == modes
+        assert all(torch.equal(before[name], value) for name, value in model.state_dict().items())
+        assert [parameter.requires_grad for parameter in model.parameters()] == frozen
+        for parameter in model.parameters():
+            assert bool((parameter.grad == 3).all()) if grads else parameter.grad is None
+
+
+@pytest.mark.parametrize("attack", [*protocols.ATTACKS, "clean", "wrm itself"])
+def test_measuring_leaves_the_model_as_it_was(attack, monkeypatch):
+    """Also where its weights are factorized, and where it is in training mode."""
+    monkeypatch.setattr(autoattack, "QUERIES", 20)
+    model, some = factorize(network()).train(), Images(images(), torch.arange(8) % 3)
+    model[3].eval()
+    assert_untouched(
+        model,
+        {
+            "clean": lambda: evaluation.clean_accuracy(model, some),
+            "wrm itself": lambda: wrm(model, some.pixels, some.labels),
+        }.get(attack, lambda: evaluation.robust_accuracy(model, some, L2(0.5), attack)),
+    )
+
+
 @pytest.mark.parametrize("ball", BALLS, ids=str)
 @pytest.mark.parametrize("attack", ATTACKS)
 class TestAttackContract:
@@ -126,12 +163,7 @@ class TestAttackContract:
         model = network().train()
         model[1].eval()  # a user may have frozen one layer
         model(images(seed=9))
-        modes = [module.training for module in model.modules()]
-        before = copy.deepcopy(model.state_dict())
-        ATTACKS[attack](model, images(), torch.zeros(8, dtype=torch.int64), ball)
-        assert [module.training for module in model.modules()] == modes
-        assert all(torch.equal(before[name], value) for name, value in model.state_dict().items())
-        assert all(parameter.grad is None and parameter.requires_grad for parameter in model.parameters())
+        assert_untouched(model, lambda: ATTACKS[attack](model, images(), torch.zeros(8, dtype=torch.int64), ball))
 
 
 @pytest.mark.parametrize(("ball", "dual"), [(Linf(0.05), 1), (L2(0.3), 2), (L1(0.4), math.inf)])
@@ -195,6 +227,22 @@ def test_mode_is_restored_after_an_error():
     assert model.training
     with attack_mode(model):
         assert not model.training
+
+
+@pytest.mark.parametrize("batch_statistics", [False, True])
+def test_an_attack_that_fails_leaves_the_model_as_it_was(batch_statistics):
+    model = network().train()
+    model[1].eval()
+
+    def fails(logits, y):
+        raise RuntimeError("stop")
+
+    def attack():
+        x, y = images(), torch.zeros(8, dtype=torch.int64)
+        with pytest.raises(RuntimeError, match="stop"):
+            pgd(model, x, y, Linf(0.1), steps=1, step_size=0.1, loss=fails, batch_statistics=batch_statistics)
+
+    assert_untouched(model, attack)
 
 
 @pytest.mark.parametrize(

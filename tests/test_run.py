@@ -141,6 +141,31 @@ def test_killed_by_the_system_and_resumed(here):
     assert (here / "cut" / "model.atmc").read_bytes() == (here / "whole" / "model.atmc").read_bytes()
 
 
+def test_killed_in_the_final_evaluation_and_resumed(here):
+    """SIGKILL once the model file is there and its figures are not."""
+    killed = "import os, signal; from atmc import cli, judge; "
+    killed += "judge.attacked = lambda *_, **__: os.kill(os.getpid(), signal.SIGKILL); cli.main()"
+    (here / "run.toml").write_text(parse(SMALL).to_toml())
+    options = ["compress", "--config", "run.toml", "--out", "cut"]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    victim = subprocess.run([sys.executable, "-c", killed, *options], env=environment, capture_output=True, timeout=120)
+    assert victim.returncode == -signal.SIGKILL, victim.stderr
+    written = (here / "cut" / "model.atmc").read_bytes()
+    assert not (here / "cut" / "metrics.json").exists()
+    (here / "cut" / ".model.atmc.7.tmp").write_bytes(b"half")  # as a kill while a file is written would leave
+    metrics, whole = finish(here / "cut", resume=True), finish(here / "whole")
+    assert (here / "cut" / "model.atmc").read_bytes() == written == (here / "whole" / "model.atmc").read_bytes()
+    assert {**metrics, "seconds": 0} == {**whole, "seconds": 0}
+    assert {path.name for path in (here / "cut").iterdir()} == {path.name for path in (here / "whole").iterdir()}
+
+
+def test_killed_just_after_the_metrics(here):
+    metrics = finish(here / "out")
+    (here / "out" / "checkpoint").mkdir()
+    assert finish(here / "out", resume=True) == metrics
+    assert not (here / "out" / "checkpoint").exists()
+
+
 def test_nothing_is_overwritten_unasked(here):
     metrics = finish(here / "out")
     before = (here / "out" / "model.atmc").read_bytes()
@@ -152,6 +177,35 @@ def test_nothing_is_overwritten_unasked(here):
     assert (here / "out" / "model.atmc").read_bytes() == before
     finish(here / "out", overwrite=True, changes={"seed": 5})
     assert (here / "out" / "model.atmc").read_bytes() != before
+
+
+def test_a_quick_trial_validates_on_fewer_images_and_says_so(here):
+    changes = {
+        "training": {**SMALL["training"], "val_clean_n": 30, "epochs": {"dense": 1, "l0": 0, "admm": 0, "tune": 0}}
+    }
+    stages = [event.text for event in run(parse({**SMALL, **changes}), here / "out") if isinstance(event, runs.Stage)]
+    assert "training on 300 images, validating on 30 of 143, under attack on 20" in stages
+    log = [json.loads(line) for line in (here / "out" / "log.jsonl").read_text().splitlines()]
+    assert {(line["clean_n"], line["robust_n"]) for line in log} == {(30, 20)}
+    validation = json.loads((here / "out" / "metrics.json").read_text())["validation"]
+    assert (validation["clean"]["n"], validation["pgd"]["n"]) == (30, 20)
+    assert "Validation images: 30 clean, 20 under pgd." in (here / "out" / "report.html").read_text()
+    with pytest.raises(ValueError, match=r"training\.val_clean_n was 30, is None"):
+        finish(here / "out", resume=True, changes={"training": {**changes["training"], "val_clean_n": None}})
+
+
+def test_settings_younger_than_the_run_are_at_their_defaults(here):
+    finish(here / "out")
+    config = here / "out" / "config.toml"
+    kept = [line for line in config.read_text().splitlines() if not line.startswith(("regrow", "exclude"))]
+    config.write_text("\n".join(kept))
+    finish(here / "out", resume=True)
+    for setting, message in (
+        ({"val_clean_n": 9}, "val_clean_n was None, is 9"),
+        ({"regrow": 2.0}, "regrow was 4.0, is 2.0"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            finish(here / "out", resume=True, changes={"training": {**SMALL["training"], **setting}})
 
 
 def test_a_number_of_images_for_each_attack(here):
@@ -229,6 +283,7 @@ class TestConfig:
             ({"bits": 12}, "1 to 8 bits"),
             ({"model": None}, "model"),
             ({"eval_n": 0}, "eval_n >= 1, got 0"),
+            ({"seed": 2**63}, "seed"),
             ({"eval_n": {"pdg": 5}}, "did you mean 'pgd'"),
             ({"method": "da"}, "leave out ratio, nonzeros and bits"),
             ({"method": "atcm"}, "did you mean 'atmc'"),
@@ -295,6 +350,13 @@ class TestWeights:
         torch.save(models.build("lenet", 7).state_dict(), tmp_path / "a.pt")
         with pytest.raises(ValueError, match=r"fc2\.weight has shape \(7, 500\), not \(10, 500\)"):
             load_weights(lenet, str(tmp_path / "a.pt"))
+
+    def test_a_model_file_of_another_class(self, tmp_path):
+        """What does not fit is named; no factory was given, so none is to blame."""
+        artifact.save(nn.Sequential(nn.Linear(4, 3)), tmp_path / "a.atmc")
+        message = r"a\.atmc is of another model: .*tensor 0\.weight has shape \(3, 4\), the model's is \(3, 5\)$"
+        with pytest.raises(ValueError, match=message):
+            load_weights(nn.Sequential(nn.Linear(5, 3)), str(tmp_path / "a.atmc"))
 
     def test_factors_are_kept_where_they_are_wanted(self, here):
         finish(here / "out")

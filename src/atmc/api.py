@@ -8,6 +8,7 @@ import os
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from difflib import get_close_matches
+from numbers import Integral, Real
 from pathlib import Path
 from typing import Any, cast
 
@@ -17,12 +18,15 @@ from torch import nn
 from atmc.compress.budget import Budget
 from atmc.compress.factorize import fold, refuse_unfit, sites, use_channels_last
 from atmc.data import Images, as_images, mixed_order
+from atmc.files import write_beside
+from atmc.inputs import as_device, as_threat, expect_budget, expect_module
 from atmc.judge import EvaluationWarning, Options, Report, check_model, evaluate, evaluation, takes_channels_last
 from atmc.methods import Plan, floor_of, objective_of, phases_of
+from atmc.numerics import deterministic
 from atmc.pack import artifact
 from atmc.pack.artifact import load, save
 from atmc.phases import EpochEnd, Recipe, Record, Runner, State
-from atmc.robust.threats import Threat, check_threat, parse_threat
+from atmc.robust.threats import Threat, check_threat
 from atmc.train import Progress
 
 __all__ = [
@@ -64,7 +68,7 @@ class Result:
 
     def save(self, path: str | os.PathLike[str]) -> int:
         """Write the model file; its size in bytes."""
-        return artifact.write_beside(Path(path), self.data)
+        return write_beside(Path(path), self.data)
 
 
 def default_recipe(model: nn.Module, **settings: Any) -> Recipe:
@@ -97,14 +101,15 @@ def by_phase(given: Any, defaults: dict[str, Any], what: str) -> dict[str, Any]:
     """One number for every phase, or a dict of some, filled up with the defaults. ValueError if it makes no sense."""
     if given is None:
         return dict(defaults)
+    kind: Any = Integral if what == "epochs" else Real
     values = dict(given) if isinstance(given, dict) else dict.fromkeys(defaults, given)
     for phase, value in values.items():
         if phase not in defaults:
             near = get_close_matches(phase, defaults, n=1)
             hint = f"; did you mean {near[0]!r}?" if near else ""
             raise ValueError(f"unknown phase {phase!r} in {what}: expected {', '.join(defaults)}{hint}")
-        if not 0 <= value < math.inf:
-            raise ValueError(f"expected {what} >= 0 in phase {phase}, got {value}")
+        if not (isinstance(value, kind) and 0 <= value < math.inf):
+            raise ValueError(f"expected {what} >= 0 in phase {phase}, got {value!r}")
     return {**defaults, **values}
 
 
@@ -132,10 +137,10 @@ class Job:
         classes = check_model(model, train, classes)
         check_model(model, val, classes)
         refuse_unfit(model, exclude=recipe.exclude)
-        if _normed(model) and len(train) % recipe.batch_size == 1:
+        if _normed(model) and min(len(train), recipe.batch_size) == 1:
             raise ValueError(
-                f"the last batch of an epoch would hold one image, which batch norm cannot take: {len(train)} images "
-                f"in batches of {recipe.batch_size}; choose another batch_size"
+                f"expected at least 2 images a step, since the model has batch norm; got {len(train)} training images "
+                f"in batches of {recipe.batch_size}"
             )
         self.dense_weights = sum(
             getattr(site.module, site.parameter).numel() for site in sites(model, exclude=recipe.exclude)
@@ -231,17 +236,21 @@ def compress(
     """
     if recipe is not None and settings:
         raise ValueError(f"expected a recipe or settings, got both: {', '.join(settings)}")
+    place = as_device(device)
+    expect_module(model)
+    expect_budget(budget)
     job = Job(
         model,
         as_images(train),
         as_images(val),
-        threat=parse_threat(threat) if isinstance(threat, str) else threat,
+        threat=as_threat(threat),
         budget=budget,
         method=method,
         recipe=recipe or default_recipe(model, **settings),
-        device=torch.device(device),
+        device=place,
     )
-    for event in job.run():
-        if on_event:
-            on_event(event)
-    return job.result()
+    with deterministic(place):
+        for event in job.run():
+            if on_event:
+                on_event(event)
+        return job.result()

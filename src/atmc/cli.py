@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import shlex
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -13,9 +15,9 @@ from rich.console import Console
 from atmc.api import Options
 from atmc.experiment import config as configs
 from atmc.experiment.assess import Assessed, Request, assess
-from atmc.experiment.display import Display, inspection_table, result_tables
+from atmc.experiment.display import NARROW, Display, inspection_table, result_tables
 from atmc.experiment.evaluation_display import EvaluationDisplay, evaluation_tables
-from atmc.experiment.run import Finished, run
+from atmc.experiment.run import Finished, Stage, run
 from atmc.robust.protocols import ATTACKS, Custom
 from atmc.robust.threats import parse_threat
 from atmc.version import __version__
@@ -27,6 +29,7 @@ app = typer.Typer(
     help="Make an image classifier small and hard to fool at once.",
 )
 UsageError: Any = typer.BadParameter.__bases__[0]  # click's, of whichever click typer brings along
+_TYPER_INTERRUPTED = 130  # what it makes of Ctrl-C; older versions raise Abort
 console = Console(width=None if sys.stdout.isatty() else 150)
 
 
@@ -65,7 +68,11 @@ def compress(
     attack: Annotated[str | None, typer.Option(help="Attacks of the final evaluation, separated by commas.")] = None,
     eval_n: Annotated[int | None, typer.Option(help="Test images under attack (default: all).")] = None,
     checks: Annotated[bool | None, typer.Option(help="Let the final evaluation doubt itself (default: yes).")] = None,
-    limit: Annotated[int | None, typer.Option(help="Train on the first so many images only.")] = None,
+    limit: Annotated[int | None, typer.Option(help="Train on so many images only, always the same ones.")] = None,
+    val_n: Annotated[
+        int | None,
+        typer.Option(help="Validate on so many images only, for a trial (default: all; 1,000 attacked)."),
+    ] = None,
     image_column: Annotated[str | None, typer.Option(help="Where the data has several.")] = None,
     label_column: Annotated[str | None, typer.Option(help="If not label or fine_label.")] = None,
     config: Annotated[Path | None, typer.Option(help="TOML file; options given here override it.")] = None,
@@ -108,6 +115,7 @@ def compress(
         values.pop("bits", None)
     values |= {key: value for key, value in given.items() if value is not None}
     training: dict[str, Any] = {"epochs": _parse_epochs(epochs), "objective": objective}
+    training |= {"val_n": val_n, "val_clean_n": val_n}
     training = {key: value for key, value in training.items() if value is not None}
     if training:
         configured = values.get("training", {})
@@ -115,19 +123,35 @@ def compress(
             training["epochs"] = {**configured["epochs"], **training["epochs"]}
         values["training"] = {**configured, **training}
     settings = configs.parse(values, str(config) if config else "options")
+    metrics = _followed(run(settings, out, resume=resume, overwrite=overwrite), out)
+    for table in result_tables(metrics):
+        console.print(table)
+    _say(f"model   {out / 'model.atmc'}\nreport  {out / 'report.html'}")
+
+
+def _followed(events: Iterator[Any], out: Path) -> dict[str, Any]:
+    """Show a run's events; its metrics. Where it ends early, say how to go on."""
+    resumable, metrics = False, {}
+    config, resume = out / "config.toml", f"go on with: atmc compress --out {shlex.quote(str(out))} --resume"
     with Display(console) as display:
         try:
-            for event in run(settings, out, resume=resume, overwrite=overwrite):
+            for event in events:
                 display.show(event)
+                if isinstance(event, Stage):
+                    resumable = event.resumable
                 if isinstance(event, Finished):
                     metrics = event.metrics
         except KeyboardInterrupt:
             display.close()
-            _say(f"interrupted; go on with: atmc compress --out {out} --resume")
+            begun = resumable and config.exists()
+            _say(f"interrupted; {resume if begun else 'nothing had begun: give the same command again'}")
             raise typer.Exit(1) from None
-    for table in result_tables(metrics):
-        console.print(table)
-    _say(f"model   {out / 'model.atmc'}\nreport  {out / 'report.html'}")
+        except OSError:
+            display.close()
+            if resumable and config.exists():
+                _say(f"stopped; once the error is mended, {resume}")
+            raise
+    return metrics
 
 
 def _say(text: str) -> None:
@@ -226,8 +250,8 @@ def evaluate(
         except KeyboardInterrupt:
             display.close()
             again = "the same command with --resume" if json_path else "nothing: only --json FILE keeps a state"
-            _say(f"interrupted; to go on: {again}")
-            raise typer.Exit(1) from None
+            _say(f"to go on: {again}")
+            raise
     for table in evaluation_tables(figures, per_class=per_class):
         console.print(table)
 
@@ -244,17 +268,21 @@ def inspect(
     if as_json:
         print(json.dumps(found, indent=1))
     else:
-        console.print(inspection_table(found))
+        console.print(inspection_table(found, narrow=console.width < NARROW))
 
 
 def main() -> None:
     """Run the command. Exit status: 0 done, 2 the user's input was wrong, 1 anything else."""
     try:
-        sys.exit(app(sys.argv[1:] or ["--help"], standalone_mode=False) or 0)
+        status = app(sys.argv[1:] or ["--help"], standalone_mode=False) or 0
+        if status == _TYPER_INTERRUPTED:
+            raise typer.Abort
+        sys.exit(status)
     except UsageError as error:
         print(f"atmc: {error.format_message()}", file=sys.stderr)
         sys.exit(2)
     except typer.Abort:
+        print("atmc: interrupted", file=sys.stderr)
         sys.exit(1)
     except ValueError as error:
         print(f"atmc: {error}", file=sys.stderr)

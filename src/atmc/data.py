@@ -18,7 +18,7 @@ from atmc import sources
 from atmc.images import Images, as_images, in_unit_range
 from atmc.rng import permutation
 
-__all__ = ["Batch", "Data", "Images", "as_images", "batches", "load_data", "mixed_order"]
+__all__ = ["Batch", "Data", "Images", "as_images", "batch_count", "batches", "load_data", "mixed_order"]
 
 DIGITS_TEST = 360  # test images of `digits`
 VAL_SHARE, VAL_MOST = 10, 5000  # a tenth of train, at most this many images
@@ -155,6 +155,16 @@ class Batch:
     index: Tensor
 
 
+def batch_count(n: int, batch_size: int) -> int:
+    """Batches in an epoch of n images, as `batches` makes them.
+
+    >>> batch_count(6, 2), batch_count(7, 3), batch_count(8, 3), batch_count(1, 3)
+    (3, 2, 3, 1)
+    """
+    full, left = divmod(n, batch_size)
+    return full + (left > (1 if full else 0))
+
+
 def batches(
     images: Images,
     batch_size: int,
@@ -169,7 +179,9 @@ def batches(
 
     Args:
         images: the examples.
-        batch_size: examples in each batch; the last one may have fewer, unless drop_last leaves it out.
+        batch_size: examples in each batch; the last one may have fewer, unless drop_last leaves it out. A single
+            image that would be left for the last batch joins the one before it, for every model alike: batch norm
+            cannot take one image, and its gradient alone would count as much as a whole batch's.
         seed: the run's seed; with the epoch it decides the order, and with epoch and example the augmentation.
         epoch: counted by the caller.
         augment: ``none``, ``crop`` (zero-padded by 4, random crop), ``flip`` (left to right), or ``crop-flip``.
@@ -180,17 +192,19 @@ def batches(
 
     >>> images = as_images((torch.rand(5, 1, 4, 4), torch.arange(5)))
     >>> [len(batch.x) for batch in batches(images, 2, seed=0, epoch=0)]
-    [2, 2, 1]
+    [2, 3]
     """
     if batch_size < 1:
         raise ValueError(f"expected batch_size >= 1, got {batch_size}")
     augmentation.changes(augment)
     order = permutation(len(images), seed=seed, purpose="order", epoch=epoch) if shuffle else torch.arange(len(images))
-    order = order.to(images.labels.device)[: len(order) // batch_size * batch_size if drop_last else None]
+    order = order.to(images.labels.device)
+    count = len(order) // batch_size if drop_last else batch_count(len(order), batch_size)
 
-    def batch(start: int) -> Batch:
-        index = order[start : start + batch_size]
+    def batch(number: int) -> Batch:
+        start = number * batch_size
+        index = order[start : start + batch_size if drop_last or number < count - 1 else None]
         pixels = augmentation.augment(images.pixels[index], index, name=augment, seed=seed, epoch=epoch)
         return Batch(in_unit_range(pixels), images.labels[index], index)
 
-    return map(batch, range(0, len(order), batch_size))
+    return map(batch, range(count))

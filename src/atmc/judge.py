@@ -13,8 +13,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from atmc import models
 from atmc.compress.factorize import use_channels_last
 from atmc.data import Images, as_images, mixed_order
+from atmc.inputs import as_threat, expect_module
 from atmc.robust import resume
 from atmc.robust.attacks import attack_mode
 from atmc.robust.checks import looks_like_probabilities, run_checks
@@ -22,7 +24,7 @@ from atmc.robust.evaluate import Attacked, Verdicts, attacked, clean_accuracy, j
 from atmc.robust.figures import Accuracy, Comparison, compare, per_class, worst_case
 from atmc.robust.protocols import Custom, check_attacks, check_norm, protocol_of
 from atmc.robust.suspect import Check, suspect
-from atmc.robust.threats import Threat, check_threat, parse_threat
+from atmc.robust.threats import Threat, check_threat
 
 SAVE_EVERY = 20.0  # seconds between two writes of the state
 
@@ -106,6 +108,7 @@ class Options:
 
     def __post_init__(self) -> None:
         check_attacks(self.attacks)
+        check_attacks(list(self.n) if isinstance(self.n, Mapping) else [])
         if not self.attacks:
             raise ValueError("expected at least one attack")
         if len(set(self.attacks)) < len(self.attacks):
@@ -186,7 +189,8 @@ def evaluation(
     model: nn.Module, test: Any, threat: Threat | str, options: Options, *, source: nn.Module | None = None
 ) -> Iterator[Attacked | Check | Report]:
     """`evaluate`, step by step: yields every attacked batch, every check, and at last the report."""
-    threat = parse_threat(threat) if isinstance(threat, str) else threat
+    expect_module(model)
+    threat = as_threat(threat)
     images = mixed_order(as_images(test))
     check_threat(threat, images.pixels[0].numel())
     for name in options.attacks:
@@ -269,7 +273,7 @@ def check_model(model: nn.Module, images: Images, classes: int | None, *, probab
     try:
         with attack_mode(model):
             output = model(x.to(device))
-    except (RuntimeError, ValueError, AssertionError, TypeError, LookupError) as error:
+    except models.USER_CODE_ERRORS as error:
         reason = (str(error) or type(error).__name__).splitlines()[0]
         raise ValueError(f"the model does not take images of shape {tuple(x.shape[1:])}: {reason}") from error
     if not isinstance(output, torch.Tensor) or output.dim() != 2 or len(output) != len(x):

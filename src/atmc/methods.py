@@ -173,8 +173,8 @@ def _held(plan: Plan, *, factored: bool) -> Phase:
         admm = Admm(Codebook(plan.bits), rho=plan.rho, balance=plan.balance)
 
     def enter(model: nn.Module) -> None:
-        if factored and not structure(model):
-            factorize(model, start=plan.factor_start, exclude=plan.exclude)
+        if factored:  # a checkpoint's factors stay as they are
+            factorize(model, start=plan.factor_start, exclude=(*plan.exclude, *structure(model)))
 
     start = max(plan.nonzeros, min(int(plan.regrow * plan.nonzeros), plan.dense_weights))
     return Phase("admm", enter, _shrinking(plan, start), feasible, admm)

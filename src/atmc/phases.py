@@ -8,8 +8,9 @@ The state between two epochs is one value, `State`, made of tensors and numbers.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from dataclasses import dataclass, field, replace
+from numbers import Integral
 from typing import Any, Literal
 
 import torch
@@ -21,7 +22,8 @@ from atmc.compress.budget import nominal_bits
 from atmc.compress.constraints import Constraint
 from atmc.compress.factorize import built_once, compressible, fold, restructure, structure
 from atmc.data import Images
-from atmc.rng import derived_seed
+from atmc.numerics import full_float32
+from atmc.rng import check_seed, derived_seed
 from atmc.robust.evaluate import clean_accuracy, robust_accuracy
 from atmc.robust.figures import Accuracy
 from atmc.robust.objectives import OBJECTIVES, TrainingAttack
@@ -29,6 +31,12 @@ from atmc.robust.threats import Threat
 from atmc.train import Loop, Progress, assign, cosine, fit, reestimate_batch_norm
 
 Tensors = Mapping[str, Tensor]
+CHOICES: dict[str, Collection[str]] = {
+    "objective": OBJECTIVES,
+    "augment": AUGMENTATIONS,
+    "optimizer": ("adamw", "sgd"),
+    "factor_start": ("identity", "svd"),
+}
 
 
 @dataclass(frozen=True)
@@ -52,7 +60,7 @@ class Recipe:
         exclude: patterns of weights that stay as they are.
         bf16: train in bfloat16; validation is in float32 always.
         channels_last: memory layout of images and kernels in training; False where a model cannot take it.
-        val_n: validation images under attack each epoch.
+        val_n, val_clean_n: validation images each epoch, the first so many under attack and of clean ones (None: all).
     """
 
     epochs: Mapping[str, int]
@@ -78,13 +86,20 @@ class Recipe:
     bf16: bool = False
     channels_last: bool = True
     val_n: int = 1000
+    val_clean_n: int | None = None
     seed: int = 0
 
     def __post_init__(self) -> None:
         """ValueError for a setting that makes no sense."""
-        for name, known in (("objective", OBJECTIVES), ("augment", AUGMENTATIONS), ("optimizer", ("adamw", "sgd"))):
+        for name, known in CHOICES.items():
             if getattr(self, name) not in known:
                 raise ValueError(f"unknown {name} {getattr(self, name)!r}: expected one of {', '.join(known)}")
+        for name in ("attack_steps", "batch_size", "interval", "val_n", "seed"):
+            if not isinstance(getattr(self, name), Integral):
+                raise ValueError(f"expected {name} to be an integer, got {getattr(self, name)!r}")
+        check_seed(self.seed)
+        if self.val_clean_n is not None and not (isinstance(self.val_clean_n, Integral) and self.val_clean_n > 0):
+            raise ValueError(f"expected val_clean_n > 0 or none for the whole split, got {self.val_clean_n!r}")
         for name in ("attack_steps", "batch_size", "interval", "val_n", "relative_step", "rho"):
             if not 0 < getattr(self, name) < math.inf:
                 raise ValueError(f"expected {name} > 0, got {getattr(self, name)}")
@@ -136,13 +151,18 @@ class State:
 
 @dataclass(frozen=True)
 class Record:
-    """One line of log.jsonl: an epoch (0 for a phase's start) and its feasible model's figures."""
+    """One line of log.jsonl: an epoch (0 for a phase's start) and its feasible model's figures.
+
+    Accuracies are of the first clean_n and robust_n validation images.
+    """
 
     phase: str
     epoch: int
     loss: float | None
     clean: float
+    clean_n: int
     robust: float
+    robust_n: int
     nonzeros: int
     nominal_bits: int
     primal: float | None
@@ -261,7 +281,9 @@ class Runner:
             epoch=progress.epoch if progress else 0,
             loss=progress.loss if progress else None,
             clean=clean.accuracy,
+            clean_n=clean.n,
             robust=robust.accuracy,
+            robust_n=robust.n,
             nonzeros=sum(int(t.count_nonzero()) for t in tensors.values()),
             nominal_bits=nominal_bits(tensors, self._bits),
             primal=_number(admm.primal) if admm else None,
@@ -305,10 +327,10 @@ class Runner:
         return self.model, {**decided, "clean": clean, "robust": robust}
 
     def _validate(self, model: nn.Module) -> tuple[Accuracy, Accuracy]:
-        """Clean accuracy on the whole validation split and `pgd` accuracy on its first val_n images, in float32."""
+        """Clean and `pgd` accuracy on the first val_clean_n and val_n images of the validation split, in float32."""
         model.eval()
-        with built_once(model):
-            clean = clean_accuracy(model, self._val)
+        with full_float32(), built_once(model):
+            clean = clean_accuracy(model, self._val, n=self._recipe.val_clean_n)
             robust = robust_accuracy(model, self._val, self._threat, "pgd", n=self._recipe.val_n)
         return clean, robust
 

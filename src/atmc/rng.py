@@ -20,6 +20,15 @@ _MIX1 = -4658895280553007687  # 0xBF58476D1CE4E5B9
 _MIX2 = -7723592293110705685  # 0x94D049BB133111EB
 
 
+MAX_SEED = 2**63 - 1
+
+
+def check_seed(seed: int) -> None:
+    """ValueError for a seed that 63 bits do not hold."""
+    if not 0 <= seed <= MAX_SEED:
+        raise ValueError(f"expected a seed from 0 to 2^63 - 1, got {seed}")
+
+
 def _shift_right(z: Tensor, bits: int) -> Tensor:
     """Logical (unsigned) right shift of int64."""
     return (z >> bits) & ((1 << (64 - bits)) - 1)

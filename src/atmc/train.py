@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from atmc.compress.admm import Admm
 from atmc.compress.constraints import Constraint
 from atmc.compress.factorize import built_once
-from atmc.data import Batch, Images, batches
+from atmc.data import Batch, Images, batch_count, batches
 from atmc.rng import Noise, derived_seed
 from atmc.robust.attacks import BATCH_NORMS
 from atmc.robust.objectives import Objective, TrainingAttack
@@ -59,7 +59,7 @@ class Loop:
     """How a phase steps through the data.
 
     Args:
-        batch_size: images a step.
+        batch_size: images a step, see `data.batches`.
         learning_rate: fraction of the phase done, in [0, 1) -> learning rate.
         eps_ramp: epochs over which the training attack's ball grows to full size.
         interval: steps between two refreshes of ADMM.
@@ -109,7 +109,7 @@ def fit(
     Raises:
         TrainingDiverged: the loss is not finite.
     """
-    steps = math.ceil(len(train) / loop.batch_size)
+    steps = batch_count(len(train), loop.batch_size)
     for epoch in range(start, epochs):
         began, total = time.perf_counter(), 0.0
         model.train()

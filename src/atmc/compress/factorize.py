@@ -259,7 +259,7 @@ def assign_factors(model: nn.Module, values: Mapping[str, np.ndarray]) -> None:
     for path, parts in factors(model).items():
         for name, parameter in parts.items():
             if name != "W":
-                parameter.copy_(torch.from_numpy(values[f"{path}.{name}"]))
+                parameter.copy_(torch.from_numpy(values[f"{path}.{name}"]).view_as(parameter))
 
 
 def use_channels_last(model: nn.Module) -> nn.Module:
@@ -321,18 +321,31 @@ def fold(model: nn.Module) -> nn.Module:
     True
     """
     plain = copy.deepcopy(model)
-    held = [site for site in all_sites(plain) if factored(site)]
-    weights = [composed(site) for site in held]
-    for site in held:
-        holders = cast(nn.ModuleDict, site.module.parametrizations)
-        device = next(holders.parameters()).device
-        plain_class = parametrize.type_before_parametrizations(site.module)
-        del holders[site.parameter]
-        if not holders:
-            # the class with the injected property is shared with the original: step back, leave the class alone
-            site.module.__class__ = plain_class
-            del site.module.parametrizations
-        weights.append(weights.pop(0).to(device))
-    for site, weight in zip(held, weights, strict=True):
-        site.module.register_parameter(site.parameter, nn.Parameter(weight))
+    for site in [site for site in all_sites(plain) if factored(site)]:
+        _unregister(site, composed(site))
     return plain
+
+
+@torch.no_grad()
+def put_factors(model: nn.Module, path: str, form: str, parts: Mapping[str, Tensor]) -> None:
+    """Give one factorized weight another form: "plain" with {"W"}, or one of FORMS with its factors; in place."""
+    site = next(site for site in all_sites(model) if site.path == path)
+    if form == "plain":
+        _unregister(site, parts["W"])
+        return
+    _unregister(site, composed(site))
+    _register(site, cast(Form, form), parts["U"].shape[1])
+    for name, parameter in factors_of(site).items():
+        parameter.copy_(parts[name].view_as(parameter))
+
+
+def _unregister(site: Site, weight: Tensor) -> None:
+    """A plain parameter in place of a weight's factors. The class that torch injected stays: copies share it."""
+    holders = cast(nn.ModuleDict, site.module.parametrizations)
+    device = next(holders.parameters()).device
+    plain_class = parametrize.type_before_parametrizations(site.module)
+    del holders[site.parameter]
+    if not holders:
+        site.module.__class__ = plain_class
+        del site.module.parametrizations
+    site.module.register_parameter(site.parameter, nn.Parameter(weight.to(device)))

@@ -15,6 +15,8 @@ from atmc import api, models
 from atmc.data import Data, Images, load_data
 from atmc.experiment.gallery import chosen, gallery
 from atmc.experiment.weights import load_weights
+from atmc.files import write_beside
+from atmc.inputs import as_device
 from atmc.pack import artifact
 from atmc.robust import certify, curves, examples
 from atmc.robust.evaluate import Attacked
@@ -69,8 +71,7 @@ def assess(request: Request) -> Iterator[Attacked | Check | api.Report | Assesse
         ValueError: something asked for makes no sense; nothing was attacked or written.
     """
     _check_outputs(request)
-    if request.device not in ("cpu", "cuda") or (request.device == "cuda" and not torch.cuda.is_available()):
-        raise ValueError(f"expected device cpu, or cuda where torch sees one, got {request.device!r}")
+    as_device(request.device)
     if request.file.suffix in WEIGHTS and not request.model:
         raise ValueError(f"{request.file} holds weights only: name their model with --model")
     if request.curves is not None and request.curves < 1:
@@ -101,7 +102,7 @@ def assess(request: Request) -> Iterator[Attacked | Check | api.Report | Assesse
     figures |= _more(request, model, data.test, report)
     figures["versions"] = {"atmc": __version__, "torch": torch.__version__}
     if request.json_path:
-        artifact.write_beside(request.json_path, (json.dumps(figures, indent=1) + "\n").encode())
+        write_beside(request.json_path, (json.dumps(figures, indent=1) + "\n").encode())
     yield Assessed(figures)
 
 
@@ -150,7 +151,10 @@ def check_size(path: Path, data: Data) -> None:
         return
     shape = artifact.read(path).metadata.get("input_shape")
     if shape and tuple(shape) != data.input_shape:
-        raise ValueError(f"{path} takes images of shape {tuple(shape)}, {data.name} has {data.input_shape}")
+        raise ValueError(
+            f"{path} is for images of shape {tuple(shape)} and does not take images of shape {data.input_shape}, "
+            f"as {data.name} has them"
+        )
 
 
 def _against(
@@ -196,5 +200,5 @@ def _more(request: Request, model: nn.Module, test: Images, report: api.Report) 
         if request.gallery:
             clean = test.float_pixels(slice(0, len(kept.labels))).cpu()
             shown = chosen(model, clean, kept.adv, kept.labels)
-            artifact.write_beside(request.gallery, gallery(shown, request.threat))
+            write_beside(request.gallery, gallery(shown, request.threat))
     return found

@@ -21,8 +21,11 @@ from atmc.api import DEFAULT_EPOCHS, LEARNING_RATES, by_phase, default_recipe
 from atmc.compress.budget import Budget
 from atmc.methods import check_method
 from atmc.phases import Recipe
+from atmc.rng import MAX_SEED
 from atmc.robust.protocols import check_attacks, check_norm
 from atmc.robust.threats import L2, Threat, parse_threat
+
+MAX_THREADS = 1024  # torch crashes where the system gives it no more
 
 
 class Training(BaseModel):
@@ -51,6 +54,7 @@ class Training(BaseModel):
     exclude: list[str] | None = None
     augment: Literal["none", "crop", "flip", "crop-flip"] | None = None
     val_n: int | None = Field(default=None, ge=1)
+    val_clean_n: int | None = Field(default=None, ge=1)
 
     @model_validator(mode="after")
     def _check(self) -> Training:
@@ -77,10 +81,10 @@ class RunConfig(BaseModel):
     limit: int | None = Field(default=None, ge=1)
     normalize: bool = True
     dropout: float | None = Field(default=None, ge=0, lt=1)
-    seed: int = Field(default=0, ge=0)
+    seed: int = Field(default=0, ge=0, le=MAX_SEED)
     device: Literal["auto", "cpu", "cuda"] = "auto"
     precision: Literal["auto", "fp32", "bf16"] = "auto"
-    threads: int | None = Field(default=None, ge=1)
+    threads: int | None = Field(default=None, ge=1, le=MAX_THREADS)
     layout: Literal["auto", "channels_last", "contiguous"] = "auto"
     attacks: list[str] = ["pgd"]
     steps: int | None = Field(default=None, ge=1)

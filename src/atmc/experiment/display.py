@@ -9,7 +9,7 @@ from typing import Any
 from rich.console import Console, RenderableType
 from rich.progress import BarColumn, TextColumn, TimeRemainingColumn
 from rich.progress import Progress as Bar
-from rich.table import Table
+from rich.table import Column, Table
 from rich.text import Text
 
 from atmc.experiment.evaluation_display import attack_line, evaluation_tables
@@ -19,16 +19,19 @@ from atmc.robust.evaluate import Attacked
 from atmc.robust.suspect import Check
 from atmc.train import Progress
 
+NARROW = 110  # columns below which a terminal gets the short forms, which fit 80
+HEADING = "phase epoch    loss    clean   robust    nonzeros  primal / dual         time"
+
 
 class Display:
-    """Prints events of `run.run` as they come: one live line, and one line an epoch that stays."""
+    """Prints events of `run.run` as they come: one live line, and one line an epoch that stays; both fit 80 columns."""
 
     def __init__(self, console: Console) -> None:
         self._console = console
         self._bar = Bar(
             TextColumn("{task.description}"),
-            BarColumn(bar_width=20),
-            TimeRemainingColumn(),
+            BarColumn(bar_width=4 if console.width < NARROW else 20),
+            TimeRemainingColumn(table_column=Column(min_width=len("0:00:00"))),
             TextColumn("{task.fields[note]}"),
             console=console,
             transient=True,
@@ -53,6 +56,7 @@ class Display:
         """One event."""
         if isinstance(event, Stage):
             self._console.print(event.text, style="dim", highlight=False, markup=False)
+            self._bar.update(self._task, description="", total=None, note="")  # a bar that only moves
         elif isinstance(event, Progress):
             self._step(event)
         elif isinstance(event, Attacked):
@@ -60,6 +64,8 @@ class Display:
         elif isinstance(event, Check):
             self._bar.update(self._task, description="checking", note=event.name)
         elif isinstance(event, EpochEnd):
+            if self._record is None or self._record.phase != event.record.phase:
+                self._console.print(HEADING, style="dim", highlight=False, soft_wrap=True)
             self._record = event.record
             self._console.print(_line(event.record), highlight=False, soft_wrap=True)
 
@@ -68,24 +74,28 @@ class Display:
         if now - self._last < 0.2 and not event.epoch_done:
             return
         self._last = now
-        note = f"loss {event.loss:.4f}"
+        narrow = self._console.width < NARROW
+        notes = [f"loss {event.loss:.{3 if narrow else 4}f}"]
         if self._record is not None:
-            note += f"  clean {self._record.clean:.1%}  robust {self._record.robust:.1%}"
+            notes += [f"clean {self._record.clean:.1%}", f"robust {self._record.robust:.1%}"]
         if event.admm is not None:
-            note += f"  residuals {event.admm.primal:.3g} / {event.admm.dual:.3g}"
+            residuals = f"{event.admm.primal:.2g}/{event.admm.dual:.2g}"
+            notes.append(f"res {residuals}" if narrow else f"residuals {residuals}")
+        note = (" " if narrow else "  ").join(notes)
         description = f"{event.phase} {event.epoch}/{event.epochs}"
-        self._bar.update(self._task, description=description, completed=event.share, note=note)
+        self._bar.update(self._task, description=description, total=1.0, completed=event.share, note=note)
 
 
 def _line(record: Record) -> str:
-    loss = f"{record.loss:7.4f}" if record.loss is not None else "      -"
-    text = (
-        f"{record.phase:>5} {record.epoch:>3}  loss {loss}  clean {record.clean:6.2%}  robust {record.robust:6.2%}"
-        f"  nonzeros {record.nonzeros:,}"
-    )
+    """A row below `HEADING`."""
+    loss = f"{record.loss:.4f}" if record.loss is not None else "-"
+    residuals = "-"
     if record.primal is not None and record.dual is not None:
-        text += f"  residuals {record.primal:.3g} / {record.dual:.3g}"
-    return f"{text}  {record.seconds:.1f} s"
+        residuals = f"{record.primal:.2g} / {record.dual:.2g}"
+    return (
+        f"{record.phase:>5} {record.epoch:>5}  {loss:>6}  {record.clean:>7.2%}  {record.robust:>7.2%}"
+        f"  {record.nonzeros:>10,}  {residuals:<17} {record.seconds:>6,.1f} s"
+    )
 
 
 def result_tables(metrics: Mapping[str, Any]) -> list[RenderableType]:
@@ -103,22 +113,34 @@ def result_tables(metrics: Mapping[str, Any]) -> list[RenderableType]:
     return [table, *doubts]
 
 
-def inspection_table(found: Mapping[str, Any]) -> Table:
-    """The parts of a model file."""
-    table = Table(title=Text(f"{found['file']}: {found['file_bytes']:,} bytes"), title_justify="left")
-    for name in ("tensor", "shape", "encoding"):
-        table.add_column(name)
-    parts = ("header", "positions", "codebook", "codes", "values", "total")
-    for name in ("nonzeros", "levels", *parts):
-        table.add_column(name, justify="right")
+def inspection_table(found: Mapping[str, Any], *, narrow: bool = False) -> Table:
+    """The parts of a model file; a narrow table has each tensor's bytes in one sum."""
+    meta, totals = found["metadata"], found["totals"]
+    name, threat = meta["model"].get("name") or "own class", meta.get("threat") or "unknown"
+    title = f"{found['file']}: {found['file_bytes']:,} bytes; {name}, {meta['classes']} classes, threat {threat}"
+    table = Table(title=Text(title), title_justify="left")
+    for column in ("tensor", "shape") if narrow else ("tensor", "shape", "stored"):
+        table.add_column(column)
+    parts = ("total", "excess") if narrow else ("positions", "codebook", "codes", "total", "floor", "excess")
+    for column in ("nonzeros", "bits", *parts) if narrow else ("nonzeros", "levels", "bits", "rank", *parts):
+        table.add_column("bytes" if narrow and column == "total" else column, justify="right")
     for row in found["tensors"]:
-        sizes = [str(row["bytes"][part]) for part in parts]
-        shape = "×".join(map(str, row["shape"]))
-        table.add_row(Text(row["name"]), shape, row["encoding"], f"{row['nonzeros']:,}", str(row["levels"]), *sizes)
-    totals = found["totals"]
+        sizes = [f"{row['bytes'][part]:,.1f}" if part in row["bytes"] else "" for part in parts]
+        owner, _, factor = row["name"].rpartition(".")
+        rank = str(found["factorized"][owner]["components"]) if factor == "U" and owner in found["factorized"] else ""
+        cells = [Text(row["name"]), "×".join(map(str, row["shape"])), row["stored"], f"{row['nonzeros']:,}"]
+        cells += [str(row["levels"]), str(row["bits"]), rank, *sizes]
+        table.add_row(*(cell for i, cell in enumerate(cells) if not (narrow and i in (2, 4, 6))))
+    outside = totals["metadata and checksums"]
+    sums = {part: totals[part] for part in ("positions", "codebook", "codes", "floor", "excess")}
+    sums["total"] = found["file_bytes"] - outside
+    blank = [""] * (len(table.columns) - 2 - len(parts))
     table.add_section()
-    sums = [str(totals[part]) for part in parts[:-1]]
-    tensors = found["file_bytes"] - totals["metadata and checksum"]
-    table.add_row("all tensors", "", "", f"{totals['nonzeros']:,}", "", *sums, str(tensors))
-    table.add_row("metadata, checksum", "", "", "", "", "", "", "", "", "", str(totals["metadata and checksum"]))
+    nonzeros = f"{totals['nonzeros']:,}"
+    before = [*blank[:1], nonzeros, *blank[1:]] if narrow else [*blank[:2], nonzeros, *blank[2:]]
+    table.add_row("all tensors", *before, *(f"{sums[part]:,.1f}" for part in parts))
+    around = [f"{outside:,.1f}" if part == "total" else "" for part in parts]
+    table.add_row("metadata, checksums", "", *blank, *around)
+    dead = f"{totals['dead_outputs']:,} outputs and {totals['dead_inputs']:,} inputs of weights are dead"
+    table.caption = f"bytes; rank of W - C; floor: log2 C(N, k) + k H(codes); {dead}"
     return table

@@ -9,9 +9,9 @@ from typing import Any
 
 from atmc.experiment import svg
 from atmc.experiment.markup import element, escape, table
+from atmc.pack.inspect import COLUMNS
 
-COLUMNS = ("positions", "codebook", "codes", "values", "header")
-REST, METADATA = "biases, norms", "metadata, checksum"
+REST, METADATA = "biases, norms", "metadata, checksums"
 
 
 @dataclass(frozen=True)
@@ -30,7 +30,7 @@ class Layer:
     nonzeros: dict[str, int]
     value_bits: dict[str, str]
     rank: tuple[int, int] | None
-    file_bytes: dict[str, int]
+    file_bytes: dict[str, float]
 
     @property
     def weights(self) -> int:
@@ -43,11 +43,11 @@ class Layer:
         return sum(self.nonzeros.values())
 
 
-def layers(found: Mapping[str, Any]) -> tuple[list[Layer], dict[str, int]]:
+def layers(found: Mapping[str, Any]) -> tuple[list[Layer], dict[str, float]]:
     """The weights of an inspected file in its order, and the bytes of all other tensors by column."""
     factorized: Mapping[str, Any] = found["factorized"]
     members: dict[str, dict[str, Any]] = {}
-    rest = dict.fromkeys(COLUMNS, 0)
+    rest = dict.fromkeys(COLUMNS, 0.0)
     for row in found["tensors"]:
         path, _, factor = row["name"].rpartition(".")
         if path in factorized and factor in ("U", "V", "C"):
@@ -76,11 +76,7 @@ def _value_bits(row: Mapping[str, Any]) -> str:
     """How a tensor's values are held: a codebook, or numbers of 16 or 32 bits."""
     if not row["nonzeros"]:
         return "none"
-    if row["bytes"]["codebook"]:
-        held = row["levels"] + (row["encoding"] == "codes" and row["nonzeros"] < row["values"])  # zero has a code too
-        return f"{row['levels']} values, {math.ceil(math.log2(held))} bits"
-    stored = row["nonzeros"] if row["bytes"]["positions"] else row["values"]
-    return "fp16" if row["bytes"]["values"] < 3 * stored else "fp32"
+    return f"{row['levels']} values, {row['bits']} bits" if row["stored"] == "codebook" else str(row["stored"])
 
 
 def layers_section(found: Mapping[str, Any]) -> str:
@@ -94,7 +90,7 @@ def layers_section(found: Mapping[str, Any]) -> str:
     by_factor = {factor: None for row in rows for factor in row.nonzeros}
     nonzeros = [svg.Bar(row.name, {factor: row.nonzeros.get(factor, 0) for factor in by_factor}) for row in rows]
     sizes = [svg.Bar(row.name, row.file_bytes) for row in rows]
-    sizes += [svg.Bar(REST, rest), svg.Bar(METADATA, {METADATA: found["totals"]["metadata and checksum"]})]
+    sizes += [svg.Bar(REST, rest), svg.Bar(METADATA, {METADATA: found["totals"]["metadata and checksums"]})]
     charts = [
         svg.bar_chart("Nonzeros", nonzeros, unit="nonzeros"),
         svg.bar_chart("Bytes of the file", sizes, unit="bytes"),
@@ -108,13 +104,13 @@ def _table(rows: Sequence[Layer], found: Mapping[str, Any]) -> str:
     kinds = ("path" if wide else "name", "num", "num", "num", "num", "text", "num", "num")
     cells = []
     for row in rows:
-        size = sum(row.file_bytes.values())
+        size = round(sum(row.file_bytes.values()))
         rank = f"{row.rank[0]:,} of {row.rank[1]:,}" if row.rank else "plain"
         shape = "×".join(map(str, row.shape))
         figures = _figures(row.total, row.weights)
         cells.append([escape(row.name), shape, *figures, rank, _held(row), *_bits(size, row.total)])
     total, weights = sum(row.total for row in rows), sum(row.weights for row in rows)
-    size = found["file_bytes"]
+    size = int(found["file_bytes"])
     cells.append(["whole file", "", *_figures(total, weights), "", "", *_bits(size, total)])
     return table(header, cells, kinds, foot=1)
 

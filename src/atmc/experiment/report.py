@@ -15,7 +15,7 @@ from atmc.experiment import pictures, svg
 from atmc.experiment.config import RunConfig
 from atmc.experiment.layers import layers_section
 from atmc.experiment.markup import cut, element, escape, page, section, table
-from atmc.pack.artifact import write_beside
+from atmc.files import write_beside
 from atmc.pack.inspect import inspection
 from atmc.robust.protocols import paper_steps
 from atmc.robust.threats import Threat
@@ -177,9 +177,12 @@ def _training(records: Sequence[Mapping[str, Any]]) -> str:
     ]
     seconds = sum(record["seconds"] for record in records)
     trained = sum(record["epoch"] > 0 for record in records)
+    images = {key: {record[key] for record in records if key in record} for key in ("clean_n", "robust_n")}
+    counts = [f"{n:,} {word}" for key, word in zip(images, ("clean", "under pgd"), strict=True) for n in images[key]]
+    shown = f"Validation images: {', '.join(counts)}. " if counts else ""
     text = (
-        f"{trained:,} epochs, {seconds:,.1f} s. Accuracies are of the model that keeps the phase's constraints; each"
-        " phase goes on from the best epoch of the one before."
+        f"{trained:,} epochs, {seconds:,.1f} s. {shown}Accuracies are of the model that keeps the phase's"
+        " constraints; each phase goes on from the best epoch of the one before."
     )
     return element("p", escape(text), class_="soft") + element("div", *charts, class_="two")
 

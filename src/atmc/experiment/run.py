@@ -27,17 +27,20 @@ from atmc.data import Data, load_data
 from atmc.experiment.config import RunConfig, parse, read_toml
 from atmc.experiment.report import write_report
 from atmc.experiment.weights import UNREADABLE, load_weights
+from atmc.files import append_line, remove_leftovers, write_beside
+from atmc.numerics import deterministic
 from atmc.pack import artifact
-from atmc.phases import EpochEnd, State
+from atmc.phases import EpochEnd, Recipe, State
 from atmc.robust.protocols import Custom
 from atmc.version import __version__
 
 
 @dataclass(frozen=True)
 class Stage:
-    """Something other than training begins; text for a person."""
+    """Another part of a run begins; text for a person. From here on `resume` goes on, where resumable."""
 
     text: str
+    resumable: bool = True
 
 
 @dataclass(frozen=True)
@@ -61,7 +64,7 @@ def run(config: RunConfig, folder: Path, *, resume: bool = False, overwrite: boo
     if config.threads:
         torch.set_num_threads(config.threads)
     resuming = _check_folder(folder, resume=resume, overwrite=overwrite)
-    yield Stage(f"reading {config.data}")
+    yield Stage(f"reading {config.data}", resumable=resuming)
     data = load_data(
         config.data, image_column=config.image_column, label_column=config.label_column, limit=config.limit
     )
@@ -81,15 +84,25 @@ def run(config: RunConfig, folder: Path, *, resume: bool = False, overwrite: boo
     if resuming:
         _expect_same(config, parse(read_toml(folder / "config.toml"), str(folder / "config.toml")), folder)
         if (folder / "metrics.json").exists():
+            shutil.rmtree(folder / "checkpoint", ignore_errors=True)  # killed before it was taken away
             yield Finished(json.loads((folder / "metrics.json").read_text()))
             return
-    with _locked(folder):
+    with _locked(folder), deterministic(torch.device(config.device)):
         if resuming != _check_folder(folder, resume=resume, overwrite=overwrite):
             raise FolderInUse(f"{folder} was changed by another run meanwhile")
+        yield Stage(_what_is_used(data, job.recipe))
         if not resuming:
             _clear(folder)
-            artifact.write_beside(folder / "config.toml", config.to_toml().encode())
+            write_beside(folder / "config.toml", config.to_toml().encode())
         yield from _train_and_judge(job, config, data, folder)
+
+
+def _what_is_used(data: Data, recipe: Recipe) -> str:
+    """'training on 1,294 images, validating on 143, 20 of them under attack', and how many there are if not on all."""
+    there = len(data.val)
+    clean, attacked = min(recipe.val_clean_n or there, there), min(recipe.val_n, there)
+    of_all = f" of {there:,}" if clean < there else ""
+    return f"training on {len(data.train):,} images, validating on {clean:,}{of_all}, under attack on {attacked:,}"
 
 
 def _train_and_judge(job: api.Job, config: RunConfig, data: Data, folder: Path) -> Iterator[Any]:
@@ -97,7 +110,7 @@ def _train_and_judge(job: api.Job, config: RunConfig, data: Data, folder: Path) 
     began = time.monotonic() - spent
     for event in job.run(state):
         if isinstance(event, EpochEnd):
-            _append(folder / "log.jsonl", asdict(event.record))
+            append_line(folder / "log.jsonl", json.dumps(asdict(event.record)))
             _write_checkpoint(folder, event.state, time.monotonic() - began)
         yield event
     yield Stage("last choices on the validation split")
@@ -115,7 +128,7 @@ def _train_and_judge(job: api.Job, config: RunConfig, data: Data, folder: Path) 
     assert report is not None
     metrics = _metrics(job, result, config, report, size, time.monotonic() - began)
     write_report(folder, config, metrics, decoded.cpu(), data.test, class_names=data.class_names)
-    artifact.write_beside(folder / "metrics.json", (json.dumps(metrics, indent=1) + "\n").encode())
+    write_beside(folder / "metrics.json", (json.dumps(metrics, indent=1) + "\n").encode())
     shutil.rmtree(folder / "checkpoint", ignore_errors=True)
     yield Finished(metrics)
 
@@ -183,9 +196,10 @@ def _check_folder(folder: Path, *, resume: bool, overwrite: bool) -> bool:
 
 
 def _clear(folder: Path) -> None:
-    for name in ("model.atmc", "metrics.json", "report.html", "log.jsonl"):
-        (folder / name).unlink(missing_ok=True)
+    """Take a run away; its configuration last, which marks the folder as a run's."""
     shutil.rmtree(folder / "checkpoint", ignore_errors=True)
+    for name in ("model.atmc", "metrics.json", "report.html", "log.jsonl", "config.toml"):
+        (folder / name).unlink(missing_ok=True)
 
 
 @contextmanager
@@ -197,6 +211,8 @@ def _locked(folder: Path) -> Iterator[None]:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
             raise FolderInUse(f"{folder} is in use by another run") from None
+        remove_leftovers(folder)
+        remove_leftovers(folder / "checkpoint")
         try:
             yield
         finally:
@@ -207,16 +223,12 @@ def _expect_same(asked: RunConfig, stored: RunConfig, folder: Path) -> None:
     """A resumed run goes on as it began."""
     ours, theirs = asked.model_dump(), stored.model_dump()
     flat = {key: (ours[key], theirs[key]) for key in ours if key != "training"}
-    known = {key: value for key, value in theirs["training"].items() if value is not None}  # settings may be younger
-    flat |= {f"training.{key}": (ours["training"][key], value) for key, value in known.items()}
+    for key, value in theirs["training"].items():  # one that is not there is younger than the run, or at its default
+        before = getattr(Recipe, key, None) if value is None else value
+        flat[f"training.{key}"] = (ours["training"][key], list(before) if isinstance(before, tuple) else before)
     changed = [f"{key} was {before!r}, is {now!r}" for key, (now, before) in flat.items() if now != before]
     if changed:
         raise ValueError(f"{folder} was begun with other settings: {'; '.join(changed)}")
-
-
-def _append(path: Path, record: dict[str, Any]) -> None:
-    with open(path, "a", encoding="utf-8") as file:
-        file.write(json.dumps(record) + "\n")
 
 
 def _write_checkpoint(folder: Path, state: State, seconds: float) -> None:
@@ -224,7 +236,7 @@ def _write_checkpoint(folder: Path, state: State, seconds: float) -> None:
     lines = len((folder / "log.jsonl").read_text().splitlines())
     torch.save({"state": vars(state), "log_lines": lines, "seconds": seconds}, buffer)
     (folder / "checkpoint").mkdir(exist_ok=True)
-    artifact.write_beside(folder / "checkpoint" / "state.pt", buffer.getvalue())
+    write_beside(folder / "checkpoint" / "state.pt", buffer.getvalue())
 
 
 def _read_checkpoint(folder: Path) -> tuple[State | None, float]:
@@ -239,5 +251,5 @@ def _read_checkpoint(folder: Path) -> tuple[State | None, float]:
     except UNREADABLE as error:
         raise ValueError(f"the run's own checkpoint {path} is damaged: start again with --overwrite") from error
     kept = log.read_text().splitlines(keepends=True)[:lines] if log.exists() else []
-    artifact.write_beside(log, "".join(kept).encode())
+    write_beside(log, "".join(kept).encode())
     return state, seconds

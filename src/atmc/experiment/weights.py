@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from atmc.compress.factorize import assign_factors, restructure
 from atmc.pack import artifact
+from atmc.pack.forms import PLAIN
 
 UNREADABLE = (  # what torch.load raises on bytes that are no checkpoint, depending on where it stumbles
     pickle.UnpicklingError,
@@ -44,11 +45,17 @@ def load_weights(model: nn.Module, path: str, *, factorized: bool = False) -> No
     if not Path(path).is_file():
         raise ValueError(f"checkpoint {path} does not exist")
     if path.endswith(".atmc"):
-        _fill(model, artifact.load(path, factory=lambda num_classes: copy.deepcopy(model)).state_dict(), path)
-        content = artifact.read(path)
-        if factorized and content.metadata["structure"]:
-            restructure(model, {name: (form, rank) for name, (form, rank) in content.metadata["structure"].items()})
-            assign_factors(model, {entry.name: entry.values() for entry in content.entries})
+        try:
+            loaded = artifact.load(path, factory=lambda num_classes: copy.deepcopy(model))
+        except artifact.ModelMismatch as error:  # without what it says of the factory, which is ours
+            raise ValueError(f"checkpoint {path} is of another model: {error.__cause__ or error}") from error
+        _fill(model, loaded.state_dict(), path)
+        if factorized:
+            content = artifact.read(path)
+            decoded = artifact.decode(content, artifact.stored_fields(content))
+            held = {name: weight for name, (weight, _) in decoded.weights.items() if weight.form != PLAIN}
+            restructure(model, {name: (weight.form, weight.rank) for name, weight in held.items()})
+            assign_factors(model, {f"{n}.{part}": x for n, weight in held.items() for part, x in weight.parts.items()})
     elif path.endswith(".safetensors"):
         try:
             state = load_file(path)

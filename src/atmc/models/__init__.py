@@ -12,26 +12,32 @@ A built model carries ``atmc_spec``, a JSON-able dict from which `build_from_spe
 from __future__ import annotations
 
 import difflib
-import importlib
-import inspect
-import os
 import reprlib
-import sys
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from numbers import Integral
-from typing import TypeVar, cast
+from typing import TypeVar
 
 import torch
 from torch import nn
 
+from atmc.models.factory import USER_CODE_ERRORS, call_factory, import_factory
 from atmc.models.lenet import LeNet
 from atmc.models.mobilenet import MobileNetV2
 from atmc.models.normalize import Normalize, checked_statistics
 from atmc.models.resnet import BasicBlock, Bottleneck, ResNet
 from atmc.models.wide_resnet import WideResNet, check_size, checked_dropout, parse_name
 
-__all__ = ["NAMES", "Normalize", "build", "build_from_spec", "conv_linear_weights", "import_factory"]
+__all__ = [
+    "NAMES",
+    "USER_CODE_ERRORS",
+    "Normalize",
+    "build",
+    "build_from_spec",
+    "call_factory",
+    "conv_linear_weights",
+    "import_factory",
+]
 
 NAMES = ("lenet", "resnet18", "resnet34", "resnet50", "wrn-16-8", "wrn-28-10", "mobilenetv2")
 """Names to offer a user; every ``wrn-D-W`` with D = 4 + 6 n is a name too."""
@@ -71,7 +77,7 @@ def build(
         options: ``dropout`` (0 <= dropout < 1, default 0) for ``wrn-D-W``; the others have none.
 
     Raises:
-        ValueError: for an unknown name (the nearest one is suggested), for a factory that cannot be imported or
+        ValueError: for an unknown name (the nearest one is suggested), for a factory that cannot be imported, fails or
             returns no nn.Module, and for arguments out of range.
 
     >>> net = build("lenet", 10, mean=[0.1307], std=[0.3081], seed=0)
@@ -238,38 +244,7 @@ def _seeded(make: Callable[[], _Made], seed: int | None) -> _Made:
 
 def _from_factory(name: str, num_classes: int, input_shape: tuple[int, int, int] | None, seed: int | None) -> nn.Module:
     factory = import_factory(name)
-    try:
-        inspect.signature(factory).bind(num_classes=num_classes)
-    except TypeError as error:
-        raise ValueError(f"expected {name} to be callable with num_classes alone: {error}") from error
-    model = _seeded(lambda: factory(num_classes=num_classes), seed)
-    if not isinstance(model, nn.Module):
-        raise ValueError(f"expected {name} to return a torch.nn.Module, got {type(model).__name__}")
+    model = _seeded(lambda: call_factory(factory, num_classes, name), seed)
     shape = None if input_shape is None else list(input_shape)
     setattr(model, _SPEC_ATTRIBUTE, {"name": name, "num_classes": num_classes, "input_shape": shape})
     return model
-
-
-def import_factory(name: str) -> Callable[..., nn.Module]:
-    """The callable of ``package.module:factory``, imported with the current folder first on the path."""
-    module_name, _, attribute = name.partition(":")
-    if not attribute.isidentifier() or not all(part.isidentifier() for part in module_name.split(".")):
-        raise ValueError(f"expected a factory as package.module:factory, got {name!r}")
-    folder = os.getcwd()
-    sys.path.insert(0, folder)
-    try:
-        importlib.invalidate_caches()
-        module = importlib.import_module(module_name)
-    except ImportError as error:
-        raise ValueError(f"cannot import {module_name!r} of the factory {name}: {error}") from error
-    finally:
-        if folder in sys.path:
-            sys.path.remove(folder)
-    if not hasattr(module, attribute):
-        near = difflib.get_close_matches(attribute, dir(module), n=1)
-        hint = f"; did you mean {near[0]!r}?" if near else ""
-        raise ValueError(f"the module {module_name!r} has no {attribute!r}{hint}")
-    factory = getattr(module, attribute)
-    if not callable(factory):
-        raise ValueError(f"expected {name} to be callable, got {type(factory).__name__}")
-    return cast(Callable[..., nn.Module], factory)

@@ -1,112 +1,114 @@
-"""The model file, version 1.
+"""The model file, version 2.
 
-All numbers are little-endian; the same values give the same bytes.
+All numbers are little-endian, a varint is LEB128 of at most 5 bytes; the same values give the same bytes.
 
     bytes        content
     4            "ATMC"
-    u16          version, 1
-    u32, text    metadata: length, then JSON (UTF-8, sorted keys)
-    u16          number of tensors; then for each tensor
-      u16, text    name: a key of the plain model's state dict, or KEY.U, KEY.V, KEY.C for a factorized weight
-      u8           number of dimensions, at most 8
-      u32 each     dimensions
-      u8           encoding (`coder.ENCODINGS`)
-      u32          bytes of the encoded values, which follow
-    32           SHA-256 of everything before
+    u16          version, 2
+    part         metadata: JSON (UTF-8, sorted keys), deflated (raw, with DICTIONARY as preset dictionary)
+    part each    a weight: every float32 tensor of two or more dimensions, in the order of `fields`
+    part         everything else: biases, norms, buffers, in the order of `fields` (`coder.write_small`)
 
-Metadata: {"classes", "input_shape", "model", "structure", "threat", "method", "tool"}. "model" is the zoo model's
-specification (`models.build_from_spec`), or names a user's own factory, which is never imported from a file.
-"structure" maps each factorized weight to its form and rank (`compress.factorize`); it decodes to W by
-`factorize.compose`, the same on every machine. No time stamps; nothing in a file is executed.
+A part is its length as a varint, its bytes, and a u32: the CRC-32 of the bytes, begun from that of the part before and
+for the first from that of the six bytes before it, so that parts cannot change places.
 
-Encoded values (`coder`): raw: u8 number type, values. Sparse: positions, then raw values. Codes: codebook, then
-packed codes. Positions: u32 nonzeros, u8 mode, u32 bytes, then a bitmap or gaps in units of one or two bytes whose
-largest value means "add and go on". Codebook: u16 count, raw values.
+A weight's part:
+
+    u8           form: 0 W itself; 1 (U + I) V + C; 2 U (V + I) + C; 3 U V + C; 4 U V
+    varint       rank, where there are factors
+    then for U, V, C or for W: the length as a varint, where another follows, and the arithmetic code (`coder`)
+
+Arithmetic code (`bits`, all in integers): first one bit, 1 for all zero; two bits for the group size of the positions
+(0: no entry is zero, no positions; else an index into `Matrix.groups`) and three for their prior's scale; one for
+float16 or float32 values, one for a codebook, eight for its size less 1, three for the prior's scale of the values;
+then the positions, the codebook's values ascending, and codes or plain values in row-major order. Zeros at the end
+are cut off.
+
+W of a factorized weight is defined: summed in float64 in a fixed order and rounded once (`factorize.compose`).
+
+Metadata: {"model", "threat", "method", "tool", "norms"} and, of a zoo model, "schema", the CRC-32 of its fields, or, of
+a user's own model, "tensors", its fields as [name, shape, type], with "classes" and "input_shape" where "model" lacks
+them. "model" is the zoo model's specification (`models.build_from_spec`), or names a user's own factory, which is never
+imported from a file. "norms" says that batch norms are affine and their statistics are not stored (`norms`). No time
+stamps; nothing in a file is executed.
 """
 
 from __future__ import annotations
 
-import hashlib
-import json
-import math
 import os
-import struct
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 
-from atmc.compress.factorize import FORMS, Form, all_sites, compose, factored, factors_of, structure
-from atmc.models import build_from_spec
-from atmc.pack import coder
+from atmc.files import write_beside
+from atmc.models import build_from_spec, call_factory
+from atmc.models.factory import factory_name
+from atmc.pack import coder, forms, norms
+from atmc.pack.coder import CodingError, Spent
+from atmc.pack.container import (
+    VERSION,
+    ArtifactError,
+    ChecksumMismatch,
+    Content,
+    FactoryFailed,
+    FactoryNeeded,
+    Malformed,
+    ModelMismatch,
+    NotAnArtifact,
+    Reader,
+    TooLarge,
+    UnsupportedVersion,
+    pack_parts,
+    unpack,
+    varint,
+)
+from atmc.pack.fields import Field, expect_fields, fields, is_zoo, listed, schema
+from atmc.pack.forms import FORMS, PLAIN, Weight
 from atmc.version import __version__
 
-MAGIC, VERSION = b"ATMC", 1
-MAX_METADATA, MAX_DIMENSIONS, MAX_TENSORS = 1 << 24, 8, 65_535
-STORED = (torch.float32, torch.float64, torch.int64, torch.int32, torch.uint8, torch.bool)
-MAX_VALUES = 1 << 27  # of all tensors of a file together: 512 MiB of float32
+__all__ = [
+    "VERSION",
+    "ArtifactError",
+    "ChecksumMismatch",
+    "Content",
+    "FactoryFailed",
+    "FactoryNeeded",
+    "Malformed",
+    "ModelMismatch",
+    "NotAnArtifact",
+    "TooLarge",
+    "UnsupportedVersion",
+    "decode",
+    "from_bytes",
+    "load",
+    "pack",
+    "read",
+    "save",
+    "stored_fields",
+    "to_bytes",
+    "unpack",
+    "write_beside",
+]
 
-
-class ArtifactError(ValueError):
-    """The file cannot be used; each subclass is one reason."""
-
-
-class NotAnArtifact(ArtifactError):
-    """The file does not begin as a model file does."""
-
-
-class UnsupportedVersion(ArtifactError):
-    """A format version that this release does not read."""
-
-
-class ChecksumMismatch(ArtifactError):
-    """The bytes are not those that were written: cut off, or damaged."""
-
-
-class Malformed(ArtifactError):
-    """The checksum holds, but the content contradicts itself."""
-
-
-class FactoryNeeded(ArtifactError):
-    """The model is of a user's own class, and no factory was given."""
-
-
-class ModelMismatch(ArtifactError):
-    """The file's tensors are not those of the model."""
+MAX_VALUES = 1 << 26  # of all tensors of a file together, unless the caller allows more: 256 MiB of float32
 
 
 @dataclass(frozen=True)
-class Entry:
-    """One tensor of a file, still encoded."""
+class Decoded:
+    """A decoded file: weights as they are stored, with their code lengths, and all other tensors.
 
-    name: str
-    shape: tuple[int, ...]
-    encoding: int
-    data: bytes
+    Args:
+        weights: name -> (weight, code length of each part).
+        small: name -> (values, code length in bits).
+    """
 
-    @property
-    def size(self) -> int:
-        """Number of values."""
-        return math.prod(self.shape)
-
-    def values(self) -> np.ndarray:
-        """Decoded, in shape. Raises `Malformed`."""
-        try:
-            return coder.decode(self.encoding, self.data, self.size).reshape(self.shape)
-        except coder.CodingError as error:
-            raise Malformed(f"tensor {self.name}: {error}") from error
-
-
-@dataclass(frozen=True)
-class Content:
-    """A parsed file: metadata and encoded tensors."""
-
-    metadata: dict[str, Any]
-    entries: tuple[Entry, ...]
+    weights: dict[str, tuple[Weight, list[Spent]]]
+    small: dict[str, tuple[np.ndarray, float]]
 
 
 def save(
@@ -150,17 +152,56 @@ def to_bytes(
         ValueError: a value is not finite, or of a type that the format does not hold.
     """
     spec = getattr(model, "atmc_spec", None) or {"name": None}
-    shape = input_shape or spec.get("input_shape")
-    metadata = {
-        "classes": classes or spec.get("num_classes") or _outputs(model),
-        "input_shape": list(shape) if shape else None,
-        "model": spec,
-        "structure": {path: list(form) for path, form in structure(model).items()},
-        "threat": threat,
-        "method": method,
-        "tool": f"atmc {__version__}",
-    }
-    return pack(metadata, _tensors(model))
+    affine = norms.is_affine(model)
+    kept = fields(model, without=norms.implied_statistics(model) if affine else {})
+    shape, count = input_shape or spec.get("input_shape"), classes or spec.get("num_classes") or _outputs(model)
+    metadata: dict[str, Any] = {"model": spec, "threat": threat, "method": method, "tool": f"atmc {__version__}"}
+    metadata["norms"] = affine
+    if shape and list(shape) != spec.get("input_shape"):
+        metadata["input_shape"] = list(shape)
+    if count != spec.get("num_classes"):
+        metadata["classes"] = count
+    if is_zoo(spec):
+        metadata["schema"] = schema(kept)
+    else:
+        metadata["tensors"] = [[field.name, list(field.shape), field.dtype] for field in kept]
+    state, factorized = model.state_dict(), forms.weights(model)
+    weights, small = [], []
+    for field in kept:
+        if field.name in factorized:
+            weights.append((field, factorized[field.name]))
+            continue
+        values = state[field.name].detach().cpu().numpy()
+        if field.is_weight:
+            weights.append((field, Weight(PLAIN, field.shape, {"W": values})))
+        else:
+            small.append((field, values))
+    return pack(metadata, weights, small)
+
+
+def pack(
+    metadata: Mapping[str, Any], weights: Sequence[tuple[Field, Weight]], small: Sequence[tuple[Field, np.ndarray]]
+) -> bytes:
+    """The bytes of a file. Raises ValueError as `to_bytes`."""
+    if sum(field.size for field, _ in [*weights, *small]) > MAX_VALUES:
+        raise ValueError(f"expected at most {MAX_VALUES:,} values in all")
+    parts: list[bytes] = []
+    hint = None
+    for field, weight in weights:
+        try:
+            encoded = [data for data, _ in forms.write(weight, hint)]
+        except ValueError as error:
+            raise ValueError(f"tensor {field.name}: {error}") from error
+        rank = b"" if weight.form == PLAIN else varint(weight.rank)
+        lengths = [*(varint(len(data)) for data in encoded[:-1]), b""]
+        body = b"".join(length + data for length, data in zip(lengths, encoded, strict=True))
+        parts.append(bytes([FORMS.index(weight.form)]) + rank + body)
+        hint = weight.row_counts()
+    for field, values in small:
+        if values.dtype.kind == "f" and not np.isfinite(values).all():
+            raise ValueError(f"tensor {field.name}: expected finite values, got nan or infinity")
+    parts.append(coder.write_small([(field.role, values) for field, values in small])[0])
+    return pack_parts(metadata, parts)
 
 
 def _outputs(model: nn.Module) -> int:
@@ -171,59 +212,8 @@ def _outputs(model: nn.Module) -> int:
     return layers[-1].out_features
 
 
-def write_beside(path: Path, data: bytes) -> int:
-    """Write to a temporary neighbour and rename, so that path is always the old file or the whole new one."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        with open(temporary, "wb") as file:
-            file.write(data)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
-    return len(data)
-
-
-def _tensors(model: nn.Module) -> dict[str, np.ndarray]:
-    """State dict of the plain model with each factorized weight as its factors, in the model's order."""
-    parts = {site.path: factors_of(site) for site in all_sites(model) if factored(site)}
-    found: dict[str, Tensor] = {}
-    for key, value in model.state_dict().items():
-        path, dot, rest = key.partition("parametrizations.")
-        if not dot:
-            found[key] = value
-            continue
-        weight = path + rest.partition(".")[0]
-        found.update({f"{weight}.{name}": factor.detach() for name, factor in parts[weight].items()})
-    for name, value in found.items():
-        if value.dtype not in STORED:
-            raise ValueError(f"tensor {name}: cannot store values of type {value.dtype}")
-    return {name: value.detach().cpu().contiguous().numpy() for name, value in found.items()}
-
-
-def pack(metadata: Mapping[str, Any], tensors: Mapping[str, np.ndarray]) -> bytes:
-    """The bytes of a file."""
-    if len(tensors) > MAX_TENSORS or any(values.ndim > MAX_DIMENSIONS for values in tensors.values()):
-        raise ValueError(f"expected at most {MAX_TENSORS:,} tensors of at most {MAX_DIMENSIONS} dimensions")
-    if sum(values.size for values in tensors.values()) > MAX_VALUES:
-        raise ValueError(f"expected at most {MAX_VALUES:,} values in all")
-    text = json.dumps(metadata, sort_keys=True, separators=(",", ":")).encode()
-    body = [MAGIC, struct.pack("<HI", VERSION, len(text)), text, struct.pack("<H", len(tensors))]
-    for name, values in tensors.items():
-        try:
-            kind, data = coder.encode(values)
-        except ValueError as error:
-            raise ValueError(f"tensor {name}: {error}") from error
-        key = name.encode()
-        body += [struct.pack("<H", len(key)), key, struct.pack(f"<B{values.ndim}I", values.ndim, *values.shape)]
-        body += [struct.pack("<BI", kind, len(data)), data]
-    joined = b"".join(body)
-    return joined + hashlib.sha256(joined).digest()
-
-
 def read(path: str | os.PathLike[str]) -> Content:
-    """Parse a file without decoding its tensors.
+    """Take a file apart without decoding its tensors.
 
     Raises:
         ArtifactError: see its subclasses. OSError: the file cannot be read.
@@ -231,87 +221,111 @@ def read(path: str | os.PathLike[str]) -> Content:
     return unpack(Path(path).read_bytes(), str(path))
 
 
-def unpack(data: bytes, source: str = "file") -> Content:
-    """Parse the bytes of a file. Raises `ArtifactError`."""
-    if data[:4] != MAGIC:
-        raise NotAnArtifact(f"{source} is not an atmc model file: it does not begin with ATMC")
-    if len(data) < 6 + 32:
-        raise ChecksumMismatch(f"{source} is cut off after {len(data)} bytes")
-    (version,) = struct.unpack("<H", data[4:6])
-    if version != VERSION:
-        raise UnsupportedVersion(f"{source} has format version {version}; this release reads version {VERSION}")
-    if hashlib.sha256(data[:-32]).digest() != data[-32:]:
-        raise ChecksumMismatch(f"{source} is damaged: its checksum does not hold")
-    return _parse(coder.Reader(data[6:-32], lambda text: Malformed(f"{source}: {text}")), source)
-
-
-def _parse(reader: coder.Reader, source: str) -> Content:
-    def bad(text: str) -> Malformed:
-        return Malformed(f"{source}: {text}")
-
-    (length,) = reader.unpack("I")
-    if length > MAX_METADATA:
-        raise bad(f"metadata of {length} bytes")
-    try:
-        metadata = json.loads(bytes(reader.take(length)))
-    except (ValueError, RecursionError) as error:
-        raise bad(f"metadata is not JSON: {error}") from error
-    if not (isinstance(metadata, dict) and isinstance(metadata.get("model"), dict)):
-        raise bad("metadata describes no model")
-    if not isinstance(metadata.get("structure"), dict):
-        raise bad("metadata has no structure")
-    entries: dict[str, Entry] = {}
-    (count,) = reader.unpack("H")
-    for _ in range(count):
-        (key_length,) = reader.unpack("H")
-        try:
-            name = bytes(reader.take(key_length)).decode()
-        except UnicodeDecodeError as error:
-            raise bad("a tensor's name is not UTF-8") from error
-        (dimensions,) = reader.unpack("B")
-        if dimensions > MAX_DIMENSIONS:
-            raise bad(f"tensor {name} has {dimensions} dimensions")
-        shape = reader.unpack(f"{dimensions}I")
-        encoding, size = reader.unpack("BI")
-        if name in entries:
-            raise bad(f"tensor {name} stands twice")
-        entries[name] = Entry(name, shape, encoding, bytes(reader.take(size)))
-    reader.expect_end()
-    values = sum(entry.size for entry in entries.values())
-    if values > MAX_VALUES:
-        raise bad(f"{values:,} values; at most {MAX_VALUES:,} are read")
-    return Content(metadata, tuple(entries.values()))
-
-
-def load(path: str | os.PathLike[str], *, factory: Callable[..., nn.Module] | None = None) -> nn.Module:
+def load(
+    path: str | os.PathLike[str],
+    *,
+    factory: Callable[..., nn.Module] | None = None,
+    max_values: int = MAX_VALUES,
+) -> nn.Module:
     """The plain module that a file holds, in evaluation mode, on the CPU.
 
     Args:
-        factory: called with num_classes=... where the model is of a user's own class.
+        factory: called with num_classes=... where the model is of a user's own class; not called otherwise.
+        max_values: largest number of values that a file may ask memory for.
 
     Raises:
         ArtifactError: see its subclasses. OSError: the file cannot be read.
     """
-    return from_bytes(Path(path).read_bytes(), factory=factory, source=str(path))
+    return from_bytes(Path(path).read_bytes(), factory=factory, source=str(path), max_values=max_values)
 
 
-def from_bytes(data: bytes, *, factory: Callable[..., nn.Module] | None = None, source: str = "file") -> nn.Module:
+def from_bytes(
+    data: bytes,
+    *,
+    factory: Callable[..., nn.Module] | None = None,
+    source: str = "file",
+    max_values: int = MAX_VALUES,
+) -> nn.Module:
     """What `load` gives, from the bytes of a file. Raises `ArtifactError`."""
     content = unpack(data, source)
-    model = _build(content.metadata, factory, source)
-    model.load_state_dict(_state(content, model.state_dict(), source), assign=True)
+    model = _build(content, factory)
+    implied = norms.implied_statistics(model) if content.metadata.get("norms") is True else {}
+    expected = fields(model, without=implied)
+    try:
+        expect_fields(content, expected)
+    except ModelMismatch as error:
+        if factory is None or is_zoo(content.metadata["model"]):
+            raise
+        maker = content.metadata["model"].get("name")
+        hint = f"{factory_name(factory)} is not its factory" + (f", which was {maker!r}" if maker else "")
+        raise ModelMismatch(f"{error}; {hint}") from error
+    decoded = decode(content, expected, max_values=max_values)
+    state: dict[str, Tensor] = dict(implied)
+    for field in expected:
+        stored = decoded.weights.get(field.name)
+        values = stored[0].value() if stored else decoded.small[field.name][0].reshape(field.shape)
+        if not np.isfinite(values).all():
+            raise content.bad(f"tensor {field.name}: a value is not finite")
+        state[field.name] = torch.from_numpy(np.ascontiguousarray(values))
+    model.load_state_dict(state, assign=True)
     return model.eval()
 
 
-def _build(metadata: Mapping[str, Any], factory: Callable[..., nn.Module] | None, source: str) -> nn.Module:
+def decode(content: Content, expected: Sequence[Field], *, max_values: int = MAX_VALUES) -> Decoded:
+    """All tensors of a file, whose fields are known. Raises `ArtifactError`."""
+    total = sum(field.size for field in expected)
+    if total > max_values:
+        raise TooLarge(f"{content.source}: {total:,} values; at most {max_values:,} are read")
+    big = [field for field in expected if field.is_weight]
+    small = [field for field in expected if not field.is_weight]
+    if len(content.parts) != len(big) + 1:
+        raise content.bad(f"{len(content.parts) - 1} weights; its model has {len(big)}")
+    weights: dict[str, tuple[Weight, list[Spent]]] = {}
+    hint = None
+    for field, part in zip(big, content.parts, strict=False):
+        try:
+            weights[field.name] = _read_weight(part, field, hint, content)
+        except CodingError as error:
+            raise content.bad(f"tensor {field.name}: {error}") from error
+        hint = weights[field.name][0].row_counts()
+    kinds = [(field.role, np.dtype(field.dtype), field.size) for field in small]
+    try:
+        found, lengths = coder.read_small(content.parts[-1], kinds)
+    except CodingError as error:
+        raise content.bad(f"biases and norms: {error}") from error
+    named = zip((field.name for field in small), zip(found, lengths, strict=True), strict=True)
+    return Decoded(weights, dict(named))
+
+
+def _read_weight(
+    part: bytes, field: Field, hint: coder.Integers | None, content: Content
+) -> tuple[Weight, list[Spent]]:
+    reader = Reader(part, f"{content.source}: tensor {field.name}")
+    (number,) = reader.take(1)
+    if number >= len(FORMS):
+        raise content.bad(f"tensor {field.name} has no valid form: {number}")
+    form, rank = FORMS[number], 0
+    most = min(field.shape[0], field.size // field.shape[0])
+    if form != PLAIN:
+        rank = reader.varint()
+        if not 1 <= rank <= most or (form in ("left", "right") and rank != most):
+            raise content.bad(f"tensor {field.name} has rank {rank}, its shape is {field.shape}")
+    names = list(forms.layouts(form, field.shape, rank))
+    encoded = [reader.take(reader.varint()) for _ in names[:-1]]
+    encoded.append(reader.take(len(part) - reader.at))
+    return forms.read(form, field.shape, rank, encoded, hint)
+
+
+def _build(content: Content, factory: Callable[..., nn.Module] | None) -> nn.Module:
+    metadata, source = content.metadata, content.source
     spec = metadata["model"]
     name = spec.get("name")
-    if isinstance(name, str) and ":" not in name:
+    if is_zoo(spec):
         try:
             with torch.device("meta"):  # names and shapes alone: memory is taken only once the file is found to fit
                 return build_from_spec(spec)
         except ValueError as error:
-            raise Malformed(f"{source}: {error}") from error
+            raise content.bad(str(error)) from error
     if factory is None:
         hint = f" {name!r}" if name else ""
         raise FactoryNeeded(
@@ -320,58 +334,20 @@ def _build(metadata: Mapping[str, Any], factory: Callable[..., nn.Module] | None
         )
     classes = metadata.get("classes")
     if not (isinstance(classes, int) and classes >= 1):
-        raise Malformed(f"{source} does not say how many classes its model has: {classes!r}")
-    model = factory(num_classes=classes)
+        raise content.bad(f"it does not say how many classes its model has: {classes!r}")
+    try:
+        model = call_factory(factory, classes)
+    except ValueError as error:
+        raise FactoryFailed(f"{source} cannot be loaded: {error}") from error
     model.atmc_spec = spec
     return model
 
 
-def _state(content: Content, expected: Mapping[str, Tensor], source: str) -> dict[str, Tensor]:
-    """A state dict with exactly the expected names, shapes and types."""
-    entries = {entry.name: entry for entry in content.entries}
-    state = {}
-    for name, like in expected.items():
-        if name in content.metadata["structure"]:
-            values = _compose(name, content.metadata["structure"][name], entries, tuple(like.shape), source)
-        elif name in entries:
-            entry = entries.pop(name)
-            _expect_shape(entry, tuple(like.shape), source)
-            values = entry.values()
-        else:
-            raise ModelMismatch(f"{source} has no tensor {name}, which the model needs")
-        tensor = torch.from_numpy(np.ascontiguousarray(values))
-        if tensor.dtype != like.dtype:
-            raise ModelMismatch(f"{source}: tensor {name} is {tensor.dtype}, the model's is {like.dtype}")
-        state[name] = tensor
-    if entries:
-        raise ModelMismatch(f"{source} has a tensor {next(iter(entries))}, which the model has not")
-    return state
-
-
-def _compose(name: str, form: Any, entries: dict[str, Entry], shape: tuple[int, ...], source: str) -> np.ndarray:
-    """W of a factorized weight; takes its factors out of entries."""
-    rows, columns = (shape[0], int(np.prod(shape[1:]))) if len(shape) >= 2 else (0, 0)
-    if not (isinstance(form, list) and len(form) == 2 and form[0] in FORMS and isinstance(form[1], int)):
-        raise Malformed(f"{source}: {name} has no valid form: {form!r}")
-    rank = form[1]
-    if not 1 <= rank <= min(rows, columns):
-        raise Malformed(f"{source}: {name} has rank {rank}, its shape is {shape}")
-    shapes = {"U": (rows, rank), "V": (rank, columns)} | ({} if form[0] == "rank" else {"C": shape})
-    values = {}
-    for part, part_shape in shapes.items():
-        entry = entries.pop(f"{name}.{part}", None)
-        if entry is None:
-            raise ModelMismatch(f"{source} has no tensor {name}.{part}, which the model needs")
-        _expect_shape(entry, part_shape, source)
-        values[part] = entry.values()
-        if values[part].dtype != np.float32:
-            raise Malformed(f"{source}: {name}.{part} is not made of floats")
-    if form[0] in ("left", "right") and rank != min(rows, columns):
-        raise Malformed(f"{source}: {name} has rank {rank}, its form needs {min(rows, columns)}")
-    return compose(cast(Form, form[0]), values["U"], values["V"], values.get("C")).reshape(shape)
-
-
-def _expect_shape(entry: Entry, shape: tuple[int, ...], source: str) -> None:
-    """Checked before decoding: nothing larger than the model itself is ever allocated."""
-    if entry.shape != shape:
-        raise ModelMismatch(f"{source}: tensor {entry.name} has shape {entry.shape}, the model's is {shape}")
+def stored_fields(content: Content) -> list[Field]:
+    """The fields of a file: of a zoo model from its specification, of a user's own from the file. `ArtifactError`."""
+    if not is_zoo(content.metadata["model"]):
+        return list(listed(content))
+    model = _build(content, None)
+    kept = fields(model, without=norms.implied_statistics(model) if content.metadata.get("norms") is True else {})
+    expect_fields(content, kept)
+    return kept

@@ -1,228 +1,363 @@
-"""Arrays <-> bytes: every encoding of a tensor that the file format knows, and the choice of the shortest.
+"""Tensors <-> bits: what is written of a tensor, and which of several models says it shortest.
 
-Decoders treat their input as data from a stranger: every length is checked against the bytes that are there and the
-number of values that is expected, before anything is allocated. All numbers are little-endian.
+A weight is taken as a matrix: which entries are nonzero (`bits.code_positions`), then their values in that order,
+either as they are or as codes into a codebook of ascending values. Every choice is measured, not guessed; all of them
+stand in the first bits. Small tensors (biases, norms) are written without positions. Decoders treat their input as
+data from
+a stranger: they read zeros past its end, and nothing in it makes them allocate more than the shape asks for.
 """
 
 from __future__ import annotations
 
-import struct
-from collections.abc import Callable
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from math import lgamma, log
+from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
+
+from atmc.pack import bits
+from atmc.pack.bits import DECODE, ENCODE, MEASURE
+from atmc.pack.stream import Stream
+
+MAX_LEVELS = 256
+MAX_GROUP = 256
+POSITION_SCALES, VALUE_SCALES = (1, 0, 2, 4, 6), (2, 0, 4)
+FULL_SEARCH = 1 << 19  # entries up to which every group is tried, and on which scales are judged
+VALUE_SAMPLE = 1 << 16  # values on which the scale of their statistics is judged
+MODELLED = 9  # leading bits of a plain value that are modelled, the others are taken as random
+
+Floats = NDArray[np.float32]
+Flags = NDArray[np.uint8]
+Integers = NDArray[np.int64]
 
 
 class CodingError(ValueError):
     """The bytes are not an encoding of such a tensor."""
 
 
-RAW_TYPES = {0: "<f4", 1: "<f2", 2: "<f8", 3: "<i8", 4: "<i4", 5: "|u1", 6: "|b1"}
-RAW, SPARSE, SPARSE_CODES, DENSE_CODES = 0, 1, 2, 3
-ENCODINGS = {RAW: "raw", SPARSE: "sparse", SPARSE_CODES: "sparse codes", DENSE_CODES: "codes"}
-MAX_LEVELS = 256
+@dataclass(frozen=True)
+class Matrix:
+    """How a weight is laid out: (rows, columns), a kernel of so many columns to an input channel, and its width."""
+
+    rows: int
+    columns: int
+    kernel: int = 1
+    width: int = 1
+
+    @classmethod
+    def of(cls, shape: Sequence[int]) -> Matrix:
+        """The matrix of a weight (out, in, *kernel), or of a vector.
+
+        >>> Matrix.of((20, 1, 5, 5))
+        Matrix(rows=20, columns=25, kernel=25, width=5)
+        """
+        columns, kernel = 1, 1
+        for side in shape[1:]:
+            columns *= side
+        for side in shape[2:]:
+            kernel *= side
+        return cls(shape[0], columns, kernel, shape[-1] if len(shape) > 2 else 1)
+
+    def groups(self) -> tuple[int, ...]:
+        """Group sizes worth trying: a kernel, a row of it, single entries; 16, 4, 1 where there is no kernel."""
+        tried = (self.kernel, self.width, 1) if self.kernel > 1 else (16, 4, 1)
+        sizes = tuple(size for size in dict.fromkeys(tried) if size <= min(MAX_GROUP, max(self.columns, 1)))
+        return sizes if self.rows * self.columns <= FULL_SEARCH else sizes[:1]
+
+    def work(self, group: int) -> int:
+        """Decisions about groups of that size, at least; a quarter of the entries where there are no positions."""
+        return self.rows * -(-self.columns // group) if group else self.rows * self.columns // 4
+
+    def across(self) -> int:
+        """How far back in a group the entry above in the kernel is."""
+        return self.width if self.kernel > 1 else 4
+
+    def classes(self, group: int, hint: Integers | None) -> list[int]:
+        """A class for each group of columns, from the nonzeros of the rows that feed it; 0 where nothing is known."""
+        starts = np.arange(0, self.columns, group)
+        if hint is None or not len(hint) or self.columns % len(hint):
+            return [0] * len(starts)
+        fed = hint[starts // (self.columns // len(hint))]
+        return [1 + min(int(count).bit_length(), bits.POSITION_CLASSES - 2) for count in fed]
 
 
-def encode(values: np.ndarray) -> tuple[int, bytes]:
-    """The shortest encoding of an array: (a key of `ENCODINGS`, its bytes). A pure function of the values.
+@dataclass(frozen=True)
+class Choice:
+    """How a tensor is written.
 
-    float32 arrays may be stored sparse, as codes into a codebook, or both, in fp16 where that is exact; a negative
-    zero is written as zero. Other types are stored raw.
-
-    >>> kind, data = encode(np.float32([0, 0, 0, 0, 0, 0, 2, 0]))
-    >>> decode(kind, data, 8).tolist()
-    [0.0, 0.0, 0.0, 0.0, 0.0, 0.0, 2.0, 0.0]
+    Args:
+        group: entries of a group of positions; 0 where no entry is zero and positions are left out.
+        position_scale, value_scale: how strongly contexts are held to their prior, 0 to 7.
+        half: values are exact in float16.
+        levels: size of the codebook, 0 for plain values.
     """
-    flat = np.ascontiguousarray(values).reshape(-1)
-    if flat.dtype.kind == "f" and not np.isfinite(flat).all():
-        raise ValueError("expected finite values, got nan or infinity")
-    if flat.dtype != np.float32:
-        return RAW, _raw(flat)
-    flat = flat + np.float32(0)  # -0.0 becomes 0.0
-    positions = np.flatnonzero(flat)
-    nonzero = flat[positions]
-    where = _encode_positions(positions, len(flat))
-    options = [(RAW, _raw(_short(flat))), (SPARSE, where + _raw(_short(nonzero)))]
-    levels = np.unique(nonzero)
-    if 0 < len(levels) <= MAX_LEVELS:
-        codes = np.searchsorted(levels, nonzero)
-        options.append((SPARSE_CODES, where + _encode_codes(levels, codes)))
-    levels = np.unique(flat)
-    if 0 < len(levels) <= MAX_LEVELS:
-        options.append((DENSE_CODES, _encode_codes(levels, np.searchsorted(levels, flat))))
-    return min(options, key=lambda option: len(option[1]))
+
+    group: int = 0
+    position_scale: int = 0
+    half: bool = False
+    levels: int = 0
+    value_scale: int = 0
 
 
-def decode(kind: int, data: bytes, size: int) -> np.ndarray:
-    """The (size,) array that `encode` was given.
+@dataclass(frozen=True)
+class Spent:
+    """Code length of a tensor's parts, in bits."""
+
+    header: float = 0.0
+    positions: float = 0.0
+    codebook: float = 0.0
+    values: float = 0.0
+
+    @property
+    def total(self) -> float:
+        """All of it, bits."""
+        return self.header + self.positions + self.codebook + self.values
+
+
+def log2_binomial(n: int, k: int) -> float:
+    """log2 of the number of ways to choose k of n: the floor of k positions without contexts, bits.
+
+    >>> round(log2_binomial(5, 2), 6) == round(log(10, 2), 6)
+    True
+    """
+    return (lgamma(n + 1) - lgamma(k + 1) - lgamma(n - k + 1)) / log(2)
+
+
+def entropy_bits(symbols: np.ndarray) -> float:
+    """Length of the symbols under their own frequencies (order 0, frequencies not counted), bits."""
+    counts = np.unique(symbols, return_counts=True)[1]
+    return float(-(counts * np.log2(counts / max(len(symbols), 1))).sum()) if len(symbols) else 0.0
+
+
+def write_weight(values: np.ndarray, matrix: Matrix, hint: Integers | None = None) -> tuple[bytes, Spent]:
+    """The shortest of the encodings of a weight, and its length by parts; no bytes where all values are zero.
+
+    Args:
+        values: float32, rows * columns of them, finite; a negative zero is written as zero.
+        hint: nonzeros of each row of the weight before, whose outputs may be this one's inputs; None if there is none.
 
     Raises:
-        CodingError: the data is too short, too long, or describes something else.
+        ValueError: nan or infinity.
     """
-    reader = Reader(data)
-    if kind == RAW:
-        values = _read_raw(reader, size)
-    elif kind in (SPARSE, SPARSE_CODES):
-        positions = _read_positions(reader, size)
-        read = _read_raw if kind == SPARSE else _read_codes
-        nonzero = read(reader, len(positions))
-        if nonzero.dtype != np.float32:
-            raise CodingError("sparse values must be floats")
-        values = np.zeros(size, np.float32)
-        values[positions] = nonzero
-    elif kind == DENSE_CODES:
-        values = _read_codes(reader, size)
-    else:
-        raise CodingError(f"unknown encoding {kind}")
-    reader.expect_end()
-    if values.dtype.kind == "f" and not np.isfinite(values).all():
+    flat = _clean(values)
+    flags = (flat != 0).astype(np.uint8)
+    nonzero = flat[flags != 0]
+    if not len(nonzero):
+        return b"", Spent()
+    choice = _choose_values(nonzero)
+    if len(nonzero) < len(flat):
+        choice = _choose_positions(flags, matrix, hint, choice)
+    work = matrix.work(choice.group) + 16 * len(nonzero)
+    stream = Stream(ENCODE, room=4 * len(nonzero) + len(flat) // 4 + 4096, work=work)
+    spent = _code_weight(stream, matrix, hint, choice, flags, nonzero)[2]
+    return stream.finish(), spent
+
+
+def read_weight(data: bytes, matrix: Matrix, hint: Integers | None = None) -> tuple[Floats, Spent]:
+    """What `write_weight` was given, flat, and its length by parts.
+
+    Raises:
+        CodingError: the bytes are no such encoding.
+    """
+    size = matrix.rows * matrix.columns
+    values = np.zeros(size, np.float32)
+    if not data:
+        return values, Spent()
+    stream = Stream(DECODE, data=data, work=matrix.work(4) + 8 * len(data))
+    flags, nonzero, spent = _code_weight(stream, matrix, hint, Choice(), np.zeros(size, np.uint8), values[:0])
+    if stream.over_read:
+        raise CodingError("the code is cut off")
+    if not np.isfinite(nonzero).all():
         raise CodingError("a value is not finite")
-    return values
+    values[flags != 0] = nonzero
+    return values, spent
 
 
-def part_sizes(kind: int, data: bytes, size: int) -> dict[str, int]:
-    """Bytes of positions, codebook, codes and plain values in an encoding that `decode` accepts."""
-    reader = Reader(data)
-    sizes = {"positions": 0, "codebook": 0, "codes": 0, "values": 0}
-    count = size
-    if kind in (SPARSE, SPARSE_CODES):
-        count = len(_read_positions(reader, size))
-        sizes["positions"] = reader.at
-    if kind in (SPARSE_CODES, DENSE_CODES):
-        before = reader.at
-        levels = len(_read_levels(reader))
-        sizes["codebook"] = reader.at - before
-        sizes["codes"] = (count * _width(levels) + 7) // 8
+def _clean(values: np.ndarray) -> Floats:
+    flat: Floats = np.ascontiguousarray(values, np.float32).reshape(-1) + np.float32(0)  # -0.0 becomes 0.0
+    if not np.isfinite(flat).all():
+        raise ValueError("expected finite values, got nan or infinity")
+    return flat
+
+
+def _code_weight(
+    stream: Stream, matrix: Matrix, hint: Integers | None, choice: Choice, flags: Flags, nonzero: Floats
+) -> tuple[Flags, Floats, Spent]:
+    """A weight that is not all zero, written (or measured) as chosen, or read: (flags, nonzero values, lengths)."""
+    if stream.number(1, 0):  # a stream of no bytes reads as ones: all zero
+        return flags, nonzero, Spent(header=stream.spent)
+    choice = _code_choice(stream, matrix, choice)
+    header = stream.spent
+    if choice.group:
+        classes = matrix.classes(choice.group, hint)
+        layout = (matrix.rows, matrix.columns, choice.group, matrix.across())
+        flags = stream.positions(flags, *layout, classes, choice.position_scale)
     else:
-        sizes["values"] = len(data) - reader.at
-    return sizes
+        flags = np.ones_like(flags)
+    positions = stream.spent
+    nonzero, codebook = _code_values(stream, choice, nonzero, int(flags.sum()))
+    spent = Spent(header, positions - header, codebook, stream.spent - positions - codebook)
+    return flags, nonzero, spent
 
 
-class Reader:
-    """Takes bytes off the front of a buffer and never past its end."""
-
-    def __init__(self, data: bytes, error: Callable[[str], Exception] = CodingError) -> None:
-        self._data, self._error, self.at = memoryview(data), error, 0
-
-    def take(self, count: int) -> memoryview:
-        """The next count bytes."""
-        if count < 0 or count > len(self._data) - self.at:
-            raise self._error(f"{count} bytes expected, {len(self._data) - self.at} left")
-        self.at += count
-        return self._data[self.at - count : self.at]
-
-    def unpack(self, layout: str) -> tuple[int, ...]:
-        """Integers of a struct layout, little-endian."""
-        return struct.unpack("<" + layout, self.take(struct.calcsize("<" + layout)))
-
-    def expect_end(self) -> None:
-        """Raises unless everything was read."""
-        if self.at != len(self._data):
-            raise self._error(f"{len(self._data) - self.at} bytes left over")
+def _code_choice(stream: Stream, matrix: Matrix, choice: Choice) -> Choice:
+    groups = (0, *matrix.groups())
+    where = stream.number(2, groups.index(choice.group))
+    if where >= len(groups):
+        raise CodingError(f"unknown layout {where}")
+    position_scale = stream.number(3, choice.position_scale) if where else 0
+    return replace(_code_value_choice(stream, choice), group=groups[where], position_scale=position_scale)
 
 
-def _short(flat: np.ndarray) -> np.ndarray:
-    """float16 where that is exact."""
+def _code_value_choice(stream: Stream, choice: Choice) -> Choice:
+    half = bool(stream.number(1, choice.half))
+    levels = stream.number(8, choice.levels - 1) + 1 if stream.number(1, choice.levels > 0) else 0
+    return Choice(half=half, levels=levels, value_scale=stream.number(3, choice.value_scale))
+
+
+def _code_values(stream: Stream, choice: Choice, values: Floats, count: int, model: Any = None) -> tuple[Floats, float]:
+    """Values in order: (those given or read, bits of the codebook). model: contexts of plain values so far."""
+    depth = 16 if choice.half else 32
+    numbers = _ordered(values, choice.half)
+    if not choice.levels:
+        model = model or stream.model(MODELLED, choice.value_scale)
+        return _from_ordered(stream.symbols(_room(numbers, count), 1 << depth, depth, MODELLED, model), depth), 0.0
+    before = stream.spent
+    book, codes = np.unique(numbers, return_inverse=True)
+    book = stream.ascending(_room(book, choice.levels))
+    if book[-1] >> depth:
+        raise CodingError("a codebook value is out of range")
+    codebook = stream.spent - before
+    width = (choice.levels - 1).bit_length()
+    codes = stream.symbols(_room(codes, count), choice.levels, width, width, stream.model(width, choice.value_scale))
+    return _from_ordered(book[codes], depth), codebook
+
+
+def _room(numbers: Integers, count: int) -> list[int]:
+    """The numbers to write, or room for those to be read."""
+    return numbers.tolist() if len(numbers) else [0] * count
+
+
+def _is_half(values: Floats) -> bool:
+    """Whether float16 holds every value."""
     with np.errstate(over="ignore"):
-        half = flat.astype(np.float16)
-    return half if np.array_equal(half.astype(np.float32), flat) else flat
+        return bool(np.array_equal(values.astype(np.float16).astype(np.float32), values))
 
 
-def _raw(flat: np.ndarray) -> bytes:
-    little = flat.astype(flat.dtype.newbyteorder("<"))
-    code = next((code for code, name in RAW_TYPES.items() if np.dtype(name) == little.dtype), None)
-    if code is None:
-        raise ValueError(f"cannot store values of type {flat.dtype}")
-    return bytes([code]) + little.tobytes()
+def _ordered(values: Floats, half: bool) -> Integers:
+    """Integers in the order of the values: bit patterns with the negative ones turned round."""
+    kind, top = (np.float16, 0x8000) if half else (np.float32, 0x80000000)
+    pattern = values.astype(kind).view(np.uint16 if half else np.uint32).astype(np.int64)
+    return np.where(pattern >= top, 2 * top - 1 - pattern, pattern + top)
 
 
-def _read_raw(reader: Reader, count: int) -> np.ndarray:
-    (code,) = reader.unpack("B")
-    if code not in RAW_TYPES:
-        raise CodingError(f"unknown number type {code}")
-    dtype = np.dtype(RAW_TYPES[code])
-    data = reader.take(count * dtype.itemsize)
-    if dtype.kind == "b" and np.frombuffer(data, np.uint8).max(initial=0) > 1:
-        raise CodingError("a truth value is neither 0 nor 1")
-    values = np.frombuffer(data, dtype).copy()
-    return values.astype(np.float32) if dtype == np.dtype("<f2") else values.astype(dtype.newbyteorder("="))
+def _from_ordered(numbers: Integers, depth: int) -> Floats:
+    top = 1 << (depth - 1)
+    pattern = np.where(numbers < top, 2 * top - 1 - numbers, numbers - top)
+    if depth == 16:
+        return pattern.astype(np.uint16).view(np.float16).astype(np.float32)
+    return pattern.astype(np.uint32).view(np.float32)
 
 
-def _encode_positions(positions: np.ndarray, size: int) -> bytes:
-    """u32 count, u8 mode, then a bitmap (mode 0) or the gaps in units of 1 or 2 bytes (modes 1, 2)."""
-    bitmap = np.zeros(size, np.uint8)
-    bitmap[positions] = 1
-    gaps = np.diff(positions, prepend=-1) - 1
-    options = [np.packbits(bitmap, bitorder="little").tobytes(), _encode_gaps(gaps, 1), _encode_gaps(gaps, 2)]
-    mode = min(range(3), key=lambda i: len(options[i]))
-    return struct.pack("<IBI", len(positions), mode, len(options[mode])) + options[mode]
+def _choose_values(nonzero: Floats) -> Choice:
+    """Codebook or plain values, and how firmly their statistics hold to their prior."""
+    half = _is_half(nonzero)
+    few = len(np.unique(nonzero[: 64 * MAX_LEVELS])) <= MAX_LEVELS
+    levels = len(np.unique(nonzero)) if few else MAX_LEVELS + 1
+    sizes = [0] if levels > MAX_LEVELS else [levels] if len(nonzero) > 8 * levels else [levels, 0]
+    options = [Choice(half=half, levels=size, value_scale=scale) for size in sizes for scale in VALUE_SCALES]
+
+    sample = nonzero[:VALUE_SAMPLE]
+
+    def length(choice: Choice) -> float:
+        stream = Stream(MEASURE, work=6 * 16 * len(sample))
+        _code_values(stream, choice, sample, len(sample))
+        return stream.spent
+
+    return min(options, key=length)
 
 
-def _encode_gaps(gaps: np.ndarray, unit: int) -> bytes:
-    """Each gap in one unsigned integer of so many bytes; the largest integer adds itself and goes on."""
-    top = 256**unit - 1
-    ends = np.cumsum(gaps // top + 1)
-    coded = np.full(int(ends[-1]) if len(ends) else 0, top, f"<u{unit}")
-    coded[ends - 1] = gaps % top
-    return coded.tobytes()
+def _choose_positions(flags: Flags, matrix: Matrix, hint: Integers | None, choice: Choice) -> Choice:
+    """The best group size at the first scale, then the best scale for it; of a large matrix by its first rows."""
+    rows = min(matrix.rows, max(FULL_SEARCH // matrix.columns, 1))
+
+    def length(option: Choice) -> float:
+        stream = Stream(MEASURE, work=4 * matrix.work(1))
+        classes = matrix.classes(option.group, hint)
+        layout = (rows, matrix.columns, option.group, matrix.across())
+        stream.positions(flags[: rows * matrix.columns], *layout, classes, option.position_scale)
+        return stream.spent
+
+    groups = [replace(choice, group=group, position_scale=POSITION_SCALES[0]) for group in matrix.groups()]
+    best = min(groups, key=length)
+    return min((replace(best, position_scale=scale) for scale in POSITION_SCALES), key=length)
 
 
-def _read_positions(reader: Reader, size: int) -> np.ndarray:
-    count, mode, length = reader.unpack("IBI")
-    if count > size:
-        raise CodingError(f"{count} nonzeros among {size} values")
-    data = reader.take(length)
-    if mode == 0:
-        if length != (size + 7) // 8:
-            raise CodingError(f"a bitmap of {length} bytes for {size} values")
-        bits = np.unpackbits(np.frombuffer(data, np.uint8), bitorder="little")
-        if bits[size:].any():
-            raise CodingError("padding bits are set")
-        positions = np.flatnonzero(bits[:size])
-    elif mode in (1, 2):
-        if length % mode:
-            raise CodingError("a gap is cut off")
-        coded = np.frombuffer(data, f"<u{mode}").astype(np.int64)
-        last = coded != 256**mode - 1
-        if len(coded) and not last[-1]:
-            raise CodingError("a gap is cut off")
-        positions = np.cumsum(coded)[last] + np.arange(int(last.sum()))
-    else:
-        raise CodingError(f"unknown position mode {mode}")
-    if len(positions) != count or (count and positions[-1] >= size):
-        raise CodingError("positions do not match their count and size")
-    return positions
+def write_small(tensors: Sequence[tuple[str, np.ndarray]]) -> tuple[bytes, list[float]]:
+    """Biases, norms and whatever else is no weight, one after the other; and the bits that each takes.
+
+    Args:
+        tensors: (role, values): tensors of one role share statistics. float32 values are stored in float16 where that
+            is exact, a single value once; other types as they are.
+
+    Raises:
+        ValueError: nan or infinity.
+    """
+    flat = [(role, _clean(values) if values.dtype == np.float32 else values.reshape(-1)) for role, values in tensors]
+    for role, values in flat:
+        if values.dtype.kind == "f" and not np.isfinite(values).all():
+            raise ValueError(f"expected finite values, got nan or infinity in {role}")
+    room = sum(values.nbytes for _, values in flat) * 9 // 8 + 64 + 4 * len(flat)
+    stream = Stream(ENCODE, room=room, work=sum(8 * values.nbytes for _, values in flat))
+    lengths: list[float] = []
+    models: dict[tuple[str, int], Any] = {}
+    for role, values in flat:
+        before = stream.spent
+        _code_small(stream, models, role, values.dtype, values, len(values))
+        lengths.append(stream.spent - before)
+    return stream.finish(), lengths
 
 
-def _width(levels: int) -> int:
-    return max(levels - 1, 0).bit_length()
+def read_small(data: bytes, kinds: Sequence[tuple[str, np.dtype[Any], int]]) -> tuple[list[np.ndarray], list[float]]:
+    """What `write_small` was given, from (role, number type, size) of each tensor; and the bits that each takes.
+
+    Raises:
+        CodingError: the bytes are no such encoding.
+    """
+    stream = Stream(DECODE, data=data, work=sum(8 * dtype.itemsize * size for _, dtype, size in kinds))
+    found, lengths = [], []
+    models: dict[tuple[str, int], Any] = {}
+    for role, dtype, size in kinds:
+        before = stream.spent
+        values = _code_small(stream, models, role, dtype, np.zeros(0, dtype), size)
+        if values.dtype.kind == "f" and not np.isfinite(values).all():
+            raise CodingError("a value is not finite")
+        found.append(values)
+        lengths.append(stream.spent - before)
+    if stream.over_read:
+        raise CodingError("the code is cut off")
+    return found, lengths
 
 
-def _encode_codes(levels: np.ndarray, codes: np.ndarray) -> bytes:
-    """u16 count, the values raw, then codes of as few bits as index them, packed from the lowest bit."""
-    width = _width(len(levels))
-    bits = (codes[:, None] >> np.arange(width)) & 1
-    packed = np.packbits(bits.astype(np.uint8).reshape(-1), bitorder="little")
-    return struct.pack("<H", len(levels)) + _raw(_short(levels)) + packed.tobytes()
-
-
-def _read_levels(reader: Reader) -> np.ndarray:
-    (count,) = reader.unpack("H")
-    if not 1 <= count <= MAX_LEVELS:
-        raise CodingError(f"a codebook of {count} values")
-    levels = _read_raw(reader, count)
-    if levels.dtype != np.float32:
-        raise CodingError("codebook values must be floats")
-    return levels
-
-
-def _read_codes(reader: Reader, count: int) -> np.ndarray:
-    levels = _read_levels(reader)
-    width = _width(len(levels))
-    data = np.frombuffer(reader.take((count * width + 7) // 8), np.uint8)
-    bits = np.unpackbits(data, bitorder="little")
-    if bits[count * width :].any():
-        raise CodingError("padding bits are set")
-    codes = bits[: count * width].reshape(count, width).astype(np.int64) @ (1 << np.arange(width))
-    if count and codes.max(initial=0) >= len(levels):
-        raise CodingError("a code is outside its codebook")
-    return levels[codes]
+def _code_small(
+    stream: Stream, models: dict[tuple[str, int], Any], role: str, dtype: np.dtype[Any], values: np.ndarray, size: int
+) -> np.ndarray:
+    """One tensor, written or read: the values given or found."""
+    if dtype != np.float32:
+        octets = np.frombuffer(values.astype(dtype.newbyteorder("<")).tobytes(), np.uint8)
+        octets = octets if len(octets) else np.zeros(size * dtype.itemsize, np.uint8)
+        read = bytes(stream.number(8, int(octet)) for octet in octets)
+        found = np.frombuffer(read, dtype.newbyteorder("<")).astype(dtype)
+        if dtype == np.bool_ and any(octet > 1 for octet in read):
+            raise CodingError("a truth value is neither 0 nor 1")
+        return found
+    constant = bool(stream.number(1, bool(len(values)) and bool((values == values[0]).all())))
+    half = bool(stream.number(1, _is_half(values)))
+    count = min(size, 1) if constant else size
+    depth = 16 if half else 32
+    model = models.setdefault((role, depth), stream.model(MODELLED, VALUE_SCALES[0]))
+    numbers = _ordered(values[:count], half)
+    found = _from_ordered(stream.symbols(_room(numbers, count), 1 << depth, depth, MODELLED, model), depth)
+    return np.repeat(found, size) if constant and size else found

@@ -18,6 +18,7 @@ from scipy.stats import beta, norm
 from torch import Tensor, nn
 
 from atmc.data import Images
+from atmc.numerics import full_float32
 from atmc.rng import Noise
 from atmc.robust.evaluate import predictions
 from atmc.robust.figures import Accuracy
@@ -72,6 +73,7 @@ def lower_bound(successes: int, n: int, failure: float = FAILURE) -> float:
     return float(beta.ppf(failure, successes, n - successes + 1)) if successes else 0.0
 
 
+@full_float32()
 def certified(
     model: nn.Module, images: Images, sigma: float, *, n: int, samples: int = 10_000, seed: int = 0
 ) -> Certified:

@@ -16,6 +16,7 @@ from itertools import pairwise
 import torch
 from torch import Tensor
 
+from atmc.numerics import full_float32
 from atmc.rng import Noise
 from atmc.robust import autoattack
 from atmc.robust.attacks import LOSSES, attack_mode, fgsm, input_gradient, pgd
@@ -32,7 +33,9 @@ PASSES, DRAWS = 5, 5  # forward passes compared; draws of random noise
 def run_checks(found: Suspect) -> Iterator[Check]:
     """Every check, one after the other."""
     for check in CHECKS:
-        yield check(found)
+        with full_float32():
+            result = check(found)
+        yield result
 
 
 def zero_gradient(found: Suspect) -> Check:

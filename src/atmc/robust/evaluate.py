@@ -3,6 +3,7 @@
 A figure is the share of examples that no stage of the named attack fooled; what it did stands beside it. Only examples
 that are still right are attacked. The randomness of our own attacks is keyed by seed, restart and example, so that
 their figures depend neither on batch size nor on order; AutoAttack's depends on the batches, as pyautoattack has it.
+Whatever precision the user has chosen for training, float32 is full here (no TF32).
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from atmc.data import Images
+from atmc.numerics import full_float32
 from atmc.robust.attacks import attack_mode
 from atmc.robust.figures import Accuracy
 from atmc.robust.protocols import Custom, Protocol, protocol_of
@@ -64,11 +66,13 @@ class Attacked:
     verdicts: Verdicts
 
 
-def clean_accuracy(model: nn.Module, images: Images, *, batch_size: int = 500) -> Accuracy:
-    """Accuracy on unchanged images."""
-    return Accuracy.of(torch.cat([predictions(model, x) == y for x, y in _chunks(images, batch_size)]))
+def clean_accuracy(model: nn.Module, images: Images, *, n: int | None = None, batch_size: int = 500) -> Accuracy:
+    """Accuracy on the first n unchanged images, all by default."""
+    count = number_of(images, n)
+    return Accuracy.of(torch.cat([predictions(model, x) == y for x, y in _chunks(images, count, batch_size)]))
 
 
+@full_float32()
 @torch.no_grad()
 def predictions(model: nn.Module, x: Tensor) -> Tensor:
     """(n,) predicted classes in evaluation mode; no class (-1) where an output is not a number."""
@@ -77,6 +81,7 @@ def predictions(model: nn.Module, x: Tensor) -> Tensor:
     return torch.where(logits.isfinite().all(1), logits.argmax(1), -1)
 
 
+@full_float32()
 def robust_accuracy(
     model: nn.Module,
     images: Images,
@@ -105,7 +110,8 @@ def robust_accuracy(
         keep: keep the adversarial images, in the result's `adv`.
 
     Raises:
-        ValueError: an unknown attack, one that has no such norm, n < 1, or settings that make no sense.
+        ValueError: an unknown attack, one that has no such norm, n < 1, a seed that 63 bits do not hold, or settings
+            that make no sense.
     """
     custom = Custom(steps, step_size, restarts, loss)
     count = number_of(images, n)
@@ -169,6 +175,7 @@ def _block(
         verdicts.stage, verdicts.done, verdicts.queue = verdicts.stage + 1, 0, whole[verdicts.right[whole]]
 
 
+@full_float32()
 def _attack_batch(model: nn.Module, images: Images, protocol: Protocol, verdicts: Verdicts, part: Tensor) -> None:
     """One batch through the stage at hand; an image outside the ball or the box does not count."""
     where = part.to(images.labels.device)
@@ -216,8 +223,8 @@ def judged(protocol: Protocol, verdicts: Verdicts) -> Accuracy:
     )
 
 
-def _chunks(images: Images, batch_size: int) -> Iterator[tuple[Tensor, Tensor]]:
-    """(x float32 in [0, 1], y) over all images."""
-    for start in range(0, len(images), batch_size):
-        index = torch.arange(start, min(start + batch_size, len(images)), device=images.labels.device)
+def _chunks(images: Images, count: int, batch_size: int) -> Iterator[tuple[Tensor, Tensor]]:
+    """(x float32 in [0, 1], y) over the first count images."""
+    for start in range(0, count, batch_size):
+        index = torch.arange(start, min(start + batch_size, count), device=images.labels.device)
         yield images.float_pixels(index), images.labels[index]

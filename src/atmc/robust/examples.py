@@ -20,6 +20,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from atmc.files import write_beside
 from atmc.robust.evaluate import predictions
 from atmc.robust.figures import Accuracy
 
@@ -41,9 +42,7 @@ class Examples:
         buffer, path = BytesIO(), Path(path)
         arrays = {name: getattr(self, name).cpu().numpy() for name in ("adv", "labels", "fooled", "predictions")}
         np.savez_compressed(buffer, **arrays, about=np.array(json.dumps(self.about)))
-        beside = path.with_name(f"{path.name}.tmp")
-        beside.write_bytes(buffer.getvalue())
-        os.replace(beside, path)
+        write_beside(path, buffer.getvalue())
 
 
 @dataclass(frozen=True)

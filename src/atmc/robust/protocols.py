@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from atmc.data import Images
-from atmc.rng import Noise
+from atmc.rng import Noise, check_seed
 from atmc.robust import autoattack
 from atmc.robust.attacks import LOSSES, attack_mode, cw, fgsm, pgd, wrm
 from atmc.robust.threats import Threat, check_threat
@@ -111,6 +111,7 @@ def protocol_of(
         ValueError: as `robust_accuracy`.
     """
     check_attacks([attack])
+    check_seed(seed)
     check_norm(attack, threat)
     check_threat(threat, images.pixels[0].numel())
     custom = custom or Custom()

@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 import zipfile
 from collections.abc import Mapping
 from dataclasses import fields
@@ -23,6 +22,7 @@ import torch
 from torch import Tensor, nn
 
 from atmc.data import Images
+from atmc.files import write_beside
 from atmc.robust.evaluate import Verdicts
 
 TENSORS = ("right", "fooled_by", "l2", "linf", "distance", "queue", "adv")
@@ -55,9 +55,7 @@ def write(path: Path, standing: Mapping[str, tuple[str, Verdicts]]) -> None:
                 arrays[f"{position}.{name}"] = value.numpy()
     buffer = BytesIO()
     np.savez(buffer, **arrays)
-    beside = path.with_name(f"{path.name}.tmp")
-    beside.write_bytes(buffer.getvalue())
-    os.replace(beside, path)
+    write_beside(path, buffer.getvalue())
 
 
 def read(path: Path) -> dict[str, tuple[str, Verdicts]]:

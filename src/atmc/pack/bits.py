@@ -1,0 +1,327 @@
+"""The binary arithmetic coder and its adaptive models: integer arithmetic only, the same on every machine.
+
+A decision (a bit) is coded with a probability that both sides compute from the decisions before it. The probability is
+that of an online logistic regression: the sum of the log odds that its contexts have learned (a row's, a column's, a
+neighbourhood's), each with what it has seen, its information. After a decision every context moves by a damped Newton
+step, as in assumed-density filtering of a Bayesian logistic regression with independent weights (Opper 1998; Graepel
+et al. 2010, "adPredictor"), so that a context seen rarely stays near its prior, 0, and costs next to nothing.
+
+Every function serves measuring, encoding and decoding alike, so that the two sides cannot drift apart. They are plain
+Python on lists, and the same code compiled by Numba on arrays where there is much to do (`stream`).
+
+Legend: model the contexts' theta, log odds in 2^-32 nats, their information, variance, and when to renew it; p the
+probability of a 1, in 2^-16; spent the ideal code length so far, in 2^-16 bits.
+"""
+
+from __future__ import annotations
+
+from bisect import bisect_left
+from functools import cache
+from typing import Any
+
+import numpy as np
+
+MEASURE, ENCODE, DECODE = 0, 1, 2
+MODE, LOW, HIGH, CODE, AT, SPENT = range(6)  # slots of a coder's state
+ONE = 1 << 32  # information 1
+STEPS = 11 << 10  # log odds are clamped to +-11 nats, in steps of 1/1024: no decision costs more than 16 bits
+POSITION_CLASSES = 6
+
+
+def settle(coder: Any, data: Any) -> None:
+    """Leading bytes in which low and high agree leave the interval, into the data or, in decoding, out of it."""
+    low, high, at = coder[LOW], coder[HIGH], coder[AT]
+    while (low ^ high) < 16777216:
+        if coder[MODE] == DECODE:
+            coder[CODE] = ((coder[CODE] & 16777215) << 8) | (data[at] if at < len(data) else 0)
+        elif at < len(data):
+            data[at] = high >> 24
+        at += 1
+        low = (low & 16777215) << 8
+        high = ((high & 16777215) << 8) | 255
+    coder[LOW], coder[HIGH], coder[AT] = low, high, at
+
+
+def code_bit(coder: Any, data: Any, cost: Any, p: int, bit: int) -> int:
+    """Code one bit whose probability of being 1 is p / 65536, 0 < p < 65536; the bit.
+
+    The interval [low, high] of 32-bit numbers shrinks to the part of the bit; leading bytes that are settled leave it.
+    A decoder reads zeros past the end.
+    """
+    low, high = coder[LOW], coder[HIGH]
+    width = high - low
+    mid = low + (width >> 16) * p + (((width & 65535) * p) >> 16)
+    if coder[MODE] == DECODE:
+        bit = 1 if coder[CODE] <= mid else 0
+    coder[SPENT] += cost[p if bit else 65536 - p]
+    if coder[MODE] == MEASURE:
+        return bit
+    if bit:
+        high = mid
+    else:
+        low = mid + 1
+    coder[LOW], coder[HIGH] = low, high
+    settle(coder, data)
+    return bit
+
+
+def code_number(coder: Any, data: Any, cost: Any, width: int, number: int) -> int:
+    """Code an integer of so many bits, all equally likely, highest bits first; the integer.
+
+    Up to 12 bits are taken at a time: the interval is cut into equal parts, where it is long enough for that.
+    """
+    found = 0
+    while width:
+        low, high = coder[LOW], coder[HIGH]
+        if width == 1 or high - low < 16777216 or coder[MODE] == MEASURE:
+            width -= 1
+            found = (found << 1) | code_bit(coder, data, cost, 32768, (number >> width) & 1)
+            continue
+        size = min(width, 12)
+        width -= size
+        part = (high - low + 1) >> size
+        value = (number >> width) & ((1 << size) - 1)
+        if coder[MODE] == DECODE:
+            value = min((coder[CODE] - low) // part, (1 << size) - 1)
+        found = (found << size) | value
+        coder[SPENT] += size << 16
+        coder[LOW] = low + value * part
+        coder[HIGH] = low + value * part + part - 1
+        settle(coder, data)
+    return found
+
+
+def decide(coder: Any, data: Any, tables: Any, model: Any, contexts: Any, count: int, bit: int) -> int:
+    """Code one bit under the first `count` of the contexts and let each learn from it; the bit.
+
+    Divisions are dear: a context's variance is looked up, and computed anew when its information has grown by 1/32.
+    """
+    squash, cost = tables
+    theta, info, variance, due = model
+    x = 0
+    spread = 0
+    for i in range(count):
+        x += theta[contexts[i]]
+        spread += variance[contexts[i]]
+    p = squash[min(max(x >> 22, -11264), 11264) + 11264]
+    bit = code_bit(coder, data, cost, p, bit)
+    gained = p * (65536 - p)
+    damping = (gained * spread) >> 38
+    step = ((bit << 16) - p) << 6  # in 2^-22
+    if damping > 255:
+        step = (step << 16) // (65536 + damping)
+    for i in range(count):
+        k = contexts[i]
+        theta[k] += (variance[k] * step) >> 12
+        grown = info[k] + gained
+        info[k] = grown
+        if grown >= due[k]:
+            variance[k] = 18014398509481984 // grown
+            due[k] = grown + (grown >> 5)
+    return bit
+
+
+def code_positions(
+    coder: Any,
+    data: Any,
+    tables: Any,
+    flags: Any,
+    rows: int,
+    columns: int,
+    group: int,
+    across: int,
+    classes: Any,
+    model: Any,
+    contexts: Any,
+    above: Any,
+) -> None:
+    """Which entries of a (rows, columns) matrix are nonzero: flags, one number an entry, row after row.
+
+    Entries are taken in groups of `group` along a row (a convolution's kernel, say): first whether a group holds any
+    nonzero, under the contexts of all, of its row, its group of columns, the groups to the left and above, and its
+    class; then, in such a group, entry by entry, under its place and how many came before it, its row, its column, and
+    its neighbours to the left and `across` earlier in the group, and above.
+
+    Args:
+        classes: one number below POSITION_CLASSES for each group of columns, what is known of it beforehand.
+        model: as `position_model` gives it.
+        contexts, above: room for 5 contexts, and zeros for each group of columns.
+    """
+    groups = (columns + group - 1) // group
+    by_row = 1
+    by_column = by_row + rows
+    by_near = by_column + groups
+    by_class = by_near + 9
+    by_place = by_class + 6
+    by_seen = by_place + 3 * group
+    member_row = by_seen + 3
+    member_column = member_row + rows
+    member_near = member_column + columns
+    for row in range(rows):
+        base = row * columns
+        left = 0
+        for column in range(groups):
+            first = base + column * group
+            size = min(group, columns - column * group)
+            held = 0
+            if coder[MODE] != DECODE:
+                for i in range(size):
+                    held += flags[first + i]
+            contexts[0] = 0
+            contexts[1] = by_row + row
+            contexts[2] = by_column + column
+            contexts[3] = by_near + 3 * min(left, 2) + min(above[column], 2)
+            contexts[4] = by_class + classes[column]
+            some = decide(coder, data, tables, model, contexts, 5, 1 if held else 0)
+            seen = 0
+            if some and size == 1:
+                flags[first] = seen = 1
+            elif some:
+                for i in range(size):
+                    bit = flags[first + i]
+                    if i == size - 1 and seen == 0:
+                        bit = 1
+                    else:
+                        near = flags[first + i - 1] if i % across else 0
+                        if i >= across:
+                            near += 2 * flags[first + i - across]
+                        if row:
+                            near += 4 * flags[first + i - columns]
+                        some_seen = min(seen, 2)
+                        contexts[0] = by_place + 3 * i + some_seen
+                        contexts[1] = by_seen + some_seen
+                        contexts[2] = member_row + row
+                        contexts[3] = member_column + column * group + i
+                        contexts[4] = member_near + near
+                        bit = decide(coder, data, tables, model, contexts, 5, bit)
+                    flags[first + i] = bit
+                    seen += bit
+            above[column] = seen
+            left = seen
+
+
+def code_symbols(
+    coder: Any, data: Any, tables: Any, symbols: Any, depth: int, modelled: int, model: Any, contexts: Any
+) -> None:
+    """Symbols of `depth` bits below symbols[-1], which is their number and not one of them: a binary tree of decisions.
+
+    The first `modelled` bits are decided with a context for each node of the tree, the others are taken as equally
+    likely (and levels is 2^depth then). Where the upper half of a node lies beyond the number of symbols there is
+    nothing to decide.
+    """
+    levels = symbols[len(symbols) - 1]
+    rest = depth - modelled
+    for i in range(len(symbols) - 1):
+        symbol = symbols[i]
+        node = 1
+        for shift in range(depth - 1, rest - 1, -1):
+            bit = (symbol >> shift) & 1
+            if (((node << 1) | 1) << shift) - (1 << depth) >= levels:
+                bit = 0
+            else:
+                contexts[0] = node
+                bit = decide(coder, data, tables, model, contexts, 1, bit)
+            node = (node << 1) | bit
+        if rest:
+            node = (node << rest) | code_number(coder, data, tables[1], rest, symbol & ((1 << rest) - 1))
+        symbols[i] = node - (1 << depth)
+
+
+def code_ascending(coder: Any, data: Any, tables: Any, numbers: Any, model: Any, contexts: Any) -> None:
+    """Strictly ascending integers from 0 to 2^32 - 1: each gap's number of bits under contexts, the rest plain."""
+    last = -1
+    for i in range(len(numbers)):
+        gap = numbers[i] - last - 1
+        size = 0
+        while size < 33 and gap >> size:
+            size += 1
+        node = 1
+        for shift in range(5, -1, -1):
+            contexts[0] = node
+            bit = decide(coder, data, tables, model, contexts, 1, (size >> shift) & 1)
+            node = (node << 1) | bit
+        size = min(node - 64, 33)
+        if size > 1:
+            low = gap & ((1 << (size - 1)) - 1)
+            gap = (1 << (size - 1)) | code_number(coder, data, tables[1], size - 1, low)
+        else:
+            gap = size
+        last += gap + 1
+        numbers[i] = last
+
+
+@cache
+def squash_table() -> list[int]:
+    """p at log odds (i - STEPS) / 1024, i = 0 .. 2 STEPS: 65536 / (1 + exp(-x)) rounded, inside 1 .. 65535."""
+    scale = 1 << 96
+    term = step = scale
+    for n in range(1, 12):  # exp(1/1024) by its series, in integers
+        term = term // (1024 * n)
+        step += term
+    power, upper = scale, []
+    for _ in range(STEPS + 1):
+        upper.append(min((65536 * power + (power + scale) // 2) // (power + scale), 65535))
+        power = power * step // scale
+    return [65536 - p for p in reversed(upper[1:])] + upper
+
+
+@cache
+def cost_table() -> list[int]:
+    """-log2(p / 65536) in 2^-16 bits for p = 0 (unused) .. 65536, by repeated squaring of integers."""
+    p = np.arange(1, 65537, dtype=np.int64)
+    whole = np.zeros_like(p)
+    for shift in range(17):
+        whole += (p >> (shift + 1)) > 0
+    mantissa, fraction = p << (30 - whole), np.zeros_like(p)
+    for _ in range(16):
+        mantissa = (mantissa * mantissa) >> 30
+        two = (mantissa >> 31) & 1
+        fraction, mantissa = 2 * fraction + two, mantissa >> two
+    return [0, *(((16 - whole) << 16) - fraction).tolist()]
+
+
+def stretch(p: int) -> int:
+    """The theta at which p (1 .. 65535) is the probability."""
+    return (bisect_left(squash_table(), p) - STEPS) << 22
+
+
+def position_model(rows: int, columns: int, group: int, scale: int) -> tuple[list[int], ...]:
+    """The contexts of `code_positions` at the start; a larger scale holds the contexts nearer to their prior.
+
+    A place starts from the hazard of one nonzero anywhere in what is left of its group.
+    """
+    groups = -(-columns // group)
+    unit = ONE << scale >> 2
+    sections = [  # how many contexts, theta at the start, info at the start
+        (1, [stretch(1200)], ONE >> 6),
+        (rows, None, unit),
+        (groups, None, unit),
+        (9, None, 2 * unit),
+        (POSITION_CLASSES, None, unit >> 1),
+        (3 * group, [t for i in range(group) for t in _hazards(group - i)], unit // 3),
+        (3, None, ONE >> 3),
+        (rows, None, 2 * unit),
+        (columns, None, 2 * unit),
+        (8, None, 2 * unit),
+    ]
+    theta: list[int] = []
+    info: list[int] = []
+    for count, start, weight in sections:
+        theta += start or [0] * count
+        info += [weight] * count
+    return _model(theta, info)
+
+
+def _hazards(left: int) -> tuple[int, int, int]:
+    """Log odds of an entry with so many places left, when none, one, or more came before it in the group."""
+    return stretch(min(65536 // left, 64000)), stretch(6500), stretch(13000)
+
+
+def tree_model(modelled: int, scale: int) -> tuple[list[int], ...]:
+    """The contexts of `code_symbols` and (modelled = 6) `code_ascending` at the start."""
+    return _model([0] * (1 << modelled), [ONE << scale >> 2] * (1 << modelled))
+
+
+def _model(theta: list[int], info: list[int]) -> tuple[list[int], ...]:
+    """theta, info, the variance 1 / info in 2^-22, and the info at which to compute it anew."""
+    return theta, info, [(1 << 54) // known for known in info], [known + (known >> 5) for known in info]

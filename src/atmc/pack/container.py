@@ -1,0 +1,167 @@
+"""The outer layers of a model file: parts with lengths and checksums, the deflated metadata, and what can be wrong.
+
+See `artifact` for the format.
+"""
+
+from __future__ import annotations
+
+import json
+import struct
+import zlib
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+MAGIC, VERSION = b"ATMC", 2
+MAX_METADATA = 1 << 20  # bytes of JSON
+DICTIONARY = (
+    b'"classes":10,"input_shape":[3,224,224],"tensors":[["blocks.0.conv.weight",[64,64,3,3],"float32"],["layers.0.bias",['
+    b'128],"float32"],"int64"],"num_batches_tracked",{"method":"alr","method":"nap","method":"da","method":"ap","method":'
+    b'"al0","method":"al0q","method":"atmc","model":{"input_shape":[1,28,28],"mean":null,"name":"mobilenetv2","name":"wrn'
+    b'-16-8","name":"resnet50","name":"resnet34","input_shape":[3,32,32],"mean":[0.4914,0.4822,0.4465],"name":"resnet18",'
+    b'"name":"lenet","num_classes":100,"num_classes":10,"options":{"dropout":0.0},"options":{},"std":[0.247,0.2435,0.2616'
+    b'],"std":null},"norms":true,"norms":false,"schema":0,"threat":"l1:12","threat":"l2:0.5","threat":"linf:0.3","threat"'
+    b':"linf:8/255","tool":"atmc 0.1.0"}'
+)
+
+
+class ArtifactError(ValueError):
+    """The file cannot be used; each subclass is one reason."""
+
+
+class NotAnArtifact(ArtifactError):
+    """The file does not begin as a model file does."""
+
+
+class UnsupportedVersion(ArtifactError):
+    """A format version that this release does not read."""
+
+
+class ChecksumMismatch(ArtifactError):
+    """The bytes are not those that were written: cut off, or damaged."""
+
+
+class Malformed(ArtifactError):
+    """The checksums hold, but the content contradicts itself."""
+
+
+class TooLarge(ArtifactError):
+    """The file describes a model larger than the caller allows."""
+
+
+class FactoryNeeded(ArtifactError):
+    """The model is of a user's own class, and no factory was given."""
+
+
+class FactoryFailed(ArtifactError):
+    """The factory that was given raised an error, or returned no module."""
+
+
+class ModelMismatch(ArtifactError):
+    """The file's tensors are not those of the model."""
+
+
+@dataclass(frozen=True)
+class Content:
+    """A file taken apart, its checksums found to hold: metadata, and the parts' bytes, still encoded."""
+
+    metadata: dict[str, Any]
+    parts: tuple[bytes, ...]
+    source: str = "file"
+
+    def bad(self, text: str) -> Malformed:
+        """The error that says so of this file."""
+        return Malformed(f"{self.source}: {text}")
+
+
+def pack_parts(metadata: Mapping[str, Any], parts: Sequence[bytes]) -> bytes:
+    """The bytes of a file: metadata, then parts."""
+    text = json.dumps(metadata, sort_keys=True, separators=(",", ":")).encode()
+    data = MAGIC + struct.pack("<H", VERSION)
+    check = zlib.crc32(data)
+    for part in [_deflate(text), *parts]:
+        check = zlib.crc32(part, check)
+        data += varint(len(part)) + part + struct.pack("<I", check)
+    return data
+
+
+def unpack(data: bytes, source: str = "file") -> Content:
+    """Take the bytes of a file apart. Raises `ArtifactError`."""
+    if data[:4] != MAGIC:
+        raise NotAnArtifact(f"{source} is not an atmc model file: it does not begin with ATMC")
+    if len(data) < 6:
+        raise ChecksumMismatch(f"{source} is cut off after {len(data)} bytes")
+    (version,) = struct.unpack("<H", data[4:6])
+    if version != VERSION:
+        raise UnsupportedVersion(f"{source} has format version {version}; this release reads version {VERSION}")
+    reader, check, parts = Reader(data[6:], source), zlib.crc32(data[:6]), []
+    while not reader.done:
+        part = reader.take(reader.varint())
+        check = zlib.crc32(part, check)
+        if struct.pack("<I", check) != reader.take(4):
+            raise ChecksumMismatch(f"{source} is damaged: a checksum does not hold")
+        parts.append(part)
+    if len(parts) < 2:
+        raise ChecksumMismatch(f"{source} is cut off after {len(data)} bytes")
+    return Content(_metadata(parts[0], source), tuple(parts[1:]), source)
+
+
+class Reader:
+    """Takes bytes off the front of a buffer and never past its end."""
+
+    def __init__(self, data: bytes, source: str) -> None:
+        self._data, self._source, self.at = data, source, 0
+
+    @property
+    def done(self) -> bool:
+        """Whether nothing is left."""
+        return self.at == len(self._data)
+
+    def take(self, count: int) -> bytes:
+        """The next count bytes."""
+        left = len(self._data) - self.at
+        if count > left:
+            raise ChecksumMismatch(f"{self._source} is cut off or damaged: {count} bytes expected, {left} left")
+        self.at += count
+        return self._data[self.at - count : self.at]
+
+    def varint(self) -> int:
+        """An integer of 7 bits a byte, the lowest first, at most 5 bytes."""
+        number = 0
+        for shift in range(0, 35, 7):
+            (byte,) = self.take(1)
+            number |= (byte & 127) << shift
+            if byte < 128:
+                return number
+        raise ChecksumMismatch(f"{self._source} is damaged: a length of more than 5 bytes")
+
+
+def varint(number: int) -> bytes:
+    octets = []
+    while number > 127:
+        octets.append(number & 127 | 128)
+        number >>= 7
+    return bytes([*octets, number])
+
+
+def _deflate(text: bytes) -> bytes:
+    packer = zlib.compressobj(9, zlib.DEFLATED, -15, 9, zlib.Z_DEFAULT_STRATEGY, DICTIONARY)
+    return packer.compress(text) + packer.flush()
+
+
+def _metadata(part: bytes, source: str) -> dict[str, Any]:
+    unpacker = zlib.decompressobj(-15, DICTIONARY)
+    try:
+        text = unpacker.decompress(part, MAX_METADATA)
+        if not unpacker.eof or unpacker.unused_data:
+            raise Malformed(f"{source}: metadata of more than {MAX_METADATA:,} bytes, or cut off")
+        metadata = json.loads(text)
+    except (zlib.error, ValueError, RecursionError) as error:
+        if isinstance(error, ArtifactError):
+            raise
+        raise Malformed(f"{source}: metadata is not deflated JSON: {error}") from error
+    if not (isinstance(metadata, dict) and isinstance(metadata.get("model"), dict)):
+        raise Malformed(f"{source}: metadata describes no model")
+    for key in ("input_shape", "classes"):
+        metadata.setdefault(key, metadata["model"].get("num_classes" if key == "classes" else key))
+    return metadata

@@ -1,0 +1,117 @@
+"""Which tensors a model file holds, and in what order: of a zoo model they follow from its specification.
+
+See `artifact` for the format.
+"""
+
+from __future__ import annotations
+
+import math
+import zlib
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, cast
+
+import torch
+from torch import nn
+
+from atmc.compress.factorize import all_sites, factored
+from atmc.pack.container import Content, ModelMismatch
+
+MAX_DIMENSIONS, MAX_TENSORS = 8, 65_535
+TYPES = {
+    "float32": torch.float32,
+    "float64": torch.float64,
+    "int64": torch.int64,
+    "int32": torch.int32,
+    "uint8": torch.uint8,
+    "bool": torch.bool,
+}
+
+
+@dataclass(frozen=True)
+class Field:
+    """A tensor of the plain model: its state dict's key, its shape and its number type."""
+
+    name: str
+    shape: tuple[int, ...]
+    dtype: str
+
+    @property
+    def size(self) -> int:
+        """Number of values."""
+        return math.prod(self.shape)
+
+    @property
+    def is_weight(self) -> bool:
+        """Whether it gets a part of its own."""
+        return self.dtype == "float32" and len(self.shape) >= 2 and self.size > 0
+
+    @property
+    def role(self) -> str:
+        """What it shares statistics with: "bias", "weight", "running_mean"."""
+        return self.name.rpartition(".")[2]
+
+
+def fields(model: nn.Module, *, without: Mapping[str, Any] | None = None) -> list[Field]:
+    """The tensors of the plain model, module by module in the model's order, "weight" first, then by name.
+
+    Raises:
+        ValueError: a type that the format does not hold, or too many tensors or dimensions.
+    """
+    order = {path: i for i, (path, _) in enumerate(model.named_modules())}
+    shapes = {site.path: getattr(site.module, site.parameter).shape for site in all_sites(model) if factored(site)}
+    found = {name: Field(name, tuple(shape), "float32") for name, shape in shapes.items()}
+    names = {kind: name for name, kind in TYPES.items()}
+    for key, value in model.state_dict().items():
+        if any(key.startswith(f"{path.rpartition('.')[0]}.parametrizations.".lstrip(".")) for path in shapes):
+            continue
+        if value.dtype not in names:
+            raise ValueError(f"tensor {key}: cannot store values of type {value.dtype}")
+        found[key] = Field(key, tuple(value.shape), names[value.dtype])
+    if len(found) > MAX_TENSORS or any(len(field.shape) > MAX_DIMENSIONS for field in found.values()):
+        raise ValueError(f"expected at most {MAX_TENSORS:,} tensors of at most {MAX_DIMENSIONS} dimensions")
+    kept = [field for field in found.values() if field.name not in (without or {})]
+    return sorted(kept, key=lambda f: (order.get(f.name.rpartition(".")[0], len(order)), f.role != "weight", f.name))
+
+
+def is_zoo(spec: Mapping[str, Any]) -> bool:
+    return isinstance(spec.get("name"), str) and ":" not in spec["name"]
+
+
+def schema(kept: Sequence[Field]) -> int:
+    return zlib.crc32(repr([(field.name, field.shape, field.dtype) for field in kept]).encode())
+
+
+def expect_fields(content: Content, expected: Sequence[Field]) -> None:
+    """ModelMismatch unless the file holds tensors of these names, shapes and types."""
+    metadata, source = content.metadata, content.source
+    if is_zoo(metadata["model"]):
+        if metadata.get("schema") != schema(expected):
+            raise ModelMismatch(f"{source}: the tensors of {metadata['model']['name']} are not those of this release")
+        return
+    held = {field.name: field for field in listed(content)}
+    for field in expected:
+        if field.name not in held:
+            raise ModelMismatch(f"{source} has no tensor {field.name}, which the model needs")
+        found = held.pop(field.name)
+        if found.shape != field.shape:
+            raise ModelMismatch(f"{source}: tensor {field.name} has shape {found.shape}, the model's is {field.shape}")
+        if found.dtype != field.dtype:
+            raise ModelMismatch(f"{source}: tensor {field.name} is {found.dtype}, the model's is {field.dtype}")
+    if held:
+        raise ModelMismatch(f"{source} has a tensor {next(iter(held))}, which the model has not")
+    if [field.name for field in expected] != [field.name for field in listed(content)]:
+        raise ModelMismatch(f"{source}: the model's tensors are in another order")
+
+
+def listed(content: Content) -> Iterator[Field]:
+    rows = content.metadata.get("tensors")
+    if not (isinstance(rows, list) and len(rows) <= MAX_TENSORS):
+        raise content.bad("it does not list its tensors")
+    for row in rows:
+        match row:
+            case [str(name), list(shape), str(dtype)] if dtype in TYPES and len(shape) <= MAX_DIMENSIONS:
+                if all(type(side) is int and 0 <= side < 1 << 32 for side in shape):
+                    yield Field(name, tuple(cast(list[int], shape)), dtype)
+                    continue
+        raise content.bad(f"it lists a tensor that makes no sense: {str(row)[:80]}")
