@@ -13,16 +13,15 @@ import time
 from pathlib import Path
 
 import torch
+from common import HERE, lenet
 
 import atmc
-from atmc.api import takes_channels_last
-from atmc.compress.factorize import use_channels_last
 from atmc.data import load_data
+from atmc.judge import prepared
 from atmc.robust import resume
 from atmc.robust.evaluate import Verdicts, attacked, clean_accuracy, judged
 from atmc.robust.protocols import protocol_of
 
-HERE = Path(__file__).parent
 ORDER = ["atmc8-0015", "dense", "atmc32-0015", "atmc4-006", "atmc8-006", "atmc8-01", "atmc32-006", "atmc8-05"]
 ORDER += ["atmc32-01", "atmc32-05"]
 
@@ -33,10 +32,7 @@ def evaluate(run: str, options: argparse.Namespace) -> None:
     if out.exists():
         return
     threat = atmc.Linf(76 / 255)
-    model = atmc.load(Path(options.models) / run / "model.atmc")
-    test = load_data(options.data).test
-    if takes_channels_last(model, test):
-        model = use_channels_last(model)
+    model, test = prepared(lenet(Path(options.models) / run), load_data(options.data).test)
     found = {"model": f"results/mnist/{run}/model.atmc", "data": "mnist test split", "threat": str(threat), "seed": 0}
     found |= {"clean": clean_accuracy(model, test).to_json(), "attacks": {}, "seconds": {}, "right": {}}
     for attack in ("pgd", "pgd-strong", "autoattack"):

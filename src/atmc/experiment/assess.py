@@ -149,7 +149,8 @@ def check_size(path: Path, data: Data) -> None:
     """ValueError where a model file says that it takes images of another size, or has another number of classes."""
     if path.suffix in WEIGHTS:
         return
-    shape = artifact.read(path).metadata.get("input_shape")
+    metadata = artifact.read(path).metadata
+    shape = metadata.get("input_shape") or metadata["model"].get("input_shape")
     if shape and tuple(shape) != data.input_shape:
         raise ValueError(
             f"{path} is for images of shape {tuple(shape)} and does not take images of shape {data.input_shape}, "
