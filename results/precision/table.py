@@ -11,18 +11,21 @@ HERE = Path(__file__).parent
 def main() -> None:
     """One row a pair of runs that differ in precision alone."""
     lines = [
-        "| run | clean, bf16 | clean, fp32 | pgd, bf16 | pgd, fp32 | seconds an epoch, bf16 / fp32 |",
-        "|---|---|---|---|---|---|",
+        "| run | clean, bf16 | clean, fp32 | pgd, bf16 | pgd, fp32 | bf16 inside fp32's interval: clean, pgd | "
+        "seconds an epoch, bf16 / fp32 |",
+        "|---|---|---|---|---|---|---|",
     ]
     for path in sorted(HERE.glob("*bf16*/metrics.json")):
-        cells, seconds = [], []
+        cells, inside, seconds = [], [], []
         other = Path(str(path).replace("bf16", "fp32"))
         if not other.exists():
             continue
         both = [json.loads(file.read_text()) for file in (path, other)]
         for name in ("clean", "pgd"):
-            for metrics in both:
-                figure = metrics["clean"] if name == "clean" else metrics["attacks"]["pgd"]
+            figures = [metrics["clean"] if name == "clean" else metrics["attacks"]["pgd"] for metrics in both]
+            low, high = figures[1]["ci95"]
+            inside.append("yes" if low <= figures[0]["accuracy"] <= high else "**no**")
+            for figure in figures:
                 low, high = figure["ci95"]
                 cells.append(f"{100 * figure['accuracy']:.2f} [{100 * low:.2f}, {100 * high:.2f}] of {figure['n']:,}")
         for file in (path, other):
@@ -30,7 +33,7 @@ def main() -> None:
             times = sorted(line["seconds"] for line in log if line["phase"] == "dense")
             seconds.append(times[len(times) // 2])
         name = path.parent.name.replace("-bf16", "")
-        lines.append(f"| {name} | {' | '.join(cells)} | {seconds[0]:.1f} / {seconds[1]:.1f} |")
+        lines.append(f"| {name} | {' | '.join(cells)} | {', '.join(inside)} | {seconds[0]:.1f} / {seconds[1]:.1f} |")
     (HERE / "README.md").write_text((HERE / "about.md").read_text() + "\n".join(lines) + "\n")
 
 

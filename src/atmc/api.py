@@ -17,17 +17,20 @@ from torch import nn
 
 from atmc.compress.budget import Budget
 from atmc.compress.factorize import fold, refuse_unfit, sites, use_channels_last
+from atmc.compress.rate import Allocation, BudgetTooSmall, RateControl
 from atmc.data import Images, as_images, mixed_order
 from atmc.files import write_beside
+from atmc.finish import Decided, smallest_model, to_final
 from atmc.inputs import as_device, as_threat, expect_budget, expect_module
 from atmc.judge import EvaluationWarning, Options, Report, check_model, evaluate, evaluation, takes_channels_last
-from atmc.methods import Plan, floor_of, objective_of, phases_of
+from atmc.methods import CODEBOOK_METHODS, Plan, floor_of, objective_of, phases_of
 from atmc.numerics import deterministic
 from atmc.pack import artifact
 from atmc.pack.artifact import load, save
-from atmc.phases import EpochEnd, Recipe, Record, Runner, State
+from atmc.phases import EpochEnd, Record, Runner, State
+from atmc.recipe import Recipe
 from atmc.robust.threats import Threat, check_threat
-from atmc.train import Progress
+from atmc.train import Progress, restore_batch_norm
 
 __all__ = [
     "EvaluationWarning",
@@ -58,13 +61,13 @@ class Result:
         model: plain module in evaluation mode, decoded from `data`.
         data: the bytes of the model file.
         records: one an epoch, as in log.jsonl.
-        decided: what the last validation decided, see `phases.Runner.finish`.
+        decided: what the last validation decided, see `finish.Decided`.
     """
 
     model: nn.Module
     data: bytes
     records: list[Record]
-    decided: dict[str, Any]
+    decided: Decided
 
     def save(self, path: str | os.PathLike[str]) -> int:
         """Write the model file; its size in bytes."""
@@ -145,8 +148,17 @@ class Job:
         self.dense_weights = sum(
             getattr(site.module, site.parameter).numel() for site in sites(model, exclude=recipe.exclude)
         )
+        self._plain = fold(model).cpu()
+        self._about: dict[str, Any] = {
+            "input_shape": shape,
+            "classes": classes,
+            "threat": str(threat),
+            "method": method,
+        }
+        self._refuse_unwritable(model)
         floor = floor_of(method, model, recipe.exclude)
         self.nonzeros = budget.resolve(self.dense_weights, floor=floor) if method != "da" else self.dense_weights
+        rate = self._rate(model, budget, method, recipe, floor) if budget.max_bytes is not None else None
         plan = Plan(
             self.nonzeros,
             self.dense_weights,
@@ -157,18 +169,12 @@ class Job:
             recipe.balance,
             recipe.factor_start,
             recipe.exclude,
+            rate,
         )
         phases = phases_of(method, plan)
-        self._plain = fold(model).cpu()
-        self._about: dict[str, Any] = {
-            "input_shape": shape,
-            "classes": classes,
-            "threat": str(threat),
-            "method": method,
-        }
-        artifact.from_bytes(artifact.to_bytes(model, **self._about), factory=self._plain_copy)  # refused now or never
         working = copy.deepcopy(model).to(device)
         train, val = train.to(device), mixed_order(val).to(device)
+        restore_batch_norm(working, train)
         recipe = replace(
             recipe,
             objective=objective_of(method, recipe.objective),
@@ -178,7 +184,41 @@ class Job:
             use_channels_last(working)
         self.recipe = recipe
         self.records: list[Record] = []
-        self.runner = Runner(working, train, val, threat, phases, recipe, bits=budget.bits)
+        start = Allocation(self.nonzeros, budget.bits)
+        self.runner = Runner(working, train, val, threat, phases, recipe, start=start, rate=rate)
+
+    def _refuse_unwritable(self, model: nn.Module) -> None:
+        """ValueError now, not after training, for a model that a file cannot hold, or not be read from."""
+        for name, value in model.state_dict().items():
+            if value.is_floating_point() and not bool(value.isfinite().all()):
+                raise ValueError(f"tensor {name}: expected finite values, got nan or infinity")
+        empty = fold(model).cpu()
+        for value in empty.state_dict().values():
+            if value.dim() >= 2:
+                value.zero_()
+        artifact.from_bytes(artifact.to_bytes(empty, **self._about), factory=self._plain_copy)
+
+    def _rate(self, model: nn.Module, budget: Budget, method: str, recipe: Recipe, floor: int) -> RateControl:
+        """Rate control for a budget in bytes. BudgetTooSmall if no file of the model is that small."""
+        if method == "da":
+            raise ValueError("method 'da' keeps every weight: leave out max_bytes")
+        assert budget.max_bytes is not None
+
+        def measure(trained: nn.Module) -> int:
+            return len(artifact.to_bytes(to_final(trained), **self._about))
+
+        def measure_exact(rounded: nn.Module) -> int:
+            return len(artifact.to_bytes(rounded, **self._about))
+
+        smallest = measure_exact(smallest_model(method, model, recipe.exclude))
+        if budget.max_bytes < smallest:
+            raise BudgetTooSmall(
+                f"a budget of {budget.max_bytes:,} bytes is below the smallest file of this model and method, "
+                f"{smallest:,} bytes"
+            )
+        most_bits = (budget.bits or 8) if method in CODEBOOK_METHODS else None
+        layers = len(sites(model, exclude=recipe.exclude))
+        return RateControl(budget.max_bytes, smallest, measure, measure_exact, most_bits, layers, self.dense_weights)
 
     def _plain_copy(self, num_classes: int) -> nn.Module:
         return copy.deepcopy(self._plain)

@@ -58,6 +58,7 @@ def compress(
     threat: Annotated[str | None, typer.Option(help="linf:8/255, l2:0.5 or l1:12, in pixel units.")] = None,
     ratio: Annotated[float | None, typer.Option(help="Nonzeros over conv and linear weights.")] = None,
     nonzeros: Annotated[int | None, typer.Option(help="The number of nonzeros itself.")] = None,
+    max_bytes: Annotated[str | None, typer.Option(help="Size of the file: 24kB, 24KiB, 1.5MB.")] = None,
     bits: Annotated[int | None, typer.Option(help="At most 2^bits distinct values a tensor (1 to 8).")] = None,
     method: Annotated[str | None, typer.Option(help="atmc, al0, al0q, alr, ap, nap or da.")] = None,
     checkpoint: Annotated[
@@ -95,6 +96,7 @@ def compress(
         "threat": threat,
         "ratio": ratio,
         "nonzeros": nonzeros,
+        "max_bytes": max_bytes,
         "bits": bits,
         "method": method,
         "checkpoint": checkpoint,
@@ -109,8 +111,8 @@ def compress(
         "threads": threads,
         "attacks": _names(attack) if attack else None,
     }
-    if ratio is not None or nonzeros is not None or method == "da":
-        values = {key: value for key, value in values.items() if key not in ("ratio", "nonzeros")}
+    if (ratio, nonzeros, max_bytes) != (None, None, None) or method == "da":
+        values = {key: value for key, value in values.items() if key not in ("ratio", "nonzeros", "max_bytes")}
     if method == "da":
         values.pop("bits", None)
     values |= {key: value for key, value in given.items() if value is not None}

@@ -5,8 +5,9 @@ Sources: Gui et al. 2019, section 4 (all but `al0q`, which the paper leaves out)
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from difflib import get_close_matches
 from typing import Literal
 
@@ -14,13 +15,11 @@ import torch
 from torch import nn
 
 from atmc.compress.admm import Admm
-from atmc.compress.constraints import Codebook, Constraint, Each, FixedCodes, FixedMask, NonzeroBudget
-from atmc.compress.factorize import Site, compressible, cut_ranks, factorize, sites, structure
+from atmc.compress.constraints import Codebook, Constraint, FixedCodes, FixedMask, NonzeroBudget
+from atmc.compress.factorize import Site, cut_ranks, factorize, sites, structure
 from atmc.compress.projections import allocate_ranks
+from atmc.compress.rate import Allocation, RateControl
 from atmc.phases import Phase, Tensors
-from atmc.train import assign
-
-EXACT_BELOW = 20_000  # nonzeros up to which a tensor's final codebook is the exact optimum
 
 
 @dataclass(frozen=True)
@@ -28,7 +27,7 @@ class Plan:
     """What a method needs to know.
 
     Args:
-        nonzeros: k, the budget over all compressed tensors.
+        nonzeros: k, the budget over all compressed tensors; where it is in bytes, a first guess.
         dense_weights: N, the entries of those tensors in the dense model.
         bits: codebook bits, None for 32-bit values.
         gradual: share of the l0 (and admm) phase in which the nonzeros shrink to k.
@@ -36,6 +35,7 @@ class Plan:
         rho, balance: ADMM's penalty and whether it adapts.
         factor_start: ``identity`` or ``svd``.
         exclude: patterns of weights that stay as they are.
+        rate: holds a budget in bytes.
     """
 
     nonzeros: int
@@ -47,34 +47,37 @@ class Plan:
     balance: bool = False
     factor_start: Literal["identity", "svd"] = "identity"
     exclude: tuple[str, ...] = ()
+    rate: RateControl | None = field(default=None, repr=False)
+
+    @property
+    def codebook(self) -> bool:
+        """Whether values are quantized, by a method that can: as many bits as given, or as rate control chooses."""
+        return self.bits is not None or self.rate is not None
 
 
 def atmc(plan: Plan) -> list[Phase]:
     """The whole method: l0 on W, then W = U V + C under the budget with ADMM's codebook, then the codebook's values.
 
-    Without bits the middle stage is projected descent on the factors, the paper's ATMC-32bit.
+    Without bits the middle stage is projected descent on the factors, the paper's ATMC-32bit; under a budget in bytes
+    rate control chooses the bits of each tensor.
     """
-    return [_dense(), _l0(plan), _held(plan, factored=True), _tune(plan.bits)]
+    return [_dense(), _l0(plan), _held(plan, factored=True), _tune(plan.codebook)]
 
 
 def al0(plan: Plan) -> list[Phase]:
     """l0 projection on W with a support free to move: no factors, no codebook."""
-    return [_dense(), _l0(plan), _tune(None)]
+    return [_dense(), _l0(plan), _tune(False)]
 
 
 def al0q(plan: Plan) -> list[Phase]:
     """`al0` with the codebook constraint on W: `atmc` without its factors."""
-    return [_dense(), _l0(plan), _held(plan, factored=False), _tune(plan.bits)]
+    return [_dense(), _l0(plan), _held(plan, factored=False), _tune(plan.codebook)]
 
 
 def ap(plan: Plan) -> list[Phase]:
     """One-shot magnitude pruning of the robust dense model, then fine-tuning on that support."""
 
-    def prune(model: nn.Module) -> None:
-        tensors = compressible(model, exclude=plan.exclude)
-        assign(tensors, NonzeroBudget(plan.nonzeros).project({name: t.detach() for name, t in tensors.items()}))
-
-    return [_dense(), Phase("tune", enter=prune, constraint=_support, keeps_start=True)]
+    return [_dense(), Phase("tune", constraint=_support, feasible=_pruned, starts_feasible=True, keeps_start=True)]
 
 
 def alr(plan: Plan) -> list[Phase]:
@@ -88,8 +91,18 @@ def alr(plan: Plan) -> list[Phase]:
             paths.append(site.path)
             values.append(torch.linalg.svdvals(matrix))
             costs.append(sum(matrix.shape))
-        ranks = allocate_ranks(values, costs, plan.nonzeros - _unfactored(model, plan.exclude))
-        cut_ranks(model, dict(zip(paths, ranks, strict=True)))
+
+        def cut_to(target: nn.Module, entries: int) -> nn.Module:
+            ranks = allocate_ranks(values, costs, entries - _unfactored(model, plan.exclude))
+            return cut_ranks(target, dict(zip(paths, ranks, strict=True)))
+
+        entries = plan.nonzeros
+        if plan.rate:
+            measure, least = plan.rate.measure, floor_of("alr", model, plan.exclude)
+            entries, _ = plan.rate.largest(
+                lambda k: measure(cut_to(copy.deepcopy(model), k)), least, plan.dense_weights, start=max(entries, least)
+            )
+        cut_to(model, entries)
 
     return [_dense(), Phase("tune", enter=cut, keeps_start=True)]
 
@@ -113,11 +126,11 @@ CODEBOOK_METHODS = ("atmc", "al0q")
 
 def phases_of(method: str, plan: Plan) -> list[Phase]:
     """The phases of a method by name. Raises ValueError as `check_method`."""
-    check_method(method, plan.bits)
+    check_method(method, plan.bits, max_bytes=plan.rate is not None)
     return METHODS[method](plan)
 
 
-def check_method(method: str, bits: int | None) -> None:
+def check_method(method: str, bits: int | None, *, max_bytes: bool = False) -> None:
     """ValueError for an unknown method (the nearest is named), bits without a codebook, or `al0q` without bits."""
     if method not in METHODS:
         near = get_close_matches(method, METHODS, n=1)
@@ -127,7 +140,7 @@ def check_method(method: str, bits: int | None) -> None:
         raise ValueError(
             f"method {method!r} has no codebook: leave out bits, or use one of {', '.join(CODEBOOK_METHODS)}"
         )
-    if bits is None and method == "al0q":
+    if bits is None and not max_bytes and method == "al0q":
         raise ValueError("method 'al0q' is al0 with a codebook: give bits")
 
 
@@ -161,48 +174,53 @@ def _dense() -> Phase:
 
 def _l0(plan: Plan) -> Phase:
     """Projection on a number of nonzeros that falls from N to k over the first part of the phase."""
-    return Phase("l0", constraint=_shrinking(plan, plan.dense_weights), feasible=NonzeroBudget(plan.nonzeros))
+    constraint = _shrinking(plan, lambda k: plan.dense_weights)
+    return Phase("l0", constraint=constraint, feasible=_pruned)
+
+
+def _pruned(given: Allocation) -> Constraint:
+    return Allocation(given.nonzeros).constraint()
 
 
 def _held(plan: Plan, *, factored: bool) -> Phase:
-    """The budget, with bits ADMM beside it, and a validated model that satisfies both."""
-    feasible: Constraint = NonzeroBudget(plan.nonzeros)
-    admm = None
-    if plan.bits is not None:
-        feasible = Each((feasible, Codebook(plan.bits, exact_below=EXACT_BELOW)))
-        admm = Admm(Codebook(plan.bits), rho=plan.rho, balance=plan.balance)
+    """The budget, with a codebook ADMM beside it, and a validated model that satisfies both."""
 
     def enter(model: nn.Module) -> None:
         if factored:  # a checkpoint's factors stay as they are
             factorize(model, start=plan.factor_start, exclude=(*plan.exclude, *structure(model)))
 
-    start = max(plan.nonzeros, min(int(plan.regrow * plan.nonzeros), plan.dense_weights))
-    return Phase("admm", enter, _shrinking(plan, start), feasible, admm)
+    def admm(given: Allocation) -> Admm:
+        assert given.bits is not None
+        return Admm(Codebook(given.bits), rho=plan.rho, balance=plan.balance)
+
+    constraint = _shrinking(plan, lambda k: max(k, min(int(plan.regrow * k), plan.dense_weights)))
+    return Phase("admm", enter, constraint, Allocation.constraint, admm=admm if plan.codebook else None)
 
 
-def _shrinking(plan: Plan, start: int) -> Callable[[Tensors], Callable[[float], Constraint]]:
-    """A budget that falls cubically from start to k while `gradual` of the phase goes by (Zhu and Gupta 2018)."""
-    final = NonzeroBudget(plan.nonzeros)
+def _shrinking(
+    plan: Plan, start: Callable[[int], int]
+) -> Callable[[Tensors], Callable[[float, Allocation], Constraint]]:
+    """A budget that falls cubically from start(k) to k while `gradual` of the phase goes by (Zhu and Gupta 2018)."""
 
-    def at(done: float) -> Constraint:
-        if done >= plan.gradual:
-            return final
-        left = (1 - done / plan.gradual) ** 3
-        return NonzeroBudget(plan.nonzeros + int((start - plan.nonzeros) * left))
+    def at(done: float, given: Allocation) -> Constraint:
+        k = given.nonzeros
+        if done < plan.gradual:
+            k += int((start(k) - k) * (1 - done / plan.gradual) ** 3)
+        return NonzeroBudget(k, keep_alive=True)
 
     return lambda _: at
 
 
-def _tune(bits: int | None) -> Phase:
-    """Positions fixed; with bits codes too, so that only the codebook's values, biases and norms are learned."""
-    return Phase("tune", constraint=_support if bits is None else _codes, keeps_start=True)
+def _tune(codebook: bool) -> Phase:
+    """Positions fixed; with a codebook codes too, so that only its values, biases and norms are learned."""
+    return Phase("tune", constraint=_codes if codebook else _support, keeps_start=True)
 
 
-def _support(start: Tensors) -> Callable[[float], Constraint]:
+def _support(start: Tensors) -> Callable[[float, Allocation], Constraint]:
     mask = FixedMask.support(start)
-    return lambda _: mask
+    return lambda _, __: mask
 
 
-def _codes(start: Tensors) -> Callable[[float], Constraint]:
+def _codes(start: Tensors) -> Callable[[float, Allocation], Constraint]:
     codes = FixedCodes.of(start)
-    return lambda _: codes
+    return lambda _, __: codes

@@ -20,6 +20,7 @@ from atmc.compress.admm import Admm
 from atmc.compress.constraints import Constraint
 from atmc.compress.factorize import built_once
 from atmc.data import Batch, Images, batch_count, batches
+from atmc.pack.norms import is_affine
 from atmc.rng import Noise, derived_seed
 from atmc.robust.attacks import BATCH_NORMS
 from atmc.robust.objectives import Objective, TrainingAttack
@@ -201,6 +202,54 @@ def reestimate_batch_norm(
         hook.remove()
     model.eval()
     return True
+
+
+@torch.no_grad()
+def restore_batch_norm(model: nn.Module, images: Images, *, n: int = 2000, batch_size: int = 250) -> bool:
+    """Batch norms of a model file made fit for training again; False, and nothing done, where they are not affine.
+
+    A file holds a scale and a shift (`pack.norms.to_affine`). Here every norm gets the statistics of its input over the
+    first n images, and the weight and bias with which it computes the same as before in evaluation mode, up to
+    rounding: without them, a first pass in training mode would normalize what was never meant to be.
+    """
+    if not is_affine(model):
+        return False
+    norms = [module for module in model.modules() if isinstance(module, BATCH_NORMS)]
+    sums = {norm: _Moments() for norm in norms}
+    hooks = [norm.register_forward_pre_hook(sums[norm]) for norm in norms]
+    model.eval()
+    for start in range(0, min(n, len(images)), batch_size):
+        index = torch.arange(start, min(start + batch_size, n, len(images)), device=images.labels.device)
+        model(images.float_pixels(index))
+    for hook in hooks:
+        hook.remove()
+    for norm, moments in sums.items():
+        mean, var = moments.mean_and_variance()
+        assert norm.running_mean is not None  # of an affine norm
+        assert norm.running_var is not None
+        norm.bias.copy_(norm.bias.double() + norm.weight.double() * mean)
+        norm.weight.copy_(norm.weight.double() * (var + norm.eps).sqrt())
+        norm.running_mean.copy_(mean)
+        norm.running_var.copy_(var)
+    return True
+
+
+class _Moments:
+    """A forward hook: sums of a norm's input and of its squares, per channel, in float64."""
+
+    def __init__(self) -> None:
+        self._count, self._sum, self._squares = 0, torch.zeros(()), torch.zeros(())
+
+    def __call__(self, norm: nn.Module, inputs: tuple[Tensor, ...]) -> None:
+        x = inputs[0].double().transpose(0, 1).flatten(1)
+        self._count += x.shape[1]
+        self._sum = self._sum.to(x) + x.sum(1)
+        self._squares = self._squares.to(x) + x.square().sum(1)
+
+    def mean_and_variance(self) -> tuple[Tensor, Tensor]:
+        """Per channel."""
+        mean = self._sum / self._count
+        return mean, (self._squares / self._count - mean**2).clamp_min(0)
 
 
 class _MeanOverImages:

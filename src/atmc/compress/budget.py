@@ -1,4 +1,4 @@
-"""How small a model must be, and how small it is: the paper's nominal count.
+"""How small a model must be, and how small it is by the paper's nominal count. Budgets in bytes are held by `rate`.
 
 Legend: N the number of conv and linear weights of the plain dense model (no biases, no batch norm).
 """
@@ -12,6 +12,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+UNITS = {"B": 1, "kB": 1000, "KiB": 1024, "MB": 1000**2, "MiB": 1024**2}
+
 
 @dataclass(frozen=True)
 class Budget:
@@ -19,8 +21,10 @@ class Budget:
 
     Args:
         ratio: nonzeros over all factors as a share of N, in (0, 1]; k = int(ratio * N). The paper's knob.
-        nonzeros: k itself. Exactly one of the two.
-        bits: at most 2^bits distinct nonzero values a tensor, 1 to 8; None keeps 32-bit values.
+        nonzeros: k itself.
+        max_bytes: of the written file, all included. Exactly one of the three.
+        bits: at most 2^bits distinct nonzero values a tensor, 1 to 8; None keeps 32-bit values, or, with max_bytes,
+            leaves the bits of each tensor to rate control.
 
     >>> Budget(ratio=0.01, bits=4).resolve(430_500)
     4305
@@ -28,24 +32,29 @@ class Budget:
 
     ratio: float | None = None
     nonzeros: int | None = None
+    max_bytes: int | None = None
     bits: int | None = None
 
     def __post_init__(self) -> None:
-        if (self.ratio is None) == (self.nonzeros is None):
-            raise ValueError("expected exactly one of ratio and nonzeros")
+        if [self.ratio, self.nonzeros, self.max_bytes].count(None) != 2:
+            raise ValueError("expected exactly one of ratio, nonzeros and max_bytes")
         if self.ratio is not None and not (math.isfinite(self.ratio) and 0 < self.ratio <= 1):
             raise ValueError(f"expected a ratio above 0 and at most 1, got {self.ratio}")
         if self.nonzeros is not None and self.nonzeros < 1:
             raise ValueError(f"expected nonzeros >= 1, got {self.nonzeros}")
+        if self.max_bytes is not None and self.max_bytes < 1:
+            raise ValueError(f"expected max_bytes >= 1, got {self.max_bytes}")
         if self.bits is not None and not 1 <= self.bits <= 8:
             raise ValueError(f"expected 1 to 8 bits, or none for 32-bit values, got {self.bits}")
 
     def resolve(self, dense_weights: int, *, floor: int = 1) -> int:
-        """k for a model with so many conv and linear weights.
+        """k for a model with so many conv and linear weights; with max_bytes a first guess, inside what is possible.
 
         Raises:
             ValueError: k is above the model's weights or below floor (what its layers need at least).
         """
+        if self.max_bytes is not None:
+            return max(min(4 * self.max_bytes // 8, dense_weights), min(floor, dense_weights))
         k = self.nonzeros if self.nonzeros is not None else int((self.ratio or 0) * dense_weights)
         if k > dense_weights:
             raise ValueError(f"a budget of {k:,} nonzeros is larger than the model: {dense_weights:,} weights")
@@ -57,13 +66,52 @@ class Budget:
         return k
 
 
+def parse_size(text: str | int) -> int:
+    """Bytes: a number, or text such as 900B, 24kB (1000), 24KiB (1024), 1.5MB or 1MiB.
+
+    >>> parse_size("24kB"), parse_size("1.5 KiB")
+    (24000, 1536)
+
+    Raises:
+        ValueError: no such size.
+    """
+    number, unit = str(text).strip(), "B"
+    for name in sorted(UNITS, key=len, reverse=True):
+        if number.endswith(name):
+            number, unit = number.removesuffix(name).strip(), name
+            break
+    try:
+        size = float(number) * UNITS[unit]
+    except ValueError:
+        size = math.nan
+    if not (math.isfinite(size) and size >= 1):
+        raise ValueError(f"expected a size such as 24kB, 24KiB, 1.5MB or a number of bytes, got {str(text)!r}")
+    return int(size)
+
+
+Bits = int | Mapping[str, int] | None  # of a code: one number for all tensors, or by name; None without codebook
+
+
+def bits_of(bits: Bits, name: str) -> int | None:
+    """The bits of one tensor."""
+    return bits[name] if isinstance(bits, Mapping) else bits
+
+
+def mean_bits(tensors: Mapping[str, Tensor], bits: Bits) -> float | int | None:
+    """The bits of a code, the mean over nonzeros where tensors differ; None without codebook."""
+    if not isinstance(bits, Mapping):
+        return bits
+    counts = {name: int(tensor.count_nonzero()) for name, tensor in tensors.items()}
+    return round(sum(bits[name] * count for name, count in counts.items()) / max(sum(counts.values()), 1), 3)
+
+
 def distinct_nonzero(tensor: Tensor) -> int:
     """Number of distinct nonzero values."""
     flat = tensor.detach()
     return len(torch.unique(flat[flat != 0]))
 
 
-def nominal_bits(tensors: Mapping[str, Tensor], bits: int | None) -> int:
+def nominal_bits(tensors: Mapping[str, Tensor], bits: Bits) -> int:
     """The paper's size, in bits: positions, biases and batch norm are not counted.
 
     Per tensor 32 a nonzero where there is no codebook or at most 2^bits nonzeros; else `bits` a nonzero and 32 a
@@ -71,9 +119,10 @@ def nominal_bits(tensors: Mapping[str, Tensor], bits: int | None) -> int:
     that, before its quantization, counts as having no codebook.
     """
     total = 0
-    for tensor in tensors.values():
+    for name, tensor in tensors.items():
+        width = bits_of(bits, name)
         count = int(tensor.count_nonzero())
-        levels = 0 if bits is None or count <= 2**bits else distinct_nonzero(tensor)
-        coded = bits is not None and 0 < levels <= 2**bits
-        total += (bits or 0) * count + 32 * levels if coded else 32 * count
+        levels = 0 if width is None or count <= 2**width else distinct_nonzero(tensor)
+        coded = width is not None and 0 < levels <= 2**width
+        total += (width or 0) * count + 32 * levels if coded else 32 * count
     return total

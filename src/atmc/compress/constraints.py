@@ -30,11 +30,15 @@ class Constraint(Protocol):
 class NonzeroBudget:
     """At most `nonzeros` entries differ from zero, over all tensors together (Gui et al. 2019, eq. 4).
 
+    With keep_alive every layer that has a nonzero keeps its largest one, so that none becomes constant: in the names of
+    `factorize.compressible`, a layer's plain weight, or the factor that starts as W.
+
     >>> NonzeroBudget(1).project({"a": torch.tensor([1.0, -3.0]), "b": torch.tensor([2.0])})["a"].tolist()
     [0.0, -3.0]
     """
 
     nonzeros: int
+    keep_alive: bool = False
 
     def __post_init__(self) -> None:
         if self.nonzeros < 1:
@@ -42,7 +46,37 @@ class NonzeroBudget:
 
     def project(self, tensors: Tensors) -> dict[str, Tensor]:
         """The largest magnitudes stay; ties keep the first, so that never more than the budget remains."""
-        return dict(zip(tensors, keep_largest(list(tensors.values()), self.nonzeros), strict=True))
+        kept = dict(zip(tensors, keep_largest(list(tensors.values()), self.nonzeros), strict=True))
+        leads = _leads(tensors) if self.keep_alive else []
+        if all(kept[name].any() for name in leads):
+            return kept
+        if len(leads) > self.nonzeros:
+            raise ValueError(f"expected a budget of at least {len(leads)} nonzeros, one a layer, got {self.nonzeros}")
+        rest, first = {name: tensor.clone() for name, tensor in tensors.items()}, {}
+        for name in leads:
+            first[name] = int(tensors[name].abs().argmax())
+            rest[name].view(-1)[first[name]] = 0
+        others = keep_largest(list(rest.values()), self.nonzeros - len(leads))
+        kept = dict(zip(tensors, others, strict=True))
+        for name, place in first.items():
+            kept[name].view(-1)[place] = tensors[name].reshape(-1)[place]
+        return kept
+
+
+def _leads(tensors: Tensors) -> list[str]:
+    """Per layer the tensor without which W is zero: a plain W; of factors with C the V or U that holds W; no zeros."""
+    found = []
+    for name, tensor in tensors.items():
+        path, _, factor = name.rpartition(".")
+        if factor in ("U", "V", "C") and f"{path}.V" in tensors:
+            if factor == "C" or f"{path}.C" not in tensors:
+                continue
+            wide = tensors[f"{path}.U"].shape[0] <= tensors[f"{path}.V"].shape[1]
+            if (factor == "V") != wide:
+                continue
+        if tensor.any():
+            found.append(name)
+    return found
 
 
 @dataclass(frozen=True)

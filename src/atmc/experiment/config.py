@@ -18,9 +18,9 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_valida
 from torch import nn
 
 from atmc.api import DEFAULT_EPOCHS, LEARNING_RATES, by_phase, default_recipe
-from atmc.compress.budget import Budget
+from atmc.compress.budget import Budget, parse_size
 from atmc.methods import check_method
-from atmc.phases import Recipe
+from atmc.recipe import Recipe
 from atmc.rng import MAX_SEED
 from atmc.robust.protocols import check_attacks, check_norm
 from atmc.robust.threats import L2, Threat, parse_threat
@@ -74,6 +74,7 @@ class RunConfig(BaseModel):
     method: str = "atmc"
     ratio: float | None = None
     nonzeros: int | None = None
+    max_bytes: str | int | None = None
     bits: int | None = None
     checkpoint: str | None = None
     image_column: str | None = None
@@ -106,18 +107,19 @@ class RunConfig(BaseModel):
         if self.training.objective == "gaussian" and not isinstance(parse_threat(self.threat), L2):
             raise ValueError(f"objective 'gaussian' is for l2 threats, whose eps is its sigma, got {self.threat}")
         self.budget()
-        check_method(self.method, self.bits)
+        check_method(self.method, self.bits, max_bytes=self.max_bytes is not None)
         return self
 
     def budget(self) -> Budget:
         """The budget; `da` has none and keeps every weight."""
         if self.method == "da":
-            if (self.ratio, self.nonzeros, self.bits) != (None, None, None):
-                raise ValueError("method 'da' keeps every weight: leave out ratio, nonzeros and bits")
+            if (self.ratio, self.nonzeros, self.max_bytes, self.bits) != (None, None, None, None):
+                raise ValueError("method 'da' keeps every weight: leave out ratio, nonzeros, max_bytes and bits")
             return Budget(ratio=1.0)
-        if (self.ratio is None) == (self.nonzeros is None):
-            raise ValueError("give exactly one of ratio and nonzeros")
-        return Budget(ratio=self.ratio, nonzeros=self.nonzeros, bits=self.bits)
+        if [self.ratio, self.nonzeros, self.max_bytes].count(None) != 2:
+            raise ValueError("give exactly one of ratio, nonzeros and max_bytes")
+        size = None if self.max_bytes is None else parse_size(self.max_bytes)
+        return Budget(ratio=self.ratio, nonzeros=self.nonzeros, max_bytes=size, bits=self.bits)
 
     def parsed_threat(self) -> Threat:
         """The threat."""

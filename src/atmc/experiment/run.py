@@ -21,8 +21,7 @@ import torch
 from torch import nn
 
 from atmc import api, models
-from atmc.compress.budget import nominal_bits
-from atmc.compress.factorize import compressible, fold
+from atmc.compress.factorize import fold
 from atmc.data import Data, load_data
 from atmc.experiment.config import RunConfig, parse, read_toml
 from atmc.experiment.report import write_report
@@ -30,7 +29,8 @@ from atmc.experiment.weights import UNREADABLE, load_weights
 from atmc.files import append_line, remove_leftovers, write_beside
 from atmc.numerics import deterministic
 from atmc.pack import artifact
-from atmc.phases import EpochEnd, Recipe, State
+from atmc.phases import EpochEnd, State
+from atmc.recipe import Recipe
 from atmc.robust.protocols import Custom
 from atmc.version import __version__
 
@@ -136,9 +136,6 @@ def _train_and_judge(job: api.Job, config: RunConfig, data: Data, folder: Path) 
 def _metrics(
     job: api.Job, result: api.Result, config: RunConfig, report: api.Report, size: int, seconds: float
 ) -> dict[str, Any]:
-    tensors = compressible(job.runner.model, exclude=tuple(config.training.exclude or ()))
-    nonzeros = sum(int(tensor.count_nonzero()) for tensor in tensors.values())
-    bits = nominal_bits(tensors, config.bits)
     decided = result.decided
     return {
         "method": config.method,
@@ -148,17 +145,19 @@ def _metrics(
         "seed": config.seed,
         "file_bytes": size,
         "dense_file_bytes": sum(4 * value.numel() for value in result.model.state_dict().values()),
-        "nominal_bits": bits,
-        "nominal_ratio": bits / (32 * job.dense_weights),
-        "nonzeros": nonzeros,
+        "nominal_bits": decided.size.nominal_bits,
+        "nominal_ratio": decided.size.nominal_bits / (32 * job.dense_weights),
+        "nonzeros": decided.size.nonzeros,
         "dense_weights": job.dense_weights,
-        "bits": config.bits,
+        "bits": decided.size.bits,
         **report.to_json(),
         "validation": {
-            "clean": decided["clean"].to_json(),
-            "pgd": decided["robust"].to_json(),
-            "fp16": decided["fp16"],
-            "batch_norm_reestimated": decided["batch_norm"],
+            "clean": decided.clean.to_json(),
+            "pgd": decided.robust.to_json(),
+            "fp16": decided.fp16,
+            "batch_norm_reestimated": decided.batch_norm,
+            "before_rounding": {"clean": decided.unrounded[0].to_json(), "pgd": decided.unrounded[1].to_json()},
+            "pruned_to_fit": decided.pruned,
         },
         "evaluated_on": "model.atmc",
         "seconds": round(seconds, 1),

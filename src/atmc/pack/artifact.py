@@ -300,7 +300,7 @@ def decode(content: Content, expected: Sequence[Field], *, max_values: int = MAX
 def _read_weight(
     part: bytes, field: Field, hint: coder.Integers | None, content: Content
 ) -> tuple[Weight, list[Spent]]:
-    reader = Reader(part, f"{content.source}: tensor {field.name}")
+    reader = Reader(part, f"{content.source}: tensor {field.name}", Malformed)
     (number,) = reader.take(1)
     if number >= len(FORMS):
         raise content.bad(f"tensor {field.name} has no valid form: {number}")

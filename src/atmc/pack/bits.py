@@ -26,6 +26,7 @@ MODE, LOW, HIGH, CODE, AT, SPENT = range(6)  # slots of a coder's state
 ONE = 1 << 32  # information 1
 STEPS = 11 << 10  # log odds are clamped to +-11 nats, in steps of 1/1024: no decision costs more than 16 bits
 POSITION_CLASSES = 6
+PAST_END = 12  # bytes that a decoder may read past the end: four ahead, and eight zeros that an encoder may cut off
 
 
 def settle(coder: Any, data: Any) -> None:
@@ -46,7 +47,7 @@ def code_bit(coder: Any, data: Any, cost: Any, p: int, bit: int) -> int:
     """Code one bit whose probability of being 1 is p / 65536, 0 < p < 65536; the bit.
 
     The interval [low, high] of 32-bit numbers shrinks to the part of the bit; leading bytes that are settled leave it.
-    A decoder reads zeros past the end.
+    A decoder reads zeros past the end, and gives up after PAST_END of them.
     """
     low, high = coder[LOW], coder[HIGH]
     width = high - low
@@ -160,6 +161,8 @@ def code_positions(
     for row in range(rows):
         base = row * columns
         left = 0
+        if coder[MODE] == DECODE and coder[AT] > len(data) + PAST_END:
+            return  # of no use any more, and a short file must not cost long
         for column in range(groups):
             first = base + column * group
             size = min(group, columns - column * group)
@@ -214,6 +217,8 @@ def code_symbols(
     for i in range(len(symbols) - 1):
         symbol = symbols[i]
         node = 1
+        if coder[MODE] == DECODE and coder[AT] > len(data) + PAST_END:
+            return
         for shift in range(depth - 1, rest - 1, -1):
             bit = (symbol >> shift) & 1
             if (((node << 1) | 1) << shift) - (1 << depth) >= levels:

@@ -109,8 +109,8 @@ def unpack(data: bytes, source: str = "file") -> Content:
 class Reader:
     """Takes bytes off the front of a buffer and never past its end."""
 
-    def __init__(self, data: bytes, source: str) -> None:
-        self._data, self._source, self.at = data, source, 0
+    def __init__(self, data: bytes, source: str, error: type[ArtifactError] = ChecksumMismatch) -> None:
+        self._data, self._source, self._error, self.at = data, source, error, 0
 
     @property
     def done(self) -> bool:
@@ -121,7 +121,7 @@ class Reader:
         """The next count bytes."""
         left = len(self._data) - self.at
         if count > left:
-            raise ChecksumMismatch(f"{self._source} is cut off or damaged: {count} bytes expected, {left} left")
+            raise self._error(f"{self._source} is cut off or damaged: {count} bytes expected, {left} left")
         self.at += count
         return self._data[self.at - count : self.at]
 
@@ -133,7 +133,7 @@ class Reader:
             number |= (byte & 127) << shift
             if byte < 128:
                 return number
-        raise ChecksumMismatch(f"{self._source} is damaged: a length of more than 5 bytes")
+        raise self._error(f"{self._source} is damaged: a length of more than 5 bytes")
 
 
 def varint(number: int) -> bytes:

@@ -17,9 +17,10 @@ from numpy.typing import NDArray
 from atmc.pack import bits
 from atmc.pack.bits import AT, DECODE, HIGH, LOW, SPENT
 
+CUT_ZEROS = bits.PAST_END - 4
 WORTH_COMPILING = 60_000  # decisions from which on Numba's start is worth its time
 FUNCTIONS = ("settle", "code_bit", "code_number", "decide", "code_positions", "code_symbols", "code_ascending")
-_SLOTS = ("DECODE", "MEASURE", "MODE", "LOW", "HIGH", "CODE", "AT", "SPENT")
+_CONSTANTS = ("PAST_END", "DECODE", "MEASURE", "MODE", "LOW", "HIGH", "CODE", "AT", "SPENT")
 
 
 class Stream:
@@ -34,7 +35,6 @@ class Stream:
 
     def __init__(self, mode: int, *, data: bytes = b"", room: int = 0, work: int = 0) -> None:
         self._run = _compiled() if work > WORTH_COMPILING else _plain()
-        self._given = len(data)
         start = [mode, 0, 0xFFFFFFFF, int.from_bytes(data[:4].ljust(4, b"\0"), "big"), 4 if mode == DECODE else 0, 0]
         self._coder = self._run.array(start)
         self._data = self._run.bytes(data if mode == DECODE else bytes(room))
@@ -50,7 +50,7 @@ class Stream:
     @property
     def over_read(self) -> bool:
         """Whether a decoder went further past the end than an encoder's cut zeros allow."""
-        return int(self._coder[AT]) > self._given + 8
+        return int(self._coder[AT]) > len(self._data) + bits.PAST_END
 
     def number(self, width: int, number: int = 0) -> int:
         """An integer of so many bits, all equally likely."""
@@ -95,7 +95,8 @@ class Stream:
             if value <= high:
                 break
         data = bytes(self._data[:at]) + value.to_bytes(4, "big")[:size]
-        return data.rstrip(b"\0")
+        zeros = min(len(data) - len(data.rstrip(b"\0")), CUT_ZEROS)
+        return data[: len(data) - zeros]
 
     def _model(self, parts: tuple[list[int], ...]) -> Any:
         return tuple(self._run.array(part) for part in parts)
@@ -117,7 +118,7 @@ def _compiled() -> types.SimpleNamespace:
         import numba
     except ImportError:
         return _plain()
-    space: dict[str, Any] = {"__name__": bits.__name__, **{name: getattr(bits, name) for name in _SLOTS}}
+    space: dict[str, Any] = {"__name__": bits.__name__, **{name: getattr(bits, name) for name in _CONSTANTS}}
     for name in FUNCTIONS:  # in the order of their calls, each in a namespace where those before it are compiled
         function = types.FunctionType(getattr(bits, name).__code__, space, name)
         space[name] = numba.njit(cache=True)(function)
