@@ -21,7 +21,7 @@ from atmc.compress.rate import RateControl
 from atmc.idle import drop_asleep, drop_unread
 from atmc.pack.forms import shorten
 from atmc.pack.norms import to_affine
-from atmc.robust.evaluate import Accuracy
+from atmc.robust.figures import Accuracy
 from atmc.train import assign
 
 Validate = Callable[[nn.Module], tuple[Accuracy, Accuracy]]
