@@ -78,7 +78,7 @@ def test_contract(attack, ball, capfd, caplog, monkeypatch):
     assert found.refused == 0
 
 
-@pytest.mark.parametrize("ball", [Linf(0.05), L2(0.25)], ids=str)
+@pytest.mark.parametrize("ball", [Linf(0.02), L2(0.12)], ids=str)
 def test_autoattack_is_pyautoattack(ball, monkeypatch):
     """With 10 classes: the same images, example by example, as its own run in the same batches (fewer queries)."""
     monkeypatch.setattr(autoattack, "QUERIES", 100)
