@@ -21,6 +21,7 @@ from atmc.compress.rate import Allocation, BudgetTooSmall, RateControl
 from atmc.data import Images, as_images, mixed_order
 from atmc.files import write_beside
 from atmc.finish import Decided, smallest_model, to_final
+from atmc.idle import probe_images
 from atmc.inputs import as_device, as_threat, expect_budget, expect_module
 from atmc.judge import EvaluationWarning, Options, Report, check_model, evaluate, evaluation, takes_channels_last
 from atmc.methods import CODEBOOK_METHODS, Plan, floor_of, objective_of, phases_of
@@ -158,7 +159,7 @@ class Job:
         self._refuse_unwritable(model)
         floor = floor_of(method, model, recipe.exclude)
         self.nonzeros = budget.resolve(self.dense_weights, floor=floor) if method != "da" else self.dense_weights
-        rate = self._rate(model, budget, method, recipe, floor) if budget.max_bytes is not None else None
+        rate = self._rate(model, budget, method, recipe, train) if budget.max_bytes is not None else None
         plan = Plan(
             self.nonzeros,
             self.dense_weights,
@@ -198,14 +199,16 @@ class Job:
                 value.zero_()
         artifact.from_bytes(artifact.to_bytes(empty, **self._about), factory=self._plain_copy)
 
-    def _rate(self, model: nn.Module, budget: Budget, method: str, recipe: Recipe, floor: int) -> RateControl:
+    def _rate(self, model: nn.Module, budget: Budget, method: str, recipe: Recipe, train: Images) -> RateControl:
         """Rate control for a budget in bytes. BudgetTooSmall if no file of the model is that small."""
         if method == "da":
             raise ValueError("method 'da' keeps every weight: leave out max_bytes")
         assert budget.max_bytes is not None
 
+        probe = probe_images(train)
+
         def measure(trained: nn.Module) -> int:
-            return len(artifact.to_bytes(to_final(trained), **self._about))
+            return len(artifact.to_bytes(to_final(trained, probe), **self._about))
 
         def measure_exact(rounded: nn.Module) -> int:
             return len(artifact.to_bytes(rounded, **self._about))

@@ -1,7 +1,8 @@
 """After the last phase: what the file will hold is decided, before the model is judged for the last time.
 
 All rounding is done here, so that saving is a pure function of the values: batch norm becomes a scale and a shift, each
-weight takes the form of fewest bytes, floats become float16 where that costs nothing, and a budget in bytes is met.
+weight takes the form of fewest bytes, what has no effect becomes zero, floats become float16 where that costs nothing,
+and a budget in bytes is met.
 """
 
 from __future__ import annotations
@@ -17,6 +18,7 @@ from atmc.compress.budget import Bits, distinct_nonzero, mean_bits, nominal_bits
 from atmc.compress.constraints import NonzeroBudget
 from atmc.compress.factorize import compressible, cut_ranks, fold, sites
 from atmc.compress.rate import RateControl
+from atmc.idle import drop_asleep, drop_unread
 from atmc.pack.forms import shorten
 from atmc.pack.norms import to_affine
 from atmc.robust.figures import Accuracy
@@ -46,6 +48,7 @@ class Decided:
         fp16: floating point values were rounded to float16, codebooks included.
         unrounded: clean and robust validation accuracy before that.
         size: of the model as it was trained, before the file's forms were chosen.
+        unread, asleep: values without effect that were set to zero, see `idle`.
         pruned: nonzeros that were given up in the end for a budget in bytes.
     """
 
@@ -55,6 +58,8 @@ class Decided:
     robust: Accuracy
     unrounded: tuple[Accuracy, Accuracy]
     size: Size
+    unread: int = 0
+    asleep: int = 0
     pruned: int = 0
 
 
@@ -67,6 +72,7 @@ def final_choices(
     score: Callable[[Accuracy, Accuracy], float],
     reestimate: Callable[[nn.Module], bool],
     rate: RateControl | None,
+    probe: Tensor,
 ) -> tuple[nn.Module, Decided]:
     """The model as it will be written, in place (still factorized where that is shorter), and what was decided.
 
@@ -78,26 +84,43 @@ def final_choices(
         bits: of the codebooks, where they are given.
         validate: model -> clean and robust validation accuracy.
         score: what is compared of two pairs of them.
+        probe: some training images, for `idle`.
         reestimate: gives a model new batch norm statistics; False where it has none.
     """
     renewed = _renew_batch_norm(model, validate, score, reestimate)
     size = _counts(compressible(model, exclude=exclude), bits, rate)
-    shorten(to_affine(model))
+    unread = _shortened(model, probe)
     exact = validate(fold(model))
+    exact, asleep = _without_asleep(model, probe, exact, validate, must=rate is not None)
     before = {name: value.detach().clone() for name, value in model.state_dict().items()}
     rounded = {name: _to_fp16(value) for name, value in before.items()}
     fits = rate is None or rate.measure_exact(model) <= rate.max_bytes
     if not all(bool(value.isfinite().all()) for value in rounded.values()):
         if not fits:
             raise RuntimeError("values are too large for float16, and in float32 the file is over its budget")
-        return model, Decided(renewed, False, *exact, exact, size)
+        return model, Decided(renewed, False, *exact, exact, size, unread, asleep)
     model.load_state_dict(rounded)
     pruned = _fit_bytes(model, exclude, rate) if rate else 0
     half = validate(fold(model))
     if fits and (half[0].accuracy < exact[0].accuracy or half[1].accuracy < exact[1].accuracy):
         model.load_state_dict(before)
-        return model, Decided(renewed, False, *exact, exact, size)
-    return model, Decided(renewed, True, *half, exact, size, pruned)
+        return model, Decided(renewed, False, *exact, exact, size, unread, asleep)
+    return model, Decided(renewed, True, *half, exact, size, unread, asleep, pruned)
+
+
+def _without_asleep(
+    model: nn.Module, probe: Tensor, exact: tuple[Accuracy, Accuracy], validate: Validate, *, must: bool
+) -> tuple[tuple[Accuracy, Accuracy], int]:
+    """Drop what never wakes if neither validation accuracy falls, or if a budget in bytes counts on it."""
+    before = {name: value.detach().clone() for name, value in model.state_dict().items()}
+    asleep = drop_asleep(model.eval(), probe)
+    if not asleep:
+        return exact, 0
+    now = validate(fold(model))
+    if must or (now[0].accuracy >= exact[0].accuracy and now[1].accuracy >= exact[1].accuracy):
+        return now, asleep
+    model.load_state_dict(before)
+    return exact, 0
 
 
 def _counts(tensors: Mapping[str, Tensor], bits: int | None, rate: RateControl | None) -> Size:
@@ -109,11 +132,21 @@ def _counts(tensors: Mapping[str, Tensor], bits: int | None, rate: RateControl |
     return Size(nonzeros, nominal_bits(tensors, held), mean_bits(tensors, held))
 
 
-def to_final(model: nn.Module) -> nn.Module:
-    """A copy as `final_choices` would leave it if float16 were taken: what rate control measures."""
-    final = shorten(to_affine(copy.deepcopy(model).cpu()))
+def to_final(model: nn.Module, probe: Tensor) -> nn.Module:
+    """A copy as `final_choices` would leave it if float16 were taken: what rate control measures; probe: images."""
+    final = copy.deepcopy(model).cpu()
+    _shortened(final, probe.cpu())
+    drop_asleep(final, probe.cpu())
     final.load_state_dict({name: _to_fp16(value) for name, value in final.state_dict().items()})
     return final
+
+
+def _shortened(model: nn.Module, probe: Tensor) -> int:
+    """Norms affine, each weight in its shortest form, and zeros where nothing reads; how many these are."""
+    to_affine(model).eval()
+    unread = drop_unread(model, probe)
+    shorten(model)
+    return unread + drop_unread(model, probe)  # W's rows may be unread where V's, which other rows share, are not
 
 
 @torch.no_grad()

@@ -22,6 +22,7 @@ from atmc.compress.factorize import built_once, compressible, restructure, struc
 from atmc.compress.rate import Allocation, RateControl
 from atmc.data import Images
 from atmc.finish import Decided, final_choices
+from atmc.idle import probe_images
 from atmc.numerics import full_float32
 from atmc.recipe import Recipe
 from atmc.rng import derived_seed
@@ -138,8 +139,9 @@ class Runner:
     def run(self, state: State | None = None) -> Iterator[Progress | EpochEnd]:
         """Train from a state (by default from the start); yields every step and every epoch's end."""
         state = state or State(allocation=asdict(self._budget))
-        if state.model and not structure(self.model):
-            restructure(self.model, state.structure)
+        if state.model:
+            here = structure(self.model)  # a checkpoint may have brought some weights factorized
+            restructure(self.model, {path: form for path, form in state.structure.items() if path not in here})
         for index in range(state.phase, len(self.phases)):
             if index != state.phase:
                 state = State(phase=index, allocation=state.allocation)
@@ -254,6 +256,7 @@ class Runner:
             score=self._score,
             reestimate=reestimate,
             rate=self.rate,
+            probe=probe_images(self._train),
         )
 
     def _validate(self, model: nn.Module) -> tuple[Accuracy, Accuracy]:

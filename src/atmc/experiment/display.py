@@ -106,7 +106,8 @@ def result_tables(metrics: Mapping[str, Any]) -> list[RenderableType]:
     dense = metrics["dense_file_bytes"]
     size = metrics["file_bytes"]
     table.add_section()
-    table.add_row("file", f"{size:,} bytes")
+    most = f" of at most {metrics['max_bytes']:,}" if metrics.get("max_bytes") else ""
+    table.add_row("file", f"{size:,} bytes{most}")
     table.add_row("dense float32", f"{dense:,} bytes ({dense / size:.1f} times the file)")
     table.add_row("nonzeros", f"{metrics['nonzeros']:,} of {metrics['dense_weights']:,} weights")
     table.add_row("nominal ratio", f"{metrics['nominal_ratio']:.5f}")

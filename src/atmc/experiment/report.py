@@ -140,7 +140,7 @@ def _sizes(metrics: Mapping[str, Any]) -> str:
     share = metrics["nonzeros"] / metrics["dense_weights"]
     accuracies = f"{_percent(chosen['clean']['accuracy'])} clean, {_percent(chosen['pgd']['accuracy'])} under pgd"
     small = {
-        "file": f"{size:,} bytes",
+        "file": f"{size:,} bytes" + (f" of at most {metrics['max_bytes']:,}" if metrics.get("max_bytes") else ""),
         "dense float32 file": f"{dense:,} bytes, {dense / size:,.1f} times the file",
         "nonzeros": f"{metrics['nonzeros']:,} of {metrics['dense_weights']:,} weights ({share * 100:.3g}{SPACE}%)",
         "nominal size": f"{metrics['nominal_bits']:,} bits (values only, as the paper counts)",
@@ -149,7 +149,7 @@ def _sizes(metrics: Mapping[str, Any]) -> str:
     }
     run = {
         "validation": accuracies,
-        "values rounded to fp16": "yes, validation no worse" if chosen["fp16"] else "no",
+        "values rounded to fp16": _rounding(chosen),
         "batch norm re-estimated": "yes, validation better" if chosen["batch_norm_reestimated"] else "no",
         "seed": str(metrics["seed"]),
         "time": f"{metrics['seconds']:,.1f} s",
@@ -157,6 +157,15 @@ def _sizes(metrics: Mapping[str, Any]) -> str:
     }
     cells = [[[escape(key), escape(value)] for key, value in part.items()] for part in (small, run)]
     return element("div", *(table(("", ""), rows, ("label", "text")) for rows in cells), class_="two")
+
+
+def _rounding(chosen: Mapping[str, Any]) -> str:
+    """Whether values were rounded to float16, and why."""
+    if not chosen["fp16"]:
+        return "no"
+    before = chosen.get("before_rounding", chosen)
+    worse = any(chosen[name]["accuracy"] < before[name]["accuracy"] for name in ("clean", "pgd"))
+    return "yes, for the budget, though validation is worse" if worse else "yes, validation no worse"
 
 
 def _training(records: Sequence[Mapping[str, Any]]) -> str:

@@ -300,7 +300,7 @@ def write_small(tensors: Sequence[tuple[str, np.ndarray]]) -> tuple[bytes, list[
 
     Args:
         tensors: (role, values): tensors of one role share statistics. float32 values are stored in float16 where that
-            is exact, a single value once; other types as they are.
+            is exact, a single value once, zeros as flags; other types as they are.
 
     Raises:
         ValueError: nan or infinity.
@@ -357,7 +357,13 @@ def _code_small(
     half = bool(stream.number(1, _is_half(values)))
     count = min(size, 1) if constant else size
     depth = 16 if half else 32
+    held = np.ones(count, np.int64)
+    if not constant and stream.number(1, not values.all()):
+        model = models.setdefault((role, 1), stream.model(1, VALUE_SCALES[1]))
+        held = stream.symbols(_room((values != 0).astype(np.int64), count), 2, 1, 1, model)
     model = models.setdefault((role, depth), stream.model(MODELLED, VALUE_SCALES[0]))
-    numbers = _ordered(values[:count], half)
-    found = _from_ordered(stream.symbols(_room(numbers, count), 1 << depth, depth, MODELLED, model), depth)
+    numbers = _ordered(values[:count][held != 0] if len(values) else values, half)
+    found = np.zeros(count, np.float32)
+    numbers = stream.symbols(_room(numbers, int(held.sum())), 1 << depth, depth, MODELLED, model)
+    found[held != 0] = _from_ordered(numbers, depth)
     return np.repeat(found, size) if constant and size else found
