@@ -18,6 +18,7 @@ from atmc.compress.projections import keep_largest, zero_kmeans
 EXACT_BELOW = 20_000  # nonzeros up to which a tensor's final codebook is the exact optimum
 FILLED = 0.985  # share of the byte budget from which on a search is content
 BITS_EACH = 12.0  # about what a nonzero takes, position and code
+ROUNDING = 8.0  # how much dearer an error of rounding is than one of pruning, which the other weights make up for
 USUAL_BITS = 4
 MARGINAL = 0.02  # the share of nonzeros, by magnitude, that stand for the marginal one
 
@@ -151,7 +152,7 @@ def _price(kept: Mapping[str, Tensor]) -> float:
     """Squared error that a bit is worth: that of a small nonzero, over the bits that it takes."""
     magnitudes = torch.cat([tensor[tensor != 0].abs().flatten() for tensor in kept.values()])
     marginal = magnitudes.kthvalue(max(int(MARGINAL * len(magnitudes)), 1)).values
-    return float(marginal) ** 2 / BITS_EACH
+    return float(marginal) ** 2 / BITS_EACH / ROUNDING
 
 
 def _cost(nonzero: Tensor, bits: int, price: float) -> float:
