@@ -104,6 +104,12 @@ class Stream:
         return tuple(self._run.array(part) for part in parts)
 
 
+def prepare(work: int) -> None:
+    """Start Numba before the first of many streams, where about so many decisions are to come in all of them."""
+    if work > WORTH_COMPILING:
+        _compiled()
+
+
 @cache
 def _plain() -> types.SimpleNamespace:
     """The functions of `bits` as they are, on lists."""
