@@ -44,11 +44,12 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
 
 from atmc.files import write_beside
 from atmc.models import build_from_spec, call_factory
 from atmc.models.factory import factory_name
-from atmc.pack import coder, forms, norms
+from atmc.pack import coder, forms, norms, stream
 from atmc.pack.coder import CodingError, Spent
 from atmc.pack.container import (
     VERSION,
@@ -185,6 +186,7 @@ def pack(
     """The bytes of a file. Raises ValueError as `to_bytes`."""
     if sum(field.size for field, _ in [*weights, *small]) > MAX_VALUES:
         raise ValueError(f"expected at most {MAX_VALUES:,} values in all")
+    stream.prepare(8 * sum(coder.Matrix.of(field.shape).work(16) for field, _ in weights))  # options are measured
     parts: list[bytes] = []
     hint = None
     for field, weight in weights:
@@ -280,6 +282,7 @@ def decode(content: Content, expected: Sequence[Field], *, max_values: int = MAX
     small = [field for field in expected if not field.is_weight]
     if len(content.parts) != len(big) + 1:
         raise content.bad(f"{len(content.parts) - 1} weights; its model has {len(big)}")
+    stream.prepare(sum(coder.Matrix.of(field.shape).work(16) for field in big) + 8 * sum(map(len, content.parts)))
     weights: dict[str, tuple[Weight, list[Spent]]] = {}
     hint = None
     for field, part in zip(big, content.parts, strict=False):
@@ -316,13 +319,27 @@ def _read_weight(
     return forms.read(form, field.shape, rank, encoded, hint)
 
 
+class _NoInitialValues(TorchFunctionMode):
+    """Functions of torch.nn.init do nothing; on meta tensors the first of them would take a second, for imports."""
+
+    def __torch_function__(
+        self, func: Callable[..., Any], types: Any, args: Sequence[Any] = (), kwargs: Mapping[str, Any] | None = None
+    ) -> Any:
+        if getattr(func, "__module__", None) == "torch.nn.init":
+            return None
+        return func(*args, **(kwargs or {}))
+
+
 def _build(content: Content, factory: Callable[..., nn.Module] | None) -> nn.Module:
     metadata, source = content.metadata, content.source
     spec = metadata["model"]
     name = spec.get("name")
     if is_zoo(spec):
         try:
-            with torch.device("meta"):  # names and shapes alone: memory is taken only once the file is found to fit
+            with (
+                torch.device("meta"),
+                _NoInitialValues(),
+            ):  # names and shapes alone: memory is taken only once the file is found to fit
                 return build_from_spec(spec)
         except ValueError as error:
             raise content.bad(str(error)) from error

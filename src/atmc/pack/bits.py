@@ -7,7 +7,8 @@ step, as in assumed-density filtering of a Bayesian logistic regression with ind
 et al. 2010, "adPredictor"), so that a context seen rarely stays near its prior, 0, and costs next to nothing.
 
 Every function serves measuring, encoding and decoding alike, so that the two sides cannot drift apart. They are plain
-Python on lists, and the same code compiled by Numba on arrays where there is much to do (`stream`).
+Python on lists, and the same code compiled by Numba on arrays, inner functions inlined, where there is much to do
+(`stream`).
 
 Legend: model the contexts' theta, log odds in 2^-32 nats, their information, variance, and when to renew it; p the
 probability of a 1, in 2^-16; spent the ideal code length so far, in 2^-16 bits.

@@ -20,6 +20,7 @@ from atmc.pack.bits import AT, DECODE, HIGH, LOW, SPENT
 CUT_ZEROS = bits.PAST_END - 4
 WORTH_COMPILING = 60_000  # decisions from which on Numba's start is worth its time
 FUNCTIONS = ("settle", "code_bit", "code_number", "decide", "code_positions", "code_symbols", "code_ascending")
+INLINED = ("settle", "code_bit", "code_number", "decide")  # calls and checks of divisors cost more than the work
 _CONSTANTS = ("PAST_END", "DECODE", "MEASURE", "MODE", "LOW", "HIGH", "CODE", "AT", "SPENT")
 
 
@@ -103,6 +104,12 @@ class Stream:
         return tuple(self._run.array(part) for part in parts)
 
 
+def prepare(work: int) -> None:
+    """Start Numba before the first of many streams, where about so many decisions are to come in all of them."""
+    if work > WORTH_COMPILING:
+        _compiled()
+
+
 @cache
 def _plain() -> types.SimpleNamespace:
     """The functions of `bits` as they are, on lists."""
@@ -122,7 +129,8 @@ def _compiled() -> types.SimpleNamespace:
     space: dict[str, Any] = {"__name__": bits.__name__, **{name: getattr(bits, name) for name in _CONSTANTS}}
     for name in FUNCTIONS:  # in the order of their calls, each in a namespace where those before it are compiled
         function = types.FunctionType(getattr(bits, name).__code__, space, name)
-        space[name] = numba.njit(cache=True)(function)
+        compiler = numba.njit(cache=True, forceinline=name in INLINED, error_model="numpy")
+        space[name] = compiler(function)
     tables = (_integers(bits.squash_table()), _integers(bits.cost_table()))
     functions = {name: space[name] for name in FUNCTIONS}
     return types.SimpleNamespace(**functions, array=_integers, bytes=_octets, tables=lambda: tables)
