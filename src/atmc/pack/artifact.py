@@ -49,7 +49,7 @@ from atmc.files import write_beside
 from atmc.models import build_from_spec, call_factory
 from atmc.models.factory import factory_name
 from atmc.pack import coder, forms, norms
-from atmc.pack.coder import CodingError, Spent
+from atmc.pack.coder import CodingError, Spent, TooManySides
 from atmc.pack.container import (
     VERSION,
     ArtifactError,
@@ -285,6 +285,8 @@ def decode(content: Content, expected: Sequence[Field], *, max_values: int = MAX
     for field, part in zip(big, content.parts, strict=False):
         try:
             weights[field.name] = _read_weight(part, field, hint, content)
+        except TooManySides as error:
+            raise TooLarge(f"{content.source}: tensor {field.name}: {error}") from error
         except CodingError as error:
             raise content.bad(f"tensor {field.name}: {error}") from error
         hint = weights[field.name][0].row_counts()
