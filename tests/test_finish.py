@@ -1,11 +1,17 @@
 """What is decided after training: what has no effect is dropped, and nothing else."""
 
+import pytest
 import torch
 from torch import nn
 
-from atmc.finish import drop_idle, smallest_model, to_final
+from atmc.compress.constraints import NonzeroBudget
+from atmc.compress.factorize import compressible, factorize
+from atmc.finish import smallest_model, to_final
+from atmc.idle import drop_asleep, drop_unread
 from atmc.models import build
 from atmc.pack import artifact
+from atmc.pack.norms import to_affine
+from atmc.train import assign
 
 
 def network() -> nn.Module:
@@ -23,14 +29,59 @@ def network() -> nn.Module:
     return model
 
 
-def test_only_what_has_no_effect_is_dropped():
+def test_only_what_nobody_reads_is_dropped():
+    model, x = network(), torch.rand(64, 1, 2, 2)
+    with torch.no_grad():
+        model[1].bias[1] = 0.0  # unit 1 has neither weights nor bias: what reads it is of no use
+    before, weight, reading = model(x), model[1].weight.detach().clone(), model[3].weight.detach().clone()
+    assert drop_unread(model, x) == 4 + 1 + 3  # weights and bias of unit 0, and who reads unit 1
+    assert torch.allclose(model(x), before, atol=1e-6)
+    assert not model[1].weight[0].any()
+    assert torch.equal(model[1].weight[1:], weight[1:])
+    assert not model[3].weight[:, 1].any()
+    assert torch.equal(model[3].weight[:, 2:], reading[:, 2:])
+    assert drop_unread(model, x) == 0
+
+
+def test_only_what_no_image_feels_is_dropped():
     model, x = network(), torch.rand(64, 1, 2, 2)
     before, bias = model(x), model[1].bias.detach().clone()
-    assert drop_idle(model, x) == 2
+    assert drop_asleep(model, x) == 2
     assert torch.equal(model(x), before)
     assert model[1].bias[:2].tolist() == [0.0, 0.0]
     assert torch.equal(model[1].bias[2:], bias[2:])
-    assert drop_idle(model, x) == 0
+    assert drop_asleep(model, x) == 0
+
+
+@pytest.mark.parametrize("name", ["lenet", "resnet18", "wrn-10-1", "mobilenetv2"])
+def test_a_dense_network_is_read_everywhere(name):
+    model = to_affine(build(name, 10, seed=0)).eval()
+    shape = (4, 1, 28, 28) if name == "lenet" else (4, 3, 32, 32)
+    with torch.no_grad():
+        for vector in (p for p in model.parameters() if p.dim() == 1):
+            vector.add_(0.1)
+    assert drop_unread(model, torch.rand(shape)) == 0
+
+
+def test_a_pruned_network_computes_the_same_without_what_nobody_reads():
+    model = factorize(build("lenet", 10, seed=0))
+    tensors = compressible(model)
+    generator = torch.Generator().manual_seed(0)
+    values = {name: torch.randn(t.shape, generator=generator) for name, t in tensors.items() if name.endswith("V")}
+    assign(tensors, {**{n: torch.zeros_like(t) for n, t in tensors.items()}, **NonzeroBudget(800).project(values)})
+    x = torch.rand(100, 1, 28, 28)
+    before = model.eval()(x)
+    assert drop_unread(model, x[:10]) > 50
+    assert torch.allclose(model(x), before, atol=1e-5 * float(before.detach().abs().max()))
+
+
+def test_a_model_that_reads_nothing_keeps_its_weights():
+    model = nn.Sequential(nn.Flatten(), nn.Linear(4, 5), nn.ReLU(), nn.Linear(5, 3))
+    with torch.no_grad():
+        model[3].weight.zero_()
+    weight = model[1].weight.detach().clone()
+    drop_unread(model, torch.rand(8, 1, 2, 2))
+    assert torch.equal(model[1].weight, weight)
 
 
 def test_measuring_leaves_the_model_alone():

@@ -21,7 +21,8 @@ from atmc.compress.factorize import fold, refuse_unfit, sites, use_channels_last
 from atmc.compress.rate import Allocation, BudgetTooSmall, RateControl
 from atmc.data import Images, as_images, mixed_order
 from atmc.files import write_beside
-from atmc.finish import Decided, probe_images, smallest_model, to_final
+from atmc.finish import Decided, smallest_model, to_final
+from atmc.idle import probe_images
 from atmc.inputs import as_device, as_threat, expect_budget, expect_module
 from atmc.methods import CODEBOOK_METHODS, Plan, floor_of, objective_of, phases_of
 from atmc.numerics import deterministic

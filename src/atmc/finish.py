@@ -18,7 +18,7 @@ from atmc.compress.budget import Bits, distinct_nonzero, mean_bits, nominal_bits
 from atmc.compress.constraints import NonzeroBudget
 from atmc.compress.factorize import compressible, cut_ranks, fold, sites
 from atmc.compress.rate import RateControl
-from atmc.data import Images
+from atmc.idle import drop_asleep, drop_unread
 from atmc.pack.forms import shorten
 from atmc.pack.norms import to_affine
 from atmc.robust.evaluate import Accuracy
@@ -48,7 +48,7 @@ class Decided:
         fp16: floating point values were rounded to float16, codebooks included.
         unrounded: clean and robust validation accuracy before that.
         size: of the model as it was trained, before the file's forms were chosen.
-        idle: biases, scales and shifts without effect that were set to zero, see `drop_idle`.
+        unread, asleep: values without effect that were set to zero, see `idle`.
         pruned: nonzeros that were given up in the end for a budget in bytes.
     """
 
@@ -58,7 +58,8 @@ class Decided:
     robust: Accuracy
     unrounded: tuple[Accuracy, Accuracy]
     size: Size
-    idle: int = 0
+    unread: int = 0
+    asleep: int = 0
     pruned: int = 0
 
 
@@ -83,41 +84,41 @@ def final_choices(
         bits: of the codebooks, where they are given.
         validate: model -> clean and robust validation accuracy.
         score: what is compared of two pairs of them.
-        probe: some training images, for `drop_idle`.
+        probe: some training images, for `idle`.
         reestimate: gives a model new batch norm statistics; False where it has none.
     """
     renewed = _renew_batch_norm(model, validate, score, reestimate)
     size = _counts(compressible(model, exclude=exclude), bits, rate)
-    shorten(to_affine(model))
+    unread = _shortened(model, probe)
     exact = validate(fold(model))
-    exact, idle = _without_idle(model, probe, exact, validate, must=rate is not None)
+    exact, asleep = _without_asleep(model, probe, exact, validate, must=rate is not None)
     before = {name: value.detach().clone() for name, value in model.state_dict().items()}
     rounded = {name: _to_fp16(value) for name, value in before.items()}
     fits = rate is None or rate.measure_exact(model) <= rate.max_bytes
     if not all(bool(value.isfinite().all()) for value in rounded.values()):
         if not fits:
             raise RuntimeError("values are too large for float16, and in float32 the file is over its budget")
-        return model, Decided(renewed, False, *exact, exact, size, idle)
+        return model, Decided(renewed, False, *exact, exact, size, unread, asleep)
     model.load_state_dict(rounded)
     pruned = _fit_bytes(model, exclude, rate) if rate else 0
     half = validate(fold(model))
     if fits and (half[0].accuracy < exact[0].accuracy or half[1].accuracy < exact[1].accuracy):
         model.load_state_dict(before)
-        return model, Decided(renewed, False, *exact, exact, size, idle)
-    return model, Decided(renewed, True, *half, exact, size, idle, pruned)
+        return model, Decided(renewed, False, *exact, exact, size, unread, asleep)
+    return model, Decided(renewed, True, *half, exact, size, unread, asleep, pruned)
 
 
-def _without_idle(
+def _without_asleep(
     model: nn.Module, probe: Tensor, exact: tuple[Accuracy, Accuracy], validate: Validate, *, must: bool
 ) -> tuple[tuple[Accuracy, Accuracy], int]:
-    """Drop what is idle if neither validation accuracy falls, or if a budget in bytes counts on it."""
+    """Drop what never wakes if neither validation accuracy falls, or if a budget in bytes counts on it."""
     before = {name: value.detach().clone() for name, value in model.state_dict().items()}
-    idle = drop_idle(model.eval(), probe)
-    if not idle:
+    asleep = drop_asleep(model.eval(), probe)
+    if not asleep:
         return exact, 0
     now = validate(fold(model))
     if must or (now[0].accuracy >= exact[0].accuracy and now[1].accuracy >= exact[1].accuracy):
-        return now, idle
+        return now, asleep
     model.load_state_dict(before)
     return exact, 0
 
@@ -133,10 +134,19 @@ def _counts(tensors: Mapping[str, Tensor], bits: int | None, rate: RateControl |
 
 def to_final(model: nn.Module, probe: Tensor) -> nn.Module:
     """A copy as `final_choices` would leave it if float16 were taken: what rate control measures; probe: images."""
-    final = shorten(to_affine(copy.deepcopy(model).cpu().eval()))
-    drop_idle(final, probe.cpu())
+    final = copy.deepcopy(model).cpu()
+    _shortened(final, probe.cpu())
+    drop_asleep(final, probe.cpu())
     final.load_state_dict({name: _to_fp16(value) for name, value in final.state_dict().items()})
     return final
+
+
+def _shortened(model: nn.Module, probe: Tensor) -> int:
+    """Norms affine, each weight in its shortest form, and zeros where nothing reads; how many these are."""
+    to_affine(model).eval()
+    unread = drop_unread(model, probe)
+    shorten(model)
+    return unread + drop_unread(model, probe)  # W's rows may be unread where V's, which other rows share, are not
 
 
 @torch.no_grad()
@@ -157,34 +167,6 @@ def smallest_model(method: str, model: nn.Module, exclude: tuple[str, ...]) -> n
             weight.zero_()
             weight[-1] = last
     return small
-
-
-def probe_images(images: Images, n: int = 256) -> Tensor:
-    """The first n training images, (n, c, h, w) float32 in [0, 1]."""
-    return images.float_pixels(torch.arange(min(n, len(images)), device=images.labels.device))
-
-
-def drop_idle(model: nn.Module, probe: Tensor) -> int:
-    """Zero the biases, scales and shifts that no image of the probe (n, c, h, w) feels; in place. How many they are.
-
-    They belong to channels that nothing reads, or whose weights were all pruned, or that never wake: their gradient is
-    exactly zero. Zeros cost next to nothing in the file.
-    """
-    vectors = [p for p in model.parameters() if p.dim() == 1 and p.requires_grad]
-    if not vectors:
-        return 0
-    noise = torch.Generator().manual_seed(0)
-    with torch.enable_grad():
-        logits = model(probe)
-        weights = torch.randn(logits.shape, generator=noise).to(logits)
-        grads = torch.autograd.grad((logits * weights).sum(), vectors, allow_unused=True)
-    dropped = 0
-    with torch.no_grad():
-        for vector, grad in zip(vectors, grads, strict=True):
-            idle = torch.ones_like(vector, dtype=torch.bool) if grad is None else grad == 0
-            dropped += int((idle & (vector != 0)).sum())
-            vector.masked_fill_(idle, 0.0)
-    return dropped
 
 
 def _renew_batch_norm(

@@ -21,7 +21,8 @@ from atmc.compress.constraints import Constraint
 from atmc.compress.factorize import built_once, compressible, restructure, structure
 from atmc.compress.rate import Allocation, RateControl
 from atmc.data import Images
-from atmc.finish import Decided, final_choices, probe_images
+from atmc.finish import Decided, final_choices
+from atmc.idle import probe_images
 from atmc.numerics import full_float32
 from atmc.recipe import Recipe
 from atmc.rng import derived_seed

@@ -1,6 +1,6 @@
 """One run of the arithmetic coder, in plain Python or compiled: what `coder` speaks to.
 
-Plain Python takes about 3 microseconds a decision, and Numba, from its cache, half a second to start: the work decides.
+Plain Python takes about 3 microseconds a decision, and Numba, from its cache, half a second to start: the work decides, once.
 Both give the same bits.
 """
 
@@ -34,7 +34,8 @@ class Stream:
     """
 
     def __init__(self, mode: int, *, data: bytes = b"", room: int = 0, work: int = 0) -> None:
-        self._run = _compiled() if work > WORTH_COMPILING else _plain()
+        started = _compiled.cache_info().currsize > 0
+        self._run = _compiled() if started or work > WORTH_COMPILING else _plain()
         start = [mode, 0, 0xFFFFFFFF, int.from_bytes(data[:4].ljust(4, b"\0"), "big"), 4 if mode == DECODE else 0, 0]
         self._coder = self._run.array(start)
         self._data = self._run.bytes(data if mode == DECODE else bytes(room))
