@@ -355,13 +355,12 @@ def _code_small(
 ) -> np.ndarray:
     """One tensor, written or read: the values given or found."""
     if dtype != np.float32:
-        octets = np.frombuffer(values.astype(dtype.newbyteorder("<")).tobytes(), np.uint8)
-        octets = octets if len(octets) else np.zeros(size * dtype.itemsize, np.uint8)
+        octets = values.astype(dtype.newbyteorder("<")).tobytes()
         read = bytearray()
-        for octet in octets:
+        for i in range(size * dtype.itemsize):
             if stream.over_read:
                 raise CodingError("the code is cut off")
-            read.append(stream.number(8, int(octet)))
+            read.append(stream.number(8, octets[i] if octets else 0))
         found = np.frombuffer(read, dtype.newbyteorder("<")).astype(dtype)
         if dtype == np.bool_ and any(octet > 1 for octet in read):
             raise CodingError("a truth value is neither 0 nor 1")
