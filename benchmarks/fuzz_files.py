@@ -3,7 +3,7 @@
     python benchmarks/fuzz_files.py --count 200000 --out results/files/fuzz.json
 
 Each case damages a file of a small model: flipped bits, bytes set, cut off, inserted, moved or filled blocks, two files
-spliced. Half of them, as a malicious author would, inside a part, with lengths and the chain of checksums made right
+spliced, heads and numbers changed. Half of them, as a malicious author would, inside a part, with lengths and the chain of checksums made right
 again; of the metadata either the deflated bytes or the JSON below. Then the file is loaded, or for every fourth taken
 apart as `atmc inspect` does, without the model. It must end
 
@@ -21,6 +21,7 @@ import argparse
 import json
 import os
 import platform
+import re
 import resource
 import sys
 import time
@@ -154,7 +155,21 @@ def splice(data: bytearray, rng: Random, other: bytes) -> None:
     data += other[rng.randrange(len(other) + 1) :]
 
 
-MUTATIONS = (flip_bits, set_bytes, truncate, insert, cut_out, fill, move_block, splice)
+def set_head(data: bytearray, rng: Random, other: bytes) -> None:
+    """In a part: form, rank and lengths."""
+    data[rng.randrange(min(4, len(data)))] = rng.choice((rng.randrange(8), rng.randrange(256)))
+
+
+def change_number(data: bytearray, rng: Random, other: bytes) -> None:
+    """In JSON: sizes and options."""
+    found = list(re.finditer(rb"\d+|true|false|null", data))
+    if found:
+        match = rng.choice(found)
+        data[match.start() : match.end()] = rng.choice(NUMBERS)
+
+
+NUMBERS = (b"0", b"-1", b"1", b"5", b"1.5", b"300", b"70000", b"5000000", b"4294967295", b"1e400", b"null", b'"6"')
+MUTATIONS = (flip_bits, set_bytes, truncate, insert, cut_out, fill, move_block, splice, set_head, change_number)
 
 
 def parts_of(data: bytes) -> list[bytes]:

@@ -75,9 +75,9 @@ def test_compiled_and_plain_bits_are_the_same(weight, seed):
     small = [("bias", values.reshape(-1)[:50]), ("steps", np.array([seed, -1]))]
     kinds = [(role, array.dtype, len(array)) for role, array in small]
     found = []
-    for threshold in (-1, 10**12):
+    for name, value in (("WORTH_COMPILING", -1), ("_compiled", stream._plain)):
         with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(stream, "WORTH_COMPILING", threshold)
+            patch.setattr(stream, name, value)
             data, packed = coder.write_weight(values, matrix, hint), coder.write_small(small)
             decoded = coder.read_weight(data[0], matrix, hint)[0].tobytes()
             again = [array.tobytes() for array in coder.read_small(packed[0], kinds)[0]]

@@ -277,14 +277,14 @@ class TestConfig:
         [
             ({"threat": "linf:2/0"}, "expected a radius"),
             ({"attacks": ["pdg"]}, "did you mean 'pgd'"),
-            ({"ratio": None}, "exactly one of ratio and nonzeros"),
+            ({"ratio": None}, "exactly one of ratio, nonzeros and max_bytes"),
             ({"ratio": 2.0}, "at most 1"),
             ({"bits": 12}, "1 to 8 bits"),
             ({"model": None}, "model"),
             ({"eval_n": 0}, "eval_n >= 1, got 0"),
             ({"seed": 2**63}, "seed"),
             ({"eval_n": {"pdg": 5}}, "did you mean 'pgd'"),
-            ({"method": "da"}, "leave out ratio, nonzeros and bits"),
+            ({"method": "da"}, "leave out ratio, nonzeros, max_bytes and bits"),
             ({"method": "atcm"}, "did you mean 'atmc'"),
         ],
     )

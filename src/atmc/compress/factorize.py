@@ -340,12 +340,16 @@ def put_factors(model: nn.Module, path: str, form: str, parts: Mapping[str, Tens
 
 
 def _unregister(site: Site, weight: Tensor) -> None:
-    """A plain parameter in place of a weight's factors. The class that torch injected stays: copies share it."""
+    """A plain parameter in place of a weight's factors. Copies of the model, which share its classes, are unharmed."""
     holders = cast(nn.ModuleDict, site.module.parametrizations)
     device = next(holders.parameters()).device
-    plain_class = parametrize.type_before_parametrizations(site.module)
+    plain_class, injected = parametrize.type_before_parametrizations(site.module), type(site.module)
     del holders[site.parameter]
-    if not holders:
+    if holders:  # other weights of the module stay factors: a class like torch's, without this one's property
+        own = {"__dict__", "__weakref__", site.parameter}
+        members = {name: value for name, value in vars(injected).items() if name not in own}
+        site.module.__class__ = type(injected.__name__, injected.__bases__, members)
+    else:
         site.module.__class__ = plain_class
         del site.module.parametrizations
     site.module.register_parameter(site.parameter, nn.Parameter(weight.to(device)))

@@ -307,10 +307,11 @@ def _read_weight(
     if number >= len(FORMS):
         raise content.bad(f"tensor {field.name} has no valid form: {number}")
     form, rank = FORMS[number], 0
-    most = min(field.shape[0], field.size // field.shape[0])
+    rows, columns = field.shape[0], field.size // field.shape[0]
     if form != PLAIN:
         rank = reader.varint()
-        if not 1 <= rank <= most or (form in ("left", "right") and rank != most):
+        square = {"left": rows, "right": columns}.get(form, rank)  # where the identity is added
+        if not 1 <= rank <= min(rows, columns) or rank != square:
             raise content.bad(f"tensor {field.name} has rank {rank}, its shape is {field.shape}")
     names = list(forms.layouts(form, field.shape, rank))
     encoded = [reader.take(reader.varint()) for _ in names[:-1]]

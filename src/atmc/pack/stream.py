@@ -1,7 +1,7 @@
 """One run of the arithmetic coder, in plain Python or compiled: what `coder` speaks to.
 
-Plain Python takes about 3 microseconds a decision, and Numba, from its cache, half a second to start: the work decides, once.
-Both give the same bits.
+Plain Python takes about 3 microseconds a decision, and Numba, from its cache, half a second to start: the work decides,
+once. Both give the same bits.
 """
 
 from __future__ import annotations
