@@ -65,7 +65,7 @@ def sealed(parts: list[bytes]) -> bytes:
 
 @pytest.mark.parametrize(
     ("kind", "bits"),
-    [("dense", None), ("pruned", None), ("pruned", 1), ("identity", None), ("identity", 4), ("svd", 2), ("ranks", None)],
+    [("pruned", None), ("pruned", 1), ("identity", 4), ("svd", 2), ("ranks", None)],
 )
 def test_round_trip_is_bit_for_bit(kind, bits, tmp_path):
     model = squeezed(kind, bits)
@@ -87,7 +87,7 @@ def test_round_trip_is_bit_for_bit(kind, bits, tmp_path):
     assert artifact.to_bytes(model, threat="linf:0.1", method="atmc") == (tmp_path / "m.atmc").read_bytes()
 
 
-@pytest.mark.parametrize("name", ["resnet18", "wrn-10-1", "mobilenetv2"])
+@pytest.mark.parametrize("name", ["wrn-10-1", "mobilenetv2"])
 @pytest.mark.parametrize("affine", [False, True])
 def test_models_with_batch_norm(name, affine):
     model = models.build(name, 10, mean=[0.4, 0.5, 0.6], std=[0.2, 0.2, 0.3], seed=0)

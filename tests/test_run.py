@@ -9,6 +9,7 @@ import time
 import tomllib
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from safetensors.torch import save_file
@@ -16,6 +17,7 @@ from torch import nn
 
 from atmc import models
 from atmc.api import evaluate
+from atmc.compress.factorize import compressible, structure
 from atmc.experiment import run as runs
 from atmc.experiment.config import parse, read_toml
 from atmc.experiment.run import Finished, FolderInUse, run
@@ -306,6 +308,13 @@ class TestConfig:
         assert parse(tomllib.loads(config.to_toml())) == config
 
 
+def held(path: Path) -> dict:
+    """The weights of a file as they are stored."""
+    content = artifact.read(path)
+    decoded = artifact.decode(content, artifact.stored_fields(content))
+    return {name: weight for name, (weight, _) in decoded.weights.items()}
+
+
 class TestWeights:
     def test_every_kind_of_file(self, tmp_path, lenet):
         state = models.build("lenet", 10, seed=5).state_dict()
@@ -366,7 +375,14 @@ class TestWeights:
                 "training": {"epochs": {"dense": 0, "l0": 0, "admm": 1}, "val_n": 20},
             },
         )
-        assert set(artifact.read(here / "more" / "model.atmc").metadata["structure"]) == {"0.weight", "3.weight"}
+        stored = held(here / "out" / "model.atmc")
+        model = nn.Sequential(nn.Conv2d(1, 4, 5, stride=3), nn.ReLU(), nn.Flatten(), nn.Linear(256, 10))
+        load_weights(model, str(here / "out" / "model.atmc"), factorized=True)
+        factored = {path: form for path, (form, _) in structure(model).items()}
+        assert factored == {path: weight.form for path, weight in stored.items() if weight.form != "plain"}
+        expected = {f"{path}.{name}": x for path, weight in stored.items() for name, x in weight.parts.items()}
+        for name, tensor in compressible(model).items():
+            assert np.array_equal(tensor.detach().numpy(), expected[name if name in expected else f"{name}.W"])
         assert metrics["nonzeros"] <= int(0.3 * metrics["dense_weights"])
 
 
