@@ -3,8 +3,8 @@
     python benchmarks/fuzz_files.py --count 200000 --out results/files/fuzz.json
 
 Each case damages a file of a small model: flipped bits, bytes set, cut off, inserted, moved or filled blocks, two files
-spliced, heads and numbers changed. Half of them, as a malicious author would, inside a part, with lengths and the chain of checksums made right
-again; of the metadata either the deflated bytes or the JSON below. Then the file is loaded, or for every fourth taken
+spliced, heads and numbers changed. Half of them, as a malicious author would, inside a part, with lengths and the chain
+of checksums made right again; of the metadata either the deflated bytes or the JSON below. Then the file is loaded, or for every fourth taken
 apart as `atmc inspect` does, without the model. It must end
 
 - in an `ArtifactError` or a model of finite values, and nothing else, within 2 seconds,

@@ -203,7 +203,7 @@ class TestWrongFiles:
 
     def test_lengths(self):
         for part in (b"\xff" * 6, varint(10**9) + b"1234"):
-            with pytest.raises(artifact.ChecksumMismatch, match="more than 5 bytes|1000000000 bytes expected, 4 left"):
+            with pytest.raises(artifact.ChecksumMismatch, match=r"more than 5 bytes|1000000000 bytes expected, 4 left"):
                 artifact.unpack(b"ATMC\x02\x00" + part)
 
     @pytest.mark.parametrize(
@@ -226,7 +226,7 @@ class TestWrongFiles:
             artifact.from_bytes(sealed([parts[0], part, *parts[2:]]))
 
     def test_biases_that_make_no_sense(self):
-        with pytest.raises(artifact.Malformed, match="biases and norms: (the code is cut off|a value)"):
+        with pytest.raises(artifact.Malformed, match=r"biases and norms: (the code is cut off|a value)"):
             artifact.from_bytes(sealed([*parts_of(self.data)[:-1], b"\x55"]))
 
     @pytest.mark.parametrize(
@@ -252,7 +252,7 @@ class TestWrongFiles:
 
         texts = [b"\xff\xfe", b"[" * 100_000, b"3", b'{"model":{}', b"9" * 5000]
         for part in (*map(deflated, texts), b"\xff\xff", b"", deflated(b'{"model":{}}') + b"x"):
-            with pytest.raises(artifact.Malformed, match="not deflated JSON|describes no model|or cut off"):
+            with pytest.raises(artifact.Malformed, match=r"not deflated JSON|describes no model|or cut off"):
                 artifact.unpack(sealed([part, b"", b""]))
 
     def test_metadata_that_expand_without_end(self):

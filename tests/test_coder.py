@@ -1,4 +1,4 @@
-"""The coder of tensors: bit-for-bit round trips, code lengths near what information theory allows, no trust in bytes."""
+"""The coder of tensors: bit-for-bit round trips, code lengths near what theory allows, no trust in bytes."""
 
 import math
 
@@ -104,7 +104,12 @@ def test_small_tensors_round_trip_bit_for_bit(drawn):
         values = rng.integers(-2, 3, size).astype(np.float64)
         if seed % 3 == 0 and kind in (np.float32, np.float64):
             values = rng.standard_normal(size) * 10.0 ** rng.integers(-40, 38)
-        tensors.append((["bias", "weight", f"b{i}"][seed % 3], values.astype(np.int64 if kind is np.uint8 else np.float64).astype(kind)))
+        tensors.append(
+            (
+                ["bias", "weight", f"b{i}"][seed % 3],
+                values.astype(np.int64 if kind is np.uint8 else np.float64).astype(kind),
+            )
+        )
     data, lengths = coder.write_small(tensors)
     found, again = coder.read_small(data, [(role, values.dtype, len(values)) for role, values in tensors])
     assert lengths == again
@@ -236,7 +241,7 @@ class TestStrangers:
     def test_a_short_code_of_a_large_tensor_is_given_up_early(self):
         """Not after 800 million values, nor with memory for them."""
         data = coder.write_weight(uniform((20, 2000), 3000, 2, seed=0), Matrix.of((20, 2000)))[0]
-        with pytest.raises(CodingError, match="cut off|out of range"):
+        with pytest.raises(CodingError, match=r"cut off|out of range"):
             coder.read_weight(data[: len(data) // 2], Matrix.of((20, 2000)))
         with pytest.raises(CodingError, match="the code is cut off"):
             coder.read_small(b"\x55" * 40, [("ids", np.dtype(np.int64), 100_000_000)])

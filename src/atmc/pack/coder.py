@@ -16,7 +16,6 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from atmc.pack import bits
 from atmc.pack.bits import DECODE, ENCODE, MEASURE
 from atmc.pack.stream import Stream
 
@@ -306,8 +305,9 @@ def write_small(tensors: Sequence[tuple[str, np.ndarray]]) -> tuple[bytes, list[
     """Biases, norms and whatever else is no weight, one after the other; and the bits that each takes.
 
     Args:
-        tensors: (role, values): tensors of one role share statistics (roles after MAX_ROLES too). float32 values are stored in float16 where that
-            is exact, a single value once, zeros as flags; other types as they are.
+        tensors: (role, values): tensors of one role share statistics, and so do roles after MAX_ROLES. float32
+            values are stored in float16 where that is exact, a single value once, zeros as flags; other types as they
+            are.
 
     Raises:
         ValueError: nan or infinity.

@@ -58,7 +58,14 @@ class Stream:
         return int(self._run.code_number(self._coder, self._data, self._tables[1], width, int(number)))
 
     def positions(
-        self, flags: NDArray[np.uint8], rows: int, columns: int, group: int, across: int, classes: NDArray[np.int64], scale: int
+        self,
+        flags: NDArray[np.uint8],
+        rows: int,
+        columns: int,
+        group: int,
+        across: int,
+        classes: NDArray[np.int64],
+        scale: int,
     ) -> NDArray[np.uint8]:
         """Which entries of a matrix are nonzero: see `bits.code_positions`. The flags, those given or decoded."""
         model = self._model(bits.position_model(rows, columns, group, scale))
@@ -74,7 +81,9 @@ class Stream:
         """Fresh contexts for `symbols`."""
         return self._model(bits.tree_model(modelled, scale))
 
-    def symbols(self, symbols: NDArray[np.int64], levels: int, depth: int, modelled: int, model: Any) -> NDArray[np.int64]:
+    def symbols(
+        self, symbols: NDArray[np.int64], levels: int, depth: int, modelled: int, model: Any
+    ) -> NDArray[np.int64]:
         """Integers from 0 to levels - 1, of depth bits: see `bits.code_symbols`. Those given or decoded."""
         held = self._run.array(np.append(symbols, levels))
         self._run.code_symbols(self._coder, self._data, self._tables, held, depth, modelled, model, self._contexts)
