@@ -4,8 +4,8 @@
 
 Each case damages a file of a small model: flipped bits, bytes set, cut off, inserted, moved or filled blocks, two files
 spliced, heads and numbers changed. Half of them, as a malicious author would, inside a part, with lengths and the chain
-of checksums made right again; of the metadata either the deflated bytes or the JSON below. Then the file is loaded, or for every fourth taken
-apart as `atmc inspect` does, without the model. It must end
+of checksums made right again; of the metadata either the deflated bytes or the JSON below. Then the file is loaded, or
+for every fourth taken apart as `atmc inspect` does, without the model. It must end
 
 - in an `ArtifactError` or a model of finite values, and nothing else, within 2 seconds,
 - under a limit of address space (RLIMIT_AS),
@@ -39,7 +39,6 @@ from torch import nn
 from atmc import models
 from atmc.compress.constraints import Codebook, NonzeroBudget
 from atmc.compress.factorize import compressible, cut_ranks, factorize
-from atmc.models import build_from_spec
 from atmc.pack import artifact
 from atmc.pack.container import DICTIONARY, Reader, pack_parts, varint
 from atmc.pack.norms import to_affine
@@ -283,7 +282,7 @@ def main() -> int:
     options = parser.parse_args()
     torch.set_num_threads(1)
     fuzz(200, options.seed + 1)  # what is compiled or imported on first use
-    build_from_spec({**models.build("lenet", 10).atmc_spec})
+    artifact.from_bytes(bases()[0].data)
     limit_memory(ROOM)
     before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     began = time.monotonic()
