@@ -1,10 +1,13 @@
 """Make somebody else's naturally trained network robust and small: AutoAttack's own example, a CIFAR-10 ResNet-18.
 
 The package pyautoattack ships the checkpoint as examples/model_test.pt (`pip install pyautoattack==0.2.0`). It was
-trained without an adversary: about 86 % clean on JPEG'd CIFAR-10, nothing under attack. A short adversarial fine-tuning
-while it is being compressed repairs some of that; a real one takes many more epochs.
+trained without an adversary: 85.6 % clean on JPEG'd CIFAR-10 (10,000 test images), 0 % under `pgd` (500). A short
+adversarial fine-tuning while it is being compressed repairs a little of that; a real one takes many more epochs.
 
     python examples/somebody_elses_checkpoint.py --data ../shared/data/cifar10-jpeg --limit 2000 --out runs/checkpoint
+
+That command gave a file of 784,833 bytes (of 44.7 MB), 62.5 % clean, 10.2 % under `pgd` and 6.6 % under `pgd-strong`
+(500 images each, seed 0): results/cifar10/README.md. On one busy core of two it took 46 minutes.
 
 The checkpoint may have been trained on the validation images; the test split it has not seen.
 """

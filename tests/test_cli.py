@@ -17,7 +17,7 @@ from safetensors.torch import save_file
 from torch import nn
 
 import atmc
-from atmc import api, cli, files
+from atmc import cli, files, judge
 from atmc.experiment.run import run
 from atmc.phases import EpochEnd
 from atmc.train import TrainingDiverged
@@ -81,6 +81,7 @@ bits = 3
 precision = "fp32"
 threads = 1
 eval_n = 20
+checks = false
 limit = 60
 
 [training]
@@ -204,7 +205,7 @@ class TestDone:
         assert "exists: add --overwrite" in ended(capsys, 2, *command)
         assert path.read_text() == "mine"
         assert call(*command, "--overwrite") == 0
-        assert json.loads(path.read_text()) == figures
+        assert {**json.loads(path.read_text()), "seconds": 0} == {**figures, "seconds": 0}
 
     def test_inspect(self, done, capsys):
         capsys.readouterr()
@@ -444,7 +445,7 @@ class TestRefused:
         def attacked(*_, **__):
             raise AssertionError("attacked first")
 
-        monkeypatch.setattr(api, "robust_accuracy", attacked)
+        monkeypatch.setattr(judge, "attacked", attacked)
         command = ["evaluate", done / "model.atmc", "--data", "digits", "--threat", "linf:0.1"]
         ended(capsys, 2, *command, "--model", "cli_models:build", *options)
 
@@ -558,7 +559,7 @@ class TestFailed:
             ("atmc.files.os.replace", 4),  # the third epoch's checkpoint
             ("atmc.api.artifact.to_bytes", 2),  # the last choices are made
             ("atmc.files.os.replace", 7),  # model.atmc
-            ("atmc.api.robust_accuracy", 1),
+            ("atmc.judge.attacked", 1),
             ("atmc.experiment.run.write_report", 1),
             ("atmc.files.os.replace", 9),  # metrics.json
         ],
@@ -610,7 +611,7 @@ class TestFailed:
         assert call(*command) == 0
 
     def test_evaluate_interrupted(self, done, tmp_path, capsys, monkeypatch):
-        monkeypatch.setattr(api, "robust_accuracy", lambda *_, **__: signal.raise_signal(signal.SIGINT))
+        monkeypatch.setattr(judge, "attacked", lambda *_, **__: signal.raise_signal(signal.SIGINT))
         command = ["evaluate", done / "model.atmc", "--data", "digits", "--threat", "linf:0.1"]
         command += ["--model", "cli_models:build", "--json", tmp_path / "figures.json"]
         assert call(*command) == 1

@@ -8,7 +8,9 @@ from torch import nn
 
 from atmc.data import Images
 from atmc.rng import Noise, derived_seed, permutation
-from atmc.robust.evaluate import Accuracy, clean_accuracy, paper_steps, predictions, robust_accuracy, wilson
+from atmc.robust.evaluate import clean_accuracy, predictions, robust_accuracy
+from atmc.robust.figures import Accuracy, wilson
+from atmc.robust.protocols import paper_steps
 from atmc.robust.threats import L1, L2, Linf
 
 

@@ -7,7 +7,7 @@ from torch import nn
 from atmc.compress.constraints import NonzeroBudget
 from atmc.compress.factorize import compressible, factorize
 from atmc.finish import smallest_model, to_final
-from atmc.idle import drop_asleep, drop_unread
+from atmc.idle import drop_idle
 from atmc.models import build
 from atmc.pack import artifact
 from atmc.pack.norms import to_affine
@@ -29,28 +29,28 @@ def network() -> nn.Module:
     return model
 
 
-def test_only_what_nobody_reads_is_dropped():
+def test_only_what_has_no_effect_is_dropped():
     model, x = network(), torch.rand(64, 1, 2, 2)
-    with torch.no_grad():
-        model[1].bias[1] = 0.0  # unit 1 has neither weights nor bias: what reads it is of no use
-    before, weight, reading = model(x), model[1].weight.detach().clone(), model[3].weight.detach().clone()
-    assert drop_unread(model, x) == 4 + 1 + 3  # weights and bias of unit 0, and who reads unit 1
+    before, weight, bias = model(x), model[1].weight.detach().clone(), model[1].bias.detach().clone()
+    reading = model[3].weight.detach().clone()
+    assert drop_idle(model, x) == 4 + 1 + 1  # weights and bias of unit 0, the bias of unit 1
     assert torch.allclose(model(x), before, atol=1e-6)
     assert not model[1].weight[0].any()
     assert torch.equal(model[1].weight[1:], weight[1:])
-    assert not model[3].weight[:, 1].any()
-    assert torch.equal(model[3].weight[:, 2:], reading[:, 2:])
-    assert drop_unread(model, x) == 0
-
-
-def test_only_what_no_image_feels_is_dropped():
-    model, x = network(), torch.rand(64, 1, 2, 2)
-    before, bias = model(x), model[1].bias.detach().clone()
-    assert drop_asleep(model, x) == 2
-    assert torch.equal(model(x), before)
     assert model[1].bias[:2].tolist() == [0.0, 0.0]
     assert torch.equal(model[1].bias[2:], bias[2:])
-    assert drop_asleep(model, x) == 0
+    assert drop_idle(model, x) == 3  # and now what reads unit 1, which has nothing any more
+    assert torch.equal(model[3].weight[:, 2:], reading[:, 2:])
+    assert drop_idle(model, x) == 0
+
+
+def test_a_unit_that_sleeps_on_these_images_alone_is_kept():
+    model, x = network(), torch.rand(64, 1, 2, 2)
+    with torch.no_grad():
+        model[1].bias[4] = -100.0
+    drop_idle(model, x)
+    assert model[1].bias[4] == -100.0
+    assert model[1].weight[4].all()
 
 
 @pytest.mark.parametrize("name", ["lenet", "resnet18", "wrn-10-1", "mobilenetv2"])
@@ -60,7 +60,7 @@ def test_a_dense_network_is_read_everywhere(name):
     with torch.no_grad():
         for vector in (p for p in model.parameters() if p.dim() == 1):
             vector.add_(0.1)
-    assert drop_unread(model, torch.rand(shape)) == 0
+    assert drop_idle(model, torch.rand(shape)) == 0
 
 
 def test_a_pruned_network_computes_the_same_without_what_nobody_reads():
@@ -71,7 +71,7 @@ def test_a_pruned_network_computes_the_same_without_what_nobody_reads():
     assign(tensors, {**{n: torch.zeros_like(t) for n, t in tensors.items()}, **NonzeroBudget(800).project(values)})
     x = torch.rand(100, 1, 28, 28)
     before = model.eval()(x)
-    assert drop_unread(model, x[:10]) > 50
+    assert drop_idle(model, x[:10]) > 50
     assert torch.allclose(model(x), before, atol=1e-5 * float(before.detach().abs().max()))
 
 
@@ -80,7 +80,7 @@ def test_a_model_that_reads_nothing_keeps_its_weights():
     with torch.no_grad():
         model[3].weight.zero_()
     weight = model[1].weight.detach().clone()
-    drop_unread(model, torch.rand(8, 1, 2, 2))
+    drop_idle(model, torch.rand(8, 1, 2, 2))
     assert torch.equal(model[1].weight, weight)
 
 

@@ -10,6 +10,7 @@ LAYERS = [  # from the top down; a line may import from the lines below it, and 
     ["__init__"],
     ["experiment"],
     ["api"],
+    ["judge"],
     ["inputs", "methods"],
     ["phases"],
     ["finish"],

@@ -14,6 +14,7 @@ from torch import nn
 from atmc.compress.factorize import factorize
 from atmc.data import Images
 from atmc.rng import Noise
+from atmc.robust import autoattack, protocols
 from atmc.robust import evaluate as evaluation
 from atmc.robust.attacks import LOSSES, attack_mode, cross_entropy, fgsm, kl_from, margin, pgd, wrm
 from atmc.robust.objectives import OBJECTIVES, TrainingAttack, mart, trades
@@ -127,9 +128,10 @@ def assert_untouched(model: nn.Module, attack: Callable[[], object]) -> None:
             assert bool((parameter.grad == 3).all()) if grads else parameter.grad is None
 
 
-@pytest.mark.parametrize("attack", [*evaluation.ATTACKS, "clean", "wrm itself"])
-def test_measuring_leaves_the_model_as_it_was(attack):
+@pytest.mark.parametrize("attack", [*protocols.ATTACKS, "clean", "wrm itself"])
+def test_measuring_leaves_the_model_as_it_was(attack, monkeypatch):
     """Also where its weights are factorized, and where it is in training mode."""
+    monkeypatch.setattr(autoattack, "QUERIES", 20)
     model, some = factorize(network()).train(), Images(images(), torch.arange(8) % 3)
     model[3].eval()
     assert_untouched(
@@ -348,5 +350,5 @@ def test_losses_in_closed_form():
     logits, y = torch.tensor([[1.0, 3.0, 2.0]]), torch.tensor([0])
     assert margin(logits, y).item() == 2.0
     assert cross_entropy(logits, y).item() == pytest.approx(math.log(math.e**1 + math.e**3 + math.e**2) - 1)
-    assert set(LOSSES) == {"ce", "margin"}
+    assert set(LOSSES) == {"ce", "dlr", "margin"}
     assert kl_from(logits, logits.log_softmax(1)).item() == pytest.approx(0, abs=1e-6)

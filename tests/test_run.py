@@ -35,6 +35,7 @@ SMALL = {
     "precision": "fp32",
     "threads": 1,
     "eval_n": 50,
+    "checks": False,
     "limit": 300,
     "training": {"epochs": 1, "attack_steps": 1, "val_n": 20, "batch_size": 100},
 }
@@ -144,8 +145,8 @@ def test_killed_by_the_system_and_resumed(here):
 
 def test_killed_in_the_final_evaluation_and_resumed(here):
     """SIGKILL once the model file is there and its figures are not."""
-    killed = "import os, signal; from atmc import api, cli; "
-    killed += "api.robust_accuracy = lambda *_, **__: os.kill(os.getpid(), signal.SIGKILL); cli.main()"
+    killed = "import os, signal; from atmc import cli, judge; "
+    killed += "judge.attacked = lambda *_, **__: os.kill(os.getpid(), signal.SIGKILL); cli.main()"
     (here / "run.toml").write_text(parse(SMALL).to_toml())
     options = ["compress", "--config", "run.toml", "--out", "cut"]
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}

@@ -1,7 +1,7 @@
 """atmc: image classifiers that are small and hard to fool at once."""
 
 from atmc import models
-from atmc.api import Result, compress, evaluate, load, save
+from atmc.api import EvaluationWarning, Report, Result, compress, evaluate, load, save
 from atmc.compress.budget import Budget
 from atmc.data import load_data
 from atmc.recipe import Recipe
@@ -12,8 +12,10 @@ __all__ = [
     "L1",
     "L2",
     "Budget",
+    "EvaluationWarning",
     "Linf",
     "Recipe",
+    "Report",
     "Result",
     "__version__",
     "compress",

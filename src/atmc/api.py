@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import math
 import os
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from difflib import get_close_matches
 from numbers import Integral, Real
@@ -15,7 +15,6 @@ from typing import Any, cast
 import torch
 from torch import nn
 
-from atmc import models
 from atmc.compress.budget import Budget
 from atmc.compress.factorize import fold, refuse_unfit, sites, use_channels_last
 from atmc.compress.rate import Allocation, BudgetTooSmall, RateControl
@@ -24,18 +23,29 @@ from atmc.files import write_beside
 from atmc.finish import Decided, smallest_model, to_final
 from atmc.idle import probe_images
 from atmc.inputs import as_device, as_threat, expect_budget, expect_module
+from atmc.judge import EvaluationWarning, Options, Report, check_model, evaluate, evaluation, takes_channels_last
 from atmc.methods import CODEBOOK_METHODS, Plan, floor_of, objective_of, phases_of
 from atmc.numerics import deterministic
 from atmc.pack import artifact
 from atmc.pack.artifact import load, save
 from atmc.phases import EpochEnd, Record, Runner, State
 from atmc.recipe import Recipe
-from atmc.robust.attacks import attack_mode
-from atmc.robust.evaluate import Accuracy, check_attacks, clean_accuracy, robust_accuracy
 from atmc.robust.threats import Threat, check_threat
 from atmc.train import Progress, restore_batch_norm
 
-__all__ = ["Job", "Report", "Result", "check_model", "compress", "default_recipe", "evaluate", "load", "save"]
+__all__ = [
+    "EvaluationWarning",
+    "Job",
+    "Options",
+    "Report",
+    "Result",
+    "compress",
+    "default_recipe",
+    "evaluate",
+    "evaluation",
+    "load",
+    "save",
+]
 
 DEFAULT_EPOCHS = {"dense": 20, "l0": 10, "admm": 10, "tune": 5}
 LEARNING_RATES = {
@@ -63,21 +73,6 @@ class Result:
     def save(self, path: str | os.PathLike[str]) -> int:
         """Write the model file; its size in bytes."""
         return write_beside(Path(path), self.data)
-
-
-@dataclass(frozen=True)
-class Report:
-    """Accuracies of one model on one set of images: attack name -> accuracy, and the clean one."""
-
-    clean: Accuracy
-    attacks: dict[str, Accuracy]
-
-    def to_json(self) -> dict[str, Any]:
-        """As in metrics.json."""
-        return {
-            "clean": self.clean.to_json(),
-            "attacks": {name: accuracy.to_json() for name, accuracy in self.attacks.items()},
-        }
 
 
 def default_recipe(model: nn.Module, **settings: Any) -> Recipe:
@@ -302,83 +297,3 @@ def compress(
             if on_event:
                 on_event(event)
         return job.result()
-
-
-def evaluate(
-    model: nn.Module,
-    test: Any,
-    *,
-    threat: Threat | str,
-    attack: str | Sequence[str] = "pgd",
-    n: int | Mapping[str, int] | None = None,
-    steps: int | None = None,
-    seed: int = 0,
-) -> Report:
-    """Clean accuracy on all test images and accuracy under attack on the first n of them, in float32.
-
-    Args:
-        model: module from images (n, c, h, w) in [0, 1] to logits; left as it was.
-        test: as in `compress`.
-        attack: one or several of `robust.evaluate.ATTACKS`.
-        n: images under attack, for every attack or by its name; all by default.
-
-    Raises:
-        ValueError: unknown attack, a threat too large for the images, or a model that does not fit them.
-    """
-    expect_module(model)
-    names = [attack] if isinstance(attack, str) else list(attack)
-    check_attacks(names)
-    check_attacks(list(n) if isinstance(n, Mapping) else [])
-    threat = as_threat(threat)
-    images = mixed_order(as_images(test))
-    check_threat(threat, images.pixels[0].numel())
-    check_model(model, images, None)
-    device = next((p.device for p in model.parameters()), torch.device("cpu"))
-    images = images.to(device)
-    if takes_channels_last(model, images):
-        model = use_channels_last(copy.deepcopy(model))
-    counts = {name: n.get(name) if isinstance(n, Mapping) else n for name in names}
-    attacks = {
-        name: robust_accuracy(model, images, threat, name, n=counts[name], steps=steps, seed=seed) for name in names
-    }
-    return Report(clean_accuracy(model, images), attacks)
-
-
-@torch.no_grad()
-def check_model(model: nn.Module, images: Images, classes: int | None) -> int:
-    """The number of classes; ValueError if the model does not map such images to one finite logit a class."""
-    x = images.float_pixels(torch.arange(min(8, len(images)), device=images.labels.device))
-    device = next((p.device for p in model.parameters()), torch.device("cpu"))
-    try:
-        with attack_mode(model):
-            output = model(x.to(device))
-    except models.USER_CODE_ERRORS as error:
-        reason = (str(error) or type(error).__name__).splitlines()[0]
-        raise ValueError(f"the model does not take images of shape {tuple(x.shape[1:])}: {reason}") from error
-    if not isinstance(output, torch.Tensor) or output.dim() != 2 or len(output) != len(x):
-        got = tuple(output.shape) if isinstance(output, torch.Tensor) else type(output).__name__
-        raise ValueError(f"expected logits of shape ({len(x)}, classes) from the model, got {got}")
-    if classes is not None and output.shape[1] != classes:
-        raise ValueError(f"the model has {output.shape[1]} outputs, the data {classes} classes")
-    if classes is None and output.shape[1] <= int(images.labels.max()):
-        raise ValueError(f"the model has {output.shape[1]} outputs, the labels go up to {int(images.labels.max())}")
-    if not bool(output.isfinite().all()):
-        raise ValueError("the model's outputs are not finite numbers")
-    if bool((output >= 0).all()) and bool(((output.sum(1) - 1).abs() < 1e-4).all()):
-        raise ValueError("the model's outputs look like probabilities: give logits, without a softmax at the end")
-    return int(output.shape[1])
-
-
-def takes_channels_last(model: nn.Module, images: Images) -> bool:
-    """Whether a pass and its gradient work with images and kernels in that layout: not where code says ``x.view``."""
-    if images.pixels.dim() != 4:
-        return False
-    trial = use_channels_last(copy.deepcopy(model))
-    x = images.float_pixels(torch.arange(min(2, len(images)), device=images.labels.device))
-    x = x.contiguous(memory_format=torch.channels_last).to(next(trial.parameters()).device).requires_grad_()
-    try:
-        with attack_mode(trial), torch.enable_grad():
-            torch.autograd.grad(trial(x).sum(), x)
-    except RuntimeError:
-        return False
-    return True

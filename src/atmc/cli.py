@@ -12,10 +12,14 @@ from typing import Annotated, Any
 import typer
 from rich.console import Console
 
+from atmc.api import Options
 from atmc.experiment import config as configs
-from atmc.experiment.display import NARROW, Display, evaluation_table, inspection_table, result_table
+from atmc.experiment.assess import Assessed, Request, assess
+from atmc.experiment.display import NARROW, Display, inspection_table, result_tables
+from atmc.experiment.evaluation_display import EvaluationDisplay, evaluation_tables
 from atmc.experiment.run import Finished, Stage, run
-from atmc.files import write_beside
+from atmc.robust.protocols import ATTACKS, Custom
+from atmc.robust.threats import parse_threat
 from atmc.version import __version__
 
 app = typer.Typer(
@@ -61,9 +65,10 @@ def compress(
         str | None, typer.Option(help="Start from these weights: .atmc, .safetensors or .pt.")
     ] = None,
     epochs: Annotated[str | None, typer.Option(help="20, or dense=20,l0=10,admm=10,tune=5.")] = None,
-    objective: Annotated[str | None, typer.Option(help="natural, mixed, pgd_at, trades or mart.")] = None,
+    objective: Annotated[str | None, typer.Option(help="natural, gaussian, mixed, pgd_at, trades or mart.")] = None,
     attack: Annotated[str | None, typer.Option(help="Attacks of the final evaluation, separated by commas.")] = None,
     eval_n: Annotated[int | None, typer.Option(help="Test images under attack (default: all).")] = None,
+    checks: Annotated[bool | None, typer.Option(help="Let the final evaluation doubt itself (default: yes).")] = None,
     limit: Annotated[int | None, typer.Option(help="Train on so many images only, always the same ones.")] = None,
     val_n: Annotated[
         int | None,
@@ -98,6 +103,7 @@ def compress(
         "image_column": image_column,
         "label_column": label_column,
         "eval_n": eval_n,
+        "checks": checks,
         "limit": limit,
         "seed": seed,
         "device": device,
@@ -120,7 +126,8 @@ def compress(
         values["training"] = {**configured, **training}
     settings = configs.parse(values, str(config) if config else "options")
     metrics = _followed(run(settings, out, resume=resume, overwrite=overwrite), out)
-    console.print(result_table(metrics))
+    for table in result_tables(metrics):
+        console.print(table)
     _say(f"model   {out / 'model.atmc'}\nreport  {out / 'report.html'}")
 
 
@@ -174,42 +181,81 @@ def _parse_epochs(text: str | None) -> int | dict[str, int] | None:
 
 @app.command()
 def evaluate(
-    file: Annotated[Path, typer.Argument(help="Model file.")],
+    file: Annotated[Path, typer.Argument(help="Model file; or .pt or .safetensors weights, with --model.")],
     data: Annotated[str, typer.Option(help="As in compress; its test split is used.")],
     threat: Annotated[str, typer.Option(help="linf:8/255, l2:0.5 or l1:12, in pixel units.")],
-    attack: Annotated[str, typer.Option(help="fgsm, pgd, pgd-strong, wrm; several separated by commas.")] = "pgd",
-    n: Annotated[int | None, typer.Option(help="Images under attack (default: all).")] = None,
+    attack: Annotated[str, typer.Option(help=f"Separated by commas: {', '.join(ATTACKS)}.")] = "pgd",
+    n: Annotated[int | None, typer.Option(help="Images under attack, the first ones (default: all).")] = None,
     steps: Annotated[int | None, typer.Option(help="Steps of pgd.")] = None,
+    step_size: Annotated[float | None, typer.Option(help="Step size of pgd, in pixel units.")] = None,
+    restarts: Annotated[int, typer.Option(help="Starts of pgd; from the second on at random points.")] = 1,
+    loss: Annotated[str, typer.Option(help="Loss of pgd: ce, dlr or margin.")] = "ce",
+    checks: Annotated[bool, typer.Option(help="Let the evaluation doubt itself, on 100 images.")] = True,
+    transfer_from: Annotated[
+        Path | None, typer.Option(help="A model whose adversarial images are tried too, say the dense one.")
+    ] = None,
+    against: Annotated[Path | None, typer.Option(help="Compare with this model on the same images.")] = None,
+    per_class: Annotated[bool, typer.Option("--per-class", help="Print each class's accuracies too.")] = False,
+    curves: Annotated[
+        int | None, typer.Option(help="Accuracy against eps and against steps, on so many images.")
+    ] = None,
+    gallery: Annotated[Path | None, typer.Option(help="Draw adversarial examples into this PNG.")] = None,
+    save_examples: Annotated[Path | None, typer.Option(help="Save the adversarial images (.npz).")] = None,
+    replay: Annotated[Path | None, typer.Option(help="Show saved adversarial images to this model.")] = None,
+    certify: Annotated[
+        float | None, typer.Option(help="Certified l2 accuracy by smoothing with noise of this sigma.")
+    ] = None,
+    certify_samples: Annotated[int, typer.Option(help="Noisy copies of each image for --certify.")] = 10_000,
+    seconds: Annotated[float | None, typer.Option("--time", help="Stop attacking after so many seconds.")] = None,
+    batch_size: Annotated[int, typer.Option(help="Images attacked at once.")] = 500,
     model: Annotated[
-        str | None, typer.Option(help="package.module:factory, where the file is of your own class.")
+        str | None, typer.Option(help="Zoo name of a checkpoint; package.module:factory for your own class.")
     ] = None,
     image_column: Annotated[str | None, typer.Option(help="Where the data has several.")] = None,
     label_column: Annotated[str | None, typer.Option(help="If not label or fine_label.")] = None,
     device: Annotated[str, typer.Option(help="cpu or cuda.")] = "cpu",
     seed: Annotated[int, typer.Option(help="Keys random starts.")] = 0,
     json_path: Annotated[Path | None, typer.Option("--json", help="Also write the figures here.")] = None,
-    overwrite: Annotated[bool, typer.Option(help="Replace the file given with --json.")] = False,
+    resume: Annotated[bool, typer.Option(help="Go on with an interrupted evaluation (with --json).")] = False,
+    overwrite: Annotated[bool, typer.Option(help="Replace files that are there.")] = False,
 ) -> None:
-    """Measure a model file's accuracy, clean and under attack, on a test split."""
-    from atmc import api, models
-    from atmc.data import load_data
-    from atmc.inputs import as_device
-    from atmc.pack import artifact
-    from atmc.robust.threats import parse_threat
-
-    if json_path and not json_path.parent.is_dir():
-        raise ValueError(f"there is no folder {json_path.parent} to write {json_path.name} into")
-    if json_path and json_path.exists() and not overwrite:
-        raise ValueError(f"{json_path} exists: add --overwrite to replace it")
-    ball, place = parse_threat(threat), as_device(device)
-    network = artifact.load(file, factory=models.import_factory(model) if model else None)
-    test = load_data(data, image_column=image_column, label_column=label_column).test
-    network.to(place)
-    report = api.evaluate(network, test, threat=ball, attack=_names(attack), n=n, steps=steps, seed=seed)
-    figures = {"model": str(file), "data": data, "threat": str(ball), "seed": seed, **report.to_json()}
-    console.print(evaluation_table(figures))
-    if json_path:
-        write_beside(json_path, (json.dumps(figures, indent=1) + "\n").encode())
+    """Measure a model's accuracy, clean and under attack, on a test split, and doubt the result."""
+    custom = Custom(steps, step_size, restarts, loss)
+    options = Options(tuple(_names(attack)), n, custom, seed, checks, batch_size, seconds)
+    request = Request(
+        file=file,
+        data=data,
+        threat=parse_threat(threat),
+        options=options,
+        model=model,
+        image_column=image_column,
+        label_column=label_column,
+        device=device,
+        transfer_from=transfer_from,
+        against=against,
+        replay=replay,
+        save_examples=save_examples,
+        gallery=gallery,
+        curves=curves,
+        certify=certify,
+        certify_samples=certify_samples,
+        json_path=json_path,
+        resume=resume,
+        overwrite=overwrite,
+    )
+    with EvaluationDisplay(console) as display:
+        try:
+            for event in assess(request):
+                display.show(event)
+                if isinstance(event, Assessed):
+                    figures = event.figures
+        except KeyboardInterrupt:
+            display.close()
+            again = "the same command with --resume" if json_path else "nothing: only --json FILE keeps a state"
+            _say(f"to go on: {again}")
+            raise
+    for table in evaluation_tables(figures, per_class=per_class):
+        console.print(table)
 
 
 @app.command()

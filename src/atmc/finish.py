@@ -18,10 +18,10 @@ from atmc.compress.budget import Bits, distinct_nonzero, mean_bits, nominal_bits
 from atmc.compress.constraints import NonzeroBudget
 from atmc.compress.factorize import compressible, cut_ranks, fold, sites
 from atmc.compress.rate import RateControl
-from atmc.idle import drop_asleep, drop_unread
+from atmc.idle import drop_idle
 from atmc.pack.forms import shorten
 from atmc.pack.norms import to_affine
-from atmc.robust.evaluate import Accuracy
+from atmc.robust.figures import Accuracy
 from atmc.train import assign
 
 Validate = Callable[[nn.Module], tuple[Accuracy, Accuracy]]
@@ -48,7 +48,7 @@ class Decided:
         fp16: floating point values were rounded to float16, codebooks included.
         unrounded: clean and robust validation accuracy before that.
         size: of the model as it was trained, before the file's forms were chosen.
-        unread, asleep: values without effect that were set to zero, see `idle`.
+        idle: values without effect that were set to zero, see `idle.drop_idle`.
         pruned: nonzeros that were given up in the end for a budget in bytes.
     """
 
@@ -58,8 +58,7 @@ class Decided:
     robust: Accuracy
     unrounded: tuple[Accuracy, Accuracy]
     size: Size
-    unread: int = 0
-    asleep: int = 0
+    idle: int = 0
     pruned: int = 0
 
 
@@ -89,38 +88,22 @@ def final_choices(
     """
     renewed = _renew_batch_norm(model, validate, score, reestimate)
     size = _counts(compressible(model, exclude=exclude), bits, rate)
-    unread = _shortened(model, probe)
+    idle = _shortened(model, probe)
     exact = validate(fold(model))
-    exact, asleep = _without_asleep(model, probe, exact, validate, must=rate is not None)
     before = {name: value.detach().clone() for name, value in model.state_dict().items()}
     rounded = {name: _to_fp16(value) for name, value in before.items()}
     fits = rate is None or rate.measure_exact(model) <= rate.max_bytes
     if not all(bool(value.isfinite().all()) for value in rounded.values()):
         if not fits:
             raise RuntimeError("values are too large for float16, and in float32 the file is over its budget")
-        return model, Decided(renewed, False, *exact, exact, size, unread, asleep)
+        return model, Decided(renewed, False, *exact, exact, size, idle)
     model.load_state_dict(rounded)
     pruned = _fit_bytes(model, exclude, rate) if rate else 0
     half = validate(fold(model))
     if fits and (half[0].accuracy < exact[0].accuracy or half[1].accuracy < exact[1].accuracy):
         model.load_state_dict(before)
-        return model, Decided(renewed, False, *exact, exact, size, unread, asleep)
-    return model, Decided(renewed, True, *half, exact, size, unread, asleep, pruned)
-
-
-def _without_asleep(
-    model: nn.Module, probe: Tensor, exact: tuple[Accuracy, Accuracy], validate: Validate, *, must: bool
-) -> tuple[tuple[Accuracy, Accuracy], int]:
-    """Drop what never wakes if neither validation accuracy falls, or if a budget in bytes counts on it."""
-    before = {name: value.detach().clone() for name, value in model.state_dict().items()}
-    asleep = drop_asleep(model.eval(), probe)
-    if not asleep:
-        return exact, 0
-    now = validate(fold(model))
-    if must or (now[0].accuracy >= exact[0].accuracy and now[1].accuracy >= exact[1].accuracy):
-        return now, asleep
-    model.load_state_dict(before)
-    return exact, 0
+        return model, Decided(renewed, False, *exact, exact, size, idle)
+    return model, Decided(renewed, True, *half, exact, size, idle, pruned)
 
 
 def _counts(tensors: Mapping[str, Tensor], bits: int | None, rate: RateControl | None) -> Size:
@@ -136,7 +119,6 @@ def to_final(model: nn.Module, probe: Tensor) -> nn.Module:
     """A copy as `final_choices` would leave it if float16 were taken: what rate control measures; probe: images."""
     final = copy.deepcopy(model).cpu()
     _shortened(final, probe.cpu())
-    drop_asleep(final, probe.cpu())
     final.load_state_dict({name: _to_fp16(value) for name, value in final.state_dict().items()})
     return final
 
@@ -144,9 +126,9 @@ def to_final(model: nn.Module, probe: Tensor) -> nn.Module:
 def _shortened(model: nn.Module, probe: Tensor) -> int:
     """Norms affine, each weight in its shortest form, and zeros where nothing reads; how many these are."""
     to_affine(model).eval()
-    unread = drop_unread(model, probe)
+    idle = drop_idle(model, probe)
     shorten(model)
-    return unread + drop_unread(model, probe)  # W's rows may be unread where V's, which other rows share, are not
+    return idle + drop_idle(model, probe)  # W's rows may be unread where V's, which other rows share, are not
 
 
 @torch.no_grad()

@@ -21,14 +21,31 @@ def probe_images(images: Images, n: int = 64) -> Tensor:
     return images.float_pixels(torch.arange(min(n, len(images)), device=images.labels.device))
 
 
-def drop_unread(model: nn.Module, probe: Tensor) -> int:
-    """Zero every parameter from which no path leads on, or to which none leads; in place. How many they are.
+def drop_idle(model: nn.Module, probe: Tensor) -> int:
+    """Zero every parameter that has no effect on any image; in place. How many they are.
 
-    A copy of the network is given random positive values wherever it has nonzeros, and bright images: nothing cancels
-    and every unit wakes, so that a gradient of exactly zero means that there is no path. Should the model's logits on
-    the probe (n, c, h, w) change all the same, nothing is done. No weight is emptied altogether.
+    The model is in evaluation mode, its batch norms affine (`pack.norms`). Should its logits on the probe (n, c, h, w)
+    change all the same, nothing is done. No weight is emptied altogether.
     """
     parameters = [p for p in model.parameters() if p.requires_grad and p.is_floating_point()]
+    before = [parameter.detach().clone() for parameter in parameters]
+    with torch.no_grad():
+        logits = model(probe)
+    dropped = _drop_unread(model, parameters, probe) + _drop_asleep(model, probe)
+    with torch.no_grad():
+        if dropped and float((model(probe) - logits).abs().max()) > AGREEMENT * float(logits.abs().max()):
+            for parameter, value in zip(parameters, before, strict=True):
+                parameter.copy_(value)
+            return 0
+    return dropped
+
+
+def _drop_unread(model: nn.Module, parameters: list[nn.Parameter], probe: Tensor) -> int:
+    """Parameters from which no path leads to a logit, or to which none leads from an image.
+
+    A copy of the network is given random positive values wherever it has nonzeros, and bright images: nothing cancels
+    and every unit wakes, so that a gradient of exactly zero means that there is no path.
+    """
     bright = copy.deepcopy(model).double()
     noise = torch.Generator().manual_seed(0)
     copies = [p for p in bright.parameters() if p.requires_grad and p.is_floating_point()]
@@ -38,38 +55,36 @@ def drop_unread(model: nn.Module, probe: Tensor) -> int:
             fan = there.flatten(1).sum(1).clamp_min(1).view(-1, *[1] * (there.dim() - 1)) if there.dim() > 1 else 1.0
             parameter.copy_(there * (0.5 + torch.rand(there.shape, generator=noise).to(there)) / fan)
     images = 0.9 + 0.1 * torch.rand(probe[:4].shape, generator=noise).to(probe)
-    grads = _gradients(bright, copies, images.double())
-    before = [parameter.detach().clone() for parameter in parameters]
-    with torch.no_grad():
-        logits = model(probe)
-        dropped = 0
-        for parameter, grad in zip(parameters, grads, strict=True):
-            idle = (grad == 0) & (parameter != 0)
-            if parameter.dim() > 1 and bool((idle == (parameter != 0)).all()):
-                continue
-            dropped += int(idle.sum())
-            parameter.masked_fill_(idle, 0.0)
-        if dropped and float((model(probe) - logits).abs().max()) > AGREEMENT * float(logits.abs().max()):
-            for parameter, value in zip(parameters, before, strict=True):
-                parameter.copy_(value)
-            return 0
-    return dropped
-
-
-def drop_asleep(model: nn.Module, probe: Tensor) -> int:
-    """Zero the biases, scales and shifts that no image of the probe (n, c, h, w) feels; in place. How many they are.
-
-    They belong to channels that never wake, or whose weights were all pruned: their gradient is exactly zero. Other
-    images may feel them, hence the caller judges.
-    """
-    vectors = [p for p in model.parameters() if p.dim() == 1 and p.requires_grad]
     dropped = 0
-    for vector, grad in zip(vectors, _gradients(model, vectors, probe), strict=True):
-        idle = (grad == 0) & (vector != 0)
-        dropped += int(idle.sum())
-        with torch.no_grad():
-            vector.masked_fill_(idle, 0.0)
+    for parameter, grad in zip(parameters, _gradients(bright, copies, images.double()), strict=True):
+        dropped += _zero(parameter, grad == 0)
     return dropped
+
+
+def _drop_asleep(model: nn.Module, probe: Tensor) -> int:
+    """Biases of units that have no weights left and never wake: constant, and without effect as they are."""
+    biases, weights = [], []
+    for module in model.modules():
+        bias, weight = getattr(module, "bias", None), getattr(module, "weight", None)
+        if (
+            isinstance(bias, nn.Parameter)
+            and isinstance(weight, Tensor)
+            and weight.dim() > 1
+            and len(bias) == len(weight)
+        ):
+            biases.append(bias)
+            weights.append(weight.detach().flatten(1))
+    found = zip(biases, weights, _gradients(model, biases, probe), strict=True)
+    return sum(_zero(bias, (grad == 0) & ~weight.any(1)) for bias, weight, grad in found)
+
+
+@torch.no_grad()
+def _zero(parameter: nn.Parameter, idle: Tensor) -> int:
+    idle = idle & (parameter != 0)
+    if parameter.dim() > 1 and bool((idle == (parameter != 0)).all()):
+        return 0
+    parameter.masked_fill_(idle, 0.0)
+    return int(idle.sum())
 
 
 def _gradients(model: nn.Module, parameters: list[nn.Parameter], images: Tensor) -> list[Tensor]:

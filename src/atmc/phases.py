@@ -26,7 +26,8 @@ from atmc.idle import probe_images
 from atmc.numerics import full_float32
 from atmc.recipe import Recipe
 from atmc.rng import derived_seed
-from atmc.robust.evaluate import Accuracy, clean_accuracy, robust_accuracy
+from atmc.robust.evaluate import clean_accuracy, robust_accuracy
+from atmc.robust.figures import Accuracy
 from atmc.robust.objectives import OBJECTIVES, TrainingAttack
 from atmc.robust.threats import Threat
 from atmc.train import Loop, Progress, assign, cosine, fit, reestimate_batch_norm

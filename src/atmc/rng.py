@@ -8,6 +8,7 @@ and exponential ones apply the platform's logarithm and cosine to them.
 
 from __future__ import annotations
 
+import copy
 import math
 from collections.abc import Sequence
 
@@ -72,6 +73,12 @@ class Noise:
 
     def __len__(self) -> int:
         return len(self._keys)
+
+    def take(self, some: Tensor) -> Noise:
+        """The streams of some of the examples, from where they are now; some (k,) int64 positions."""
+        taken = copy.copy(self)
+        taken._keys = self._keys[some]
+        return taken
 
     def bits(self, shape: Sequence[int]) -> Tensor:
         """(n, *shape) int64, uniform over all 64-bit integers; each call continues the streams."""

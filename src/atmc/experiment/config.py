@@ -22,8 +22,8 @@ from atmc.compress.budget import Budget, parse_size
 from atmc.methods import check_method
 from atmc.recipe import Recipe
 from atmc.rng import MAX_SEED
-from atmc.robust.evaluate import check_attacks
-from atmc.robust.threats import Threat, parse_threat
+from atmc.robust.protocols import check_attacks, check_norm
+from atmc.robust.threats import L2, Threat, parse_threat
 
 MAX_THREADS = 1024  # torch crashes where the system gives it no more
 
@@ -35,7 +35,7 @@ class Training(BaseModel):
 
     epochs: dict[str, int] | int | None = None
     learning_rate: dict[str, float] | float | None = None
-    objective: Literal["natural", "mixed", "pgd_at", "trades", "mart"] | None = None
+    objective: Literal["natural", "gaussian", "mixed", "pgd_at", "trades", "mart"] | None = None
     attack_steps: int | None = Field(default=None, ge=1)
     relative_step: float | None = Field(default=None, gt=0)
     random_start: bool | None = None
@@ -90,17 +90,22 @@ class RunConfig(BaseModel):
     attacks: list[str] = ["pgd"]
     steps: int | None = Field(default=None, ge=1)
     eval_n: int | dict[str, int] | None = None
+    checks: bool = True
     training: Training = Training()
 
     @model_validator(mode="after")
     def _check(self) -> RunConfig:
         parse_threat(self.threat)
         check_attacks(self.attacks)
+        for name in self.attacks:
+            check_norm(name, parse_threat(self.threat))
         if isinstance(self.eval_n, dict):
             check_attacks(list(self.eval_n))
         for count in self.eval_n.values() if isinstance(self.eval_n, dict) else [self.eval_n]:
             if count is not None and count < 1:
                 raise ValueError(f"expected eval_n >= 1, got {count}")
+        if self.training.objective == "gaussian" and not isinstance(parse_threat(self.threat), L2):
+            raise ValueError(f"objective 'gaussian' is for l2 threats, whose eps is its sigma, got {self.threat}")
         self.budget()
         check_method(self.method, self.bits, max_bytes=self.max_bytes is not None)
         return self

@@ -6,14 +6,17 @@ import time
 from collections.abc import Mapping
 from typing import Any
 
-from rich.console import Console
+from rich.console import Console, RenderableType
 from rich.progress import BarColumn, TextColumn, TimeRemainingColumn
 from rich.progress import Progress as Bar
 from rich.table import Column, Table
 from rich.text import Text
 
+from atmc.experiment.evaluation_display import attack_line, evaluation_tables
 from atmc.experiment.run import Stage
 from atmc.phases import EpochEnd, Record
+from atmc.robust.evaluate import Attacked
+from atmc.robust.suspect import Check
 from atmc.train import Progress
 
 NARROW = 110  # columns below which a terminal gets the short forms, which fit 80
@@ -56,6 +59,10 @@ class Display:
             self._bar.update(self._task, description="", total=None, note="")  # a bar that only moves
         elif isinstance(event, Progress):
             self._step(event)
+        elif isinstance(event, Attacked):
+            self._bar.update(self._task, description="evaluating", note=attack_line(event))
+        elif isinstance(event, Check):
+            self._bar.update(self._task, description="checking", note=event.name)
         elif isinstance(event, EpochEnd):
             if self._record is None or self._record.phase != event.record.phase:
                 self._console.print(HEADING, style="dim", highlight=False, soft_wrap=True)
@@ -91,27 +98,10 @@ def _line(record: Record) -> str:
     )
 
 
-def percent(accuracy: Mapping[str, Any]) -> str:
-    """'97.50 % [95.33, 98.67] of 360'."""
-    low, high = accuracy["ci95"]
-    return f"{accuracy['accuracy']:.2%} [{low:.2%}, {high:.2%}] of {accuracy['n']:,}"
-
-
-def evaluation_table(figures: Mapping[str, Any]) -> Table:
-    """Accuracies with 95 % intervals."""
-    title = Text(f"{figures['model']} on {figures['data']}, {figures['threat']}")
-    table = Table(title=title, title_justify="left")
-    table.add_column("images")
-    table.add_column("accuracy [95 % interval]", justify="right")
-    table.add_row("clean", percent(figures["clean"]))
-    for name, accuracy in figures["attacks"].items():
-        table.add_row(name, percent(accuracy))
-    return table
-
-
-def result_table(metrics: Mapping[str, Any]) -> Table:
-    """Accuracies and sizes of a finished run."""
-    table = evaluation_table(metrics)
+def result_tables(metrics: Mapping[str, Any]) -> list[RenderableType]:
+    """Accuracies and sizes of a finished run, the checks, and a warning where one failed."""
+    table, *doubts = evaluation_tables(metrics)
+    assert isinstance(table, Table)
     table.columns[0].header, table.columns[1].header = "test split, decoded file", "accuracy [95 % interval]"
     dense = metrics["dense_file_bytes"]
     size = metrics["file_bytes"]
@@ -121,7 +111,7 @@ def result_table(metrics: Mapping[str, Any]) -> Table:
     table.add_row("dense float32", f"{dense:,} bytes ({dense / size:.1f} times the file)")
     table.add_row("nonzeros", f"{metrics['nonzeros']:,} of {metrics['dense_weights']:,} weights")
     table.add_row("nominal ratio", f"{metrics['nominal_ratio']:.5f}")
-    return table
+    return [table, *doubts]
 
 
 def inspection_table(found: Mapping[str, Any], *, narrow: bool = False) -> Table:

@@ -17,7 +17,7 @@ from atmc.experiment.layers import layers_section
 from atmc.experiment.markup import cut, element, escape, page, section, table
 from atmc.files import write_beside
 from atmc.pack.inspect import inspection
-from atmc.robust.evaluate import paper_steps
+from atmc.robust.protocols import paper_steps
 from atmc.robust.threats import Threat
 
 NAME = 28  # letters of a class name below a picture

@@ -31,6 +31,7 @@ from atmc.numerics import deterministic
 from atmc.pack import artifact
 from atmc.phases import EpochEnd, State
 from atmc.recipe import Recipe
+from atmc.robust.protocols import Custom
 from atmc.version import __version__
 
 
@@ -54,7 +55,7 @@ class FolderInUse(ValueError):
 
 
 def run(config: RunConfig, folder: Path, *, resume: bool = False, overwrite: bool = False) -> Iterator[Any]:
-    """Carry a run out; yields `Stage`, `Progress`, `EpochEnd` and at last `Finished`.
+    """Carry a run out; yields `Stage`, `Progress`, `EpochEnd`, the evaluation's events and at last `Finished`.
 
     Raises:
         ValueError: the configuration, its data, checkpoint or folder are not as they must be; nothing was lost.
@@ -118,15 +119,13 @@ def _train_and_judge(job: api.Job, config: RunConfig, data: Data, folder: Path) 
     yield Stage("evaluating the file on the test split")
     device = torch.device(config.device)
     decoded = artifact.load(folder / "model.atmc", factory=lambda num_classes: fold(build_model(config, data)))
-    report = api.evaluate(
-        decoded.to(device),
-        data.test,
-        threat=config.parsed_threat(),
-        attack=config.attacks,
-        n=config.eval_n,
-        steps=config.steps,
-        seed=config.seed,
-    )
+    steps = config.steps if {"pgd", "pgd-strong"} & set(config.attacks) else None
+    options = api.Options(tuple(config.attacks), config.eval_n, Custom(steps), config.seed, config.checks)
+    report = None
+    for judged in api.evaluation(decoded.to(device), data.test, config.parsed_threat(), options):
+        yield judged
+        report = judged if isinstance(judged, api.Report) else None
+    assert report is not None
     metrics = _metrics(job, result, config, report, size, time.monotonic() - began)
     write_report(folder, config, metrics, decoded.cpu(), data.test, class_names=data.class_names)
     write_beside(folder / "metrics.json", (json.dumps(metrics, indent=1) + "\n").encode())
@@ -159,8 +158,7 @@ def _metrics(
             "fp16": decided.fp16,
             "batch_norm_reestimated": decided.batch_norm,
             "before_rounding": {"clean": decided.unrounded[0].to_json(), "pgd": decided.unrounded[1].to_json()},
-            "unread_dropped": decided.unread,
-            "asleep_dropped": decided.asleep,
+            "idle_dropped": decided.idle,
             "pruned_to_fit": decided.pruned,
         },
         "evaluated_on": "model.atmc",

@@ -3,8 +3,8 @@
 Every attack runs the model in evaluation mode and leaves it as it found it: no running statistics, no weight
 gradients, training mode restored. Images are (n, c, h, w) float32 in [0, 1], labels (n,) int64.
 
-Sources: FGSM, Goodfellow et al. 2015; PGD, Madry et al. 2018; WRM, Sinha, Namkoong and Duchi 2018; step sizes of the
-paper's attack, Gui et al. 2019, section 4 (1.25 eps / steps, no random start).
+Sources: FGSM, Goodfellow et al. 2015; PGD, Madry et al. 2018; WRM, Sinha, Namkoong and Duchi 2018; C&W, Carlini and
+Wagner 2017; step sizes of the paper's attack, Gui et al. 2019, section 4 (1.25 eps / steps, no random start).
 """
 
 from __future__ import annotations
@@ -35,12 +35,23 @@ def margin(logits: Tensor, y: Tensor) -> Tensor:
     return logits.scatter(1, y[:, None], -torch.inf).amax(1) - right
 
 
+def dlr(logits: Tensor, y: Tensor) -> Tensor:
+    """(n,) margins over the distance from the largest to the third largest logit (Croce and Hein 2020, eq. 6).
+
+    Neither a shift nor a scaling of the logits changes it. 0 where the three largest are equal.
+    """
+    if logits.shape[1] < 3:
+        raise ValueError(f"expected at least 3 classes for the DLR loss, got {logits.shape[1]}: take the margin")
+    top = logits.float().topk(3, dim=1).values
+    return margin(logits, y) / (top[:, 0] - top[:, 2] + 1e-12)
+
+
 def kl_from(logits: Tensor, log_probabilities: Tensor) -> Tensor:
     """(n,) Kullback-Leibler divergences of softmax(logits) from probabilities given as logarithms, (n, classes)."""
     return F.kl_div(logits.float().log_softmax(1), log_probabilities, reduction="none", log_target=True).sum(1)
 
 
-LOSSES: dict[str, Loss] = {"ce": cross_entropy, "margin": margin}
+LOSSES: dict[str, Loss] = {"ce": cross_entropy, "dlr": dlr, "margin": margin}
 
 
 @contextmanager
@@ -65,12 +76,17 @@ def attack_mode(model: nn.Module, *, batch_statistics: bool = False) -> Iterator
             buffer.copy_(before)
 
 
-def _gradient(model: nn.Module, adv: Tensor, y: Tensor, loss: Loss) -> tuple[Tensor, Tensor]:
-    """Losses (n,) at adv and their gradient there, like adv; weight gradients are not even computed."""
+def input_gradient(model: nn.Module, adv: Tensor, y: Tensor, loss: Loss) -> tuple[Tensor, Tensor]:
+    """Losses (n,) at adv and their gradient there, like adv; weight gradients are not even computed.
+
+    Zero where the outputs do not depend on the image by way of anything differentiable.
+    """
     adv = adv.detach().requires_grad_()
     with torch.enable_grad():
         values = loss(model(adv), y)
-        (grad,) = torch.autograd.grad(values.sum(), adv)
+        if not values.requires_grad:
+            return values, torch.zeros_like(adv)
+        (grad,) = torch.autograd.grad(values.sum(), adv, allow_unused=True, materialize_grads=True)
     return values.detach(), grad
 
 
@@ -118,7 +134,7 @@ def pgd(
     best, best_value = adv, torch.full((len(x),), -torch.inf, device=x.device)
     with attack_mode(model, batch_statistics=batch_statistics):
         for _ in range(steps):
-            value, grad = _gradient(model, adv, y, objective)
+            value, grad = input_gradient(model, adv, y, objective)
             if best_of_steps:
                 best, best_value = _better(best, best_value, adv, value)
             adv = threat.project(threat.ascent(adv, grad, step_size), x)
@@ -151,7 +167,56 @@ def wrm(model: nn.Module, x: Tensor, y: Tensor, *, penalty: float = 1.3, steps: 
     adv = x
     with attack_mode(model):
         for step in range(1, steps + 1):
-            _, grad = _gradient(model, adv, y, cross_entropy)
+            _, grad = input_gradient(model, adv, y, cross_entropy)
             uphill = grad - 2 * penalty * (adv - x)
             adv = (adv + uphill / (2 * penalty * step**0.5)).clamp(0, 1)
     return adv.detach()
+
+
+def cw(
+    model: nn.Module, x: Tensor, y: Tensor, *, steps: int = 200, searches: int = 9, learning_rate: float = 0.01
+) -> Tensor:
+    """The nearest image found that is classified wrong; x where none is (Carlini and Wagner 2017, section V, l2).
+
+    Minimizes |x' - x|_2^2 + c max(0, right logit - largest wrong one) over w with x' = (1 + tanh w) / 2, by Adam; c by
+    binary search for each example. It has no ball: whoever calls it measures the distance.
+
+    Args:
+        steps: of Adam, for each c, at least 1.
+        searches: how many values of c are tried, at least 1.
+    """
+    if min(steps, searches) < 1:
+        raise ValueError(f"expected steps >= 1 and searches >= 1, got {steps} and {searches}")
+    shape = (-1, *[1] * (x.dim() - 1))
+    start = torch.atanh((2 * x - 1) * 0.999999)
+    best, best_distance = x.clone(), torch.full((len(x),), torch.inf, device=x.device)
+    c, low, high = torch.ones_like(best_distance), torch.zeros_like(best_distance), torch.full_like(best_distance, 1e10)
+    with attack_mode(model):
+        for _ in range(searches):
+            found = torch.zeros_like(best_distance, dtype=torch.bool)
+            w, state = start.clone(), (torch.zeros_like(x), torch.zeros_like(x))
+            for step in range(1, steps + 1):
+                with torch.enable_grad():
+                    w.requires_grad_()
+                    adv = (1 + torch.tanh(w)) / 2
+                    distance = (adv - x).flatten(1).square().sum(1)
+                    margins = margin(model(adv), y)
+                    loss = distance + c * (-margins).clamp_min(0)
+                    (grad,) = torch.autograd.grad(loss.sum(), w)
+                better = (margins > 0) & (distance < best_distance)
+                found |= margins > 0
+                best = torch.where(better.view(shape), adv.detach(), best)
+                best_distance = torch.where(better, distance.detach(), best_distance)
+                w = _adam(w.detach(), grad, state, step, learning_rate)
+            high = torch.where(found, torch.minimum(high, c), high)
+            low = torch.where(found, low, torch.maximum(low, c))
+            c = torch.where(high < 1e9, (low + high) / 2, c * 10)
+    return best.detach()
+
+
+def _adam(w: Tensor, grad: Tensor, state: tuple[Tensor, Tensor], step: int, learning_rate: float) -> Tensor:
+    """One step of Adam (Kingma and Ba 2015), its moments updated in place; elementwise, so examples stay apart."""
+    first, second = state
+    first.mul_(0.9).add_(grad, alpha=0.1)
+    second.mul_(0.999).addcmul_(grad, grad, value=0.001)
+    return w - learning_rate * (first / (1 - 0.9**step)) / ((second / (1 - 0.999**step)).sqrt() + 1e-8)

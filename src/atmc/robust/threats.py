@@ -267,8 +267,10 @@ def parse_threat(text: str) -> Threat:
 
 def check_threat(threat: Threat, pixels: int) -> None:
     """ValueError if eps is above what the norm allows in the box of images with so many values."""
-    if threat.eps > threat.largest_eps(pixels):
+    largest = threat.largest_eps(pixels)
+    if threat.eps > largest:
+        meant = f"; is {threat.name}:{threat.eps:g}/255 meant?" if threat.eps / 255 <= largest else ""
         raise ValueError(
             f"eps {threat.eps:g} is above the largest {threat.name} distance in [0, 1]: "
-            f"{threat.largest_eps(pixels):g} for images of {pixels} values (is it in pixel units of 255?)"
+            f"{largest:g} for images of {pixels} values{meant}"
         )

@@ -1,0 +1,51 @@
+"""Our PGD against pyautoattack's APGD, image by image, on LeNets of results/mnist; writes agreement.json.
+
+python results/evaluation/agreement.py [--models results/mnist] [--data ../shared/data/mnist] [--n 300]
+"""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+
+import torch
+from common import lenet, write
+
+import atmc
+from atmc.data import load_data
+from atmc.judge import prepared
+from atmc.robust.evaluate import robust_accuracy
+from atmc.robust.figures import compare
+
+LIKE = {"steps": 100, "step_size": 76 / 255 / 20}  # as many gradients as APGD takes
+OURS = {"pgd 100 steps, ce": {**LIKE, "loss": "ce"}, "pgd 100 steps, dlr": {**LIKE, "loss": "dlr"}, "pgd-strong": {}}
+THEIRS = {"pgd 100 steps, ce": "apgd-ce", "pgd 100 steps, dlr": "apgd-dlr", "pgd-strong": "apgd-ce"}
+
+
+def main() -> None:
+    """Three pairs of attacks on three models."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--models", default="results/mnist")
+    parser.add_argument("--data", default="../shared/data/mnist")
+    parser.add_argument("--n", type=int, default=300)
+    options = parser.parse_args()
+    torch.set_num_threads(1)
+    threat, rows = atmc.Linf(76 / 255), []
+    for run in ("dense", "atmc8-01", "atmc8-0015"):
+        model, test = prepared(lenet(Path(options.models) / run), load_data(options.data).test)
+        theirs = {name: robust_accuracy(model, test, threat, name, n=options.n) for name in set(THEIRS.values())}
+        for name, settings in OURS.items():
+            attack = "pgd-strong" if name == "pgd-strong" else "pgd"
+            ours, other = robust_accuracy(model, test, threat, attack, n=options.n, **settings), theirs[THEIRS[name]]
+            test_of_both = compare(ours.right, other.right)
+            row = {"model": run, "ours": name, "theirs": THEIRS[name], "n": options.n}
+            row |= {"ours_right": int(ours.right.sum()), "theirs_right": int(other.right.sum())}
+            row |= {"same_verdict": int((ours.right == other.right).sum())}
+            row |= {"only_theirs_fools": test_of_both.only_a, "only_ours_fools": test_of_both.only_b}
+            rows.append(row | {"mcnemar_p": float(f"{test_of_both.p:.3g}")})
+            print(rows[-1], flush=True)
+            write("agreement.json", {"threat": str(threat), "seed": 0, "rows": rows})
+
+
+if __name__ == "__main__":
+    main()

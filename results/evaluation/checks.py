@@ -1,0 +1,67 @@
+"""What the checks say of the files of results/mnist; writes mnist/RUN-checks.json.
+
+python results/evaluation/checks.py [--models results/mnist] [--data ../shared/data/mnist] [--state /tmp/states]
+
+The verdicts of the attacks are those that mnist.py left in the folder --state, as far as it has come; the first 100
+images are looked at. The dense model's images are tried on every other (`transfer`).
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+from common import HERE, RUNS, lenet, write
+
+import atmc
+from atmc.data import load_data
+from atmc.judge import prepared
+from atmc.robust import resume
+from atmc.robust.checks import run_checks
+from atmc.robust.evaluate import clean_accuracy, judged
+from atmc.robust.protocols import protocol_of
+from atmc.robust.suspect import suspect
+
+
+def main() -> None:
+    """Every run, once for each set of attacks that is there: pgd alone, with pgd-strong, with AutoAttack."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--models", default="results/mnist")
+    parser.add_argument("--data", default="../shared/data/mnist")
+    parser.add_argument("--state", default="/tmp/atmc-evaluation")
+    options = parser.parse_args()
+    torch.set_num_threads(1)
+    threat, data = atmc.Linf(76 / 255), load_data(options.data).test
+    dense, _ = prepared(lenet(Path(options.models) / "dense"), data)
+    for run in RUNS:
+        model, test = prepared(lenet(Path(options.models) / run), data)
+        clean, attacks, found = clean_accuracy(model, test), {}, {}
+        for attack in ("pgd", "pgd-strong", "autoattack"):
+            path = Path(options.state) / f"{run}-{attack}.npz"
+            verdicts = resume.read(path)[attack][1] if path.exists() else None
+            if verdicts is None or verdicts.start < len(verdicts.right):
+                break
+            attacks[attack] = judged(protocol_of(model, test, threat, attack), verdicts)
+            key = ", ".join(attacks)
+            if key in _there(run):
+                found[key] = _there(run)[key]
+                continue
+            began = time.monotonic()
+            looked_at = suspect(model, test, threat, clean, attacks, source=None if run == "dense" else dense)
+            said = [check.to_json() for check in run_checks(looked_at)]
+            found[key] = {"checks": said, "seconds": round(time.monotonic() - began, 1)}
+            print(run, key, [check["name"] for check in said if check["ok"] is False], flush=True)
+            write(f"mnist/{run}-checks.json", found)
+
+
+def _there(run: str) -> dict[str, Any]:
+    path = HERE / "mnist" / f"{run}-checks.json"
+    return json.loads(path.read_text()) if path.exists() else {}
+
+
+if __name__ == "__main__":
+    main()

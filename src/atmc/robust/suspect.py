@@ -1,0 +1,153 @@
+"""What the checks look at: a model, some images, and what the evaluation found on them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from atmc.data import Images
+from atmc.rng import Noise
+from atmc.robust.attacks import attack_mode, pgd
+from atmc.robust.evaluate import predictions
+from atmc.robust.figures import Accuracy, wilson
+from atmc.robust.protocols import STRONG_STEPS, Custom, paper_steps
+from atmc.robust.threats import Threat
+
+CHECKED = 100  # images
+NOT_WHITE_BOX = ("fgsm", "wrm", "square")  # not what the others are held against
+
+
+@dataclass(frozen=True)
+class Check:
+    """One doubt: its name, the verdict, and the figures in words."""
+
+    name: str
+    ok: bool | None
+    detail: str
+
+    def to_json(self) -> dict[str, Any]:
+        """As in metrics.json."""
+        return {"name": self.name, "ok": self.ok, "detail": self.detail}
+
+
+@dataclass(frozen=True, eq=False)
+class Suspect:
+    """A model, images, and what the evaluation found on them.
+
+    Args:
+        x, y, index: the images looked at, (m, c, h, w), their labels and positions in the split, (m,).
+        right: (m,) bool, right without attack.
+        standing: (m,) bool, right after the white-box attacks of the evaluation.
+        against: the names of those attacks.
+        clean: of all images.
+        attacks: the evaluation's figures.
+        custom: settings of `pgd`.
+        source: a model whose adversarial images are tried on this one.
+    """
+
+    model: nn.Module
+    x: Tensor
+    y: Tensor
+    index: Tensor
+    threat: Threat
+    right: Tensor
+    standing: Tensor
+    against: tuple[str, ...]
+    clean: Accuracy
+    attacks: Mapping[str, Accuracy] = field(default_factory=dict)
+    custom: Custom = field(default_factory=Custom)
+    source: nn.Module | None = None
+    seed: int = 0
+
+    @property
+    def loss(self) -> str:
+        """What PGD climbs; the margin for dlr, of the same sign and defined for any number of classes."""
+        return "margin" if self.custom.loss == "dlr" else self.custom.loss
+
+    @property
+    def steps(self) -> int:
+        """Steps of the strongest PGD that the evaluation ran."""
+        if any(name != "pgd" for name in self.against):
+            return STRONG_STEPS
+        return self.custom.steps or paper_steps(self.threat)
+
+    @property
+    def step_size(self) -> float:
+        """Their size."""
+        if any(name != "pgd" for name in self.against):
+            return self.threat.eps / 10
+        return self.custom.step_size or 1.25 * self.threat.eps / self.steps
+
+    def noise(self, purpose: str, draw: int = 0) -> Noise:
+        """Random numbers for the images, of the checks' own."""
+        return Noise(self.index, seed=self.seed, purpose=purpose, epoch=draw)
+
+    def withstand(self, attack: Callable[[Tensor, Tensor, Tensor], Tensor]) -> Tensor:
+        """(m,) verdicts after an attack (x, y, positions among the m) on those still standing."""
+        left = self.standing.clone()
+        where = left.nonzero()[:, 0]
+        if len(where):
+            adv = attack(self.x[where], self.y[where], where)
+            left[where] = predictions(self.model, adv) == self.y[where]
+        return left
+
+
+def suspect(
+    model: nn.Module,
+    images: Images,
+    threat: Threat,
+    clean: Accuracy,
+    attacks: Mapping[str, Accuracy],
+    *,
+    custom: Custom | None = None,
+    source: nn.Module | None = None,
+    seed: int = 0,
+) -> Suspect:
+    """The first images with the evaluation's verdicts on them; runs `pgd` where it ran no white-box attack.
+
+    Args:
+        images: all of them, on the model's device.
+        attacks: name -> figure of the evaluation, on the first images.
+    """
+    custom = custom or Custom()
+    white = {name: found for name, found in attacks.items() if name not in NOT_WHITE_BOX}
+    m = min([CHECKED, len(images), *(found.n for found in white.values())])
+    index = torch.arange(m, device=images.labels.device)
+    x, y = images.float_pixels(index), images.labels[index]
+    right = predictions(model, x) == y
+    standing = right.clone()
+    for found in white.values():
+        standing &= found.without("square")[:m].to(standing.device)
+    if not white and bool(right.any()):
+        steps = custom.steps or paper_steps(threat)
+        size = custom.step_size or 1.25 * threat.eps / steps
+        loss = "margin" if custom.loss == "dlr" else custom.loss
+        adv = pgd(model, x[right], y[right], threat, steps=steps, step_size=size, loss=loss)
+        standing[right] = predictions(model, adv) == y[right]
+    names = tuple(white) or ("pgd",)
+    return Suspect(model, x, y, index, threat, right, standing, names, clean, attacks, custom, source, seed)
+
+
+def outputs(model: nn.Module, x: Tensor) -> Tensor:
+    """(n, classes) float32 outputs in evaluation mode."""
+    with attack_mode(model), torch.no_grad():
+        output: Tensor = model(x)
+    return output.float()
+
+
+def relative(a: Tensor, b: Tensor) -> float:
+    """Largest distance of two rows over the first's length."""
+    apart = (a - b).norm(dim=1) / a.norm(dim=1).clamp_min(1e-12)
+    return float(apart.amax())
+
+
+def compared(name: str, found: Suspect, after: Tensor, what: str) -> Check:
+    """Fails where fewer withstand than the interval of the white-box accuracy allows."""
+    m, before, left = len(found.x), int(found.standing.sum()), int(after.sum())
+    low = wilson(before, m)[0]
+    detail = f"{' and '.join(found.against)} leave {before} of {m}, {what} then {left} (interval from {low:.1%})"
+    return Check(name, left / m >= low, detail)
