@@ -22,7 +22,9 @@ Arithmetic code (`bits`, all in integers): first one bit, 1 for all zero; two bi
 (0: no entry is zero, no positions; else an index into `Matrix.groups`) and three for their prior's scale; one for
 float16 or float32 values, one for a codebook, eight for its size less 1, three for the prior's scale of the values;
 then the positions, the codebook's values ascending, and codes or plain values in row-major order. Zeros at the end
-are cut off.
+are cut off. Everything else is one such code: of a float32 tensor one bit for a single repeated value, one for float16,
+and where values differ one for zeros among them, whose places follow as flags; then plain values, under statistics that
+tensors of one role, the last part of their names, share. Other types follow byte by byte.
 
 W of a factorized weight is defined: summed in float64 in a fixed order and rounded once (`factorize.compose`).
 
