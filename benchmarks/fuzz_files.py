@@ -7,7 +7,7 @@ spliced, heads and numbers changed. Half of them, as a malicious author would, i
 of checksums made right again; of the metadata either the deflated bytes or the JSON below. Then the file is loaded, or
 for every fourth taken apart as `atmc inspect` does, without the model. It must end
 
-- in an `ArtifactError` or a model of finite values, and nothing else, within 2 seconds,
+- in an `ArtifactError` or a model of finite values, and nothing else, within 2 seconds of the processor,
 - under a limit of address space (RLIMIT_AS),
 - and, where checksums were not repaired, never in a model whose values differ from those of the file before.
 
@@ -233,7 +233,7 @@ def outcome(base: Base, data: bytes, repaired: bool, *, inspecting: bool) -> tup
         if inspecting:
             content = artifact.unpack(data)
             artifact.decode(content, artifact.stored_fields(content), max_values=MAX_VALUES)
-            return "decoded", repaired or data == base.data
+            return "decoded", repaired
         state = artifact.from_bytes(data, factory=base.factory, max_values=MAX_VALUES).state_dict()
     except artifact.ArtifactError as error:
         return type(error).__name__, True
@@ -250,13 +250,16 @@ def fuzz(count: int, seed: int) -> Counts:
         rng = Random(seed * 1_000_003 + case)
         base, other = rng.choices(files, [file.share for file in files])[0], rng.choice(files)
         data, mutation, repaired = damaged(base, other, rng)
-        began, result = time.monotonic(), ""
+        if any(data == file.data for file in files):  # a splice of nothing, say
+            counts.outcomes["a whole file"] += 1
+            continue
+        began, result = time.process_time(), ""
         try:
             result, allowed = outcome(base, data, repaired, inspecting=case % 4 == 3)
         finally:
             if not result:
                 print(f"seed {seed}, case {case}, {base.name}, {mutation}: crashed", file=sys.stderr)
-        took = time.monotonic() - began
+        took = time.process_time() - began
         counts.slowest = max(counts.slowest, took)
         counts.outcomes[("repaired: " if repaired else "damaged: ") + result] += 1
         counts.mutations[mutation] += 1

@@ -313,6 +313,8 @@ def test_values_that_cannot_be_stored(monkeypatch):
         artifact.to_bytes(nn.Linear(2, 2))
     with pytest.raises(ValueError, match="expected classes="):
         artifact.to_bytes(nn.Conv2d(1, 1, 1))
+    with pytest.raises(ValueError, match="expected 1 to 100,000 classes, got 100001"):
+        artifact.to_bytes(nn.Conv2d(1, 1, 1), classes=100_001)
     monkeypatch.setattr(coder, "MAX_SIDES", 3)
     monkeypatch.setattr(artifact, "MAX_VALUES", 50)
     with pytest.raises(ValueError, match="tensor weight: 2 rows and 2 columns; at most 3 together"):
@@ -339,7 +341,7 @@ def test_a_users_class_needs_its_factory(tmp_path):
     assert same(artifact.load(tmp_path / "m.atmc", factory=Own), model)
     assert artifact.read(tmp_path / "m.atmc").metadata["input_shape"] == [1, 2, 2]
     parts, metadata = parts_of((tmp_path / "m.atmc").read_bytes()), artifact.read(tmp_path / "m.atmc").metadata
-    for classes in (None, 0, "3", 2.0):
+    for classes in (None, 0, "3", 2.0, True, 100_001):
         with pytest.raises(artifact.Malformed, match="does not say how many classes"):
             artifact.from_bytes(pack_parts({**metadata, "classes": classes}, parts[1:]), factory=Own)
 

@@ -38,7 +38,7 @@ stamps; nothing in a file is executed.
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -69,7 +69,7 @@ from atmc.pack.container import (
     unpack,
     varint,
 )
-from atmc.pack.fields import Field, expect_fields, fields, is_zoo, listed, schema
+from atmc.pack.fields import MAX_CLASSES, Field, expect_fields, fields, is_zoo, listed, schema
 from atmc.pack.forms import FORMS, PLAIN, Weight
 from atmc.version import __version__
 
@@ -154,9 +154,12 @@ def to_bytes(
         ValueError: a value is not finite, or of a type that the format does not hold.
     """
     spec = getattr(model, "atmc_spec", None) or {"name": None}
+    count = classes or spec.get("num_classes") or _outputs(model)
+    if not 1 <= count <= MAX_CLASSES:
+        raise ValueError(f"expected 1 to {MAX_CLASSES:,} classes, got {count}")
     affine = norms.is_affine(model)
     kept = fields(model, without=norms.implied_statistics(model) if affine else {})
-    shape, count = input_shape or spec.get("input_shape"), classes or spec.get("num_classes") or _outputs(model)
+    shape = input_shape or spec.get("input_shape")
     metadata: dict[str, Any] = {"model": spec, "threat": threat, "method": method, "tool": f"atmc {__version__}"}
     metadata["norms"] = affine
     if shape and list(shape) != spec.get("input_shape"):
@@ -250,7 +253,7 @@ def from_bytes(
 ) -> nn.Module:
     """What `load` gives, from the bytes of a file. Raises `ArtifactError`."""
     content = unpack(data, source)
-    model = _build(content, factory)
+    model = _build(content, factory, max_values)
     implied = norms.implied_statistics(model) if content.metadata.get("norms") is True else {}
     expected = fields(model, without=implied)
     try:
@@ -275,9 +278,7 @@ def from_bytes(
 
 def decode(content: Content, expected: Sequence[Field], *, max_values: int = MAX_VALUES) -> Decoded:
     """All tensors of a file, whose fields are known. Raises `ArtifactError`."""
-    total = sum(field.size for field in expected)
-    if total > max_values:
-        raise TooLarge(f"{content.source}: {total:,} values; at most {max_values:,} are read")
+    _expect_room(content, expected, max_values)
     big = [field for field in expected if field.is_weight]
     small = [field for field in expected if not field.is_weight]
     if len(content.parts) != len(big) + 1:
@@ -301,6 +302,12 @@ def decode(content: Content, expected: Sequence[Field], *, max_values: int = MAX
     return Decoded(weights, dict(named))
 
 
+def _expect_room(content: Content, expected: Iterable[Field], max_values: int) -> None:
+    total = sum(field.size for field in expected)
+    if total > max_values:
+        raise TooLarge(f"{content.source}: {total:,} values; at most {max_values:,} are read")
+
+
 def _read_weight(
     part: bytes, field: Field, hint: coder.Integers | None, content: Content
 ) -> tuple[Weight, list[Spent]]:
@@ -321,7 +328,7 @@ def _read_weight(
     return forms.read(form, field.shape, rank, encoded, hint)
 
 
-def _build(content: Content, factory: Callable[..., nn.Module] | None) -> nn.Module:
+def _build(content: Content, factory: Callable[..., nn.Module] | None, max_values: int = MAX_VALUES) -> nn.Module:
     metadata, source = content.metadata, content.source
     spec = metadata["model"]
     name = spec.get("name")
@@ -338,8 +345,9 @@ def _build(content: Content, factory: Callable[..., nn.Module] | None) -> nn.Mod
             "(factory=... in Python, --model package.module:factory on the command line)"
         )
     classes = metadata.get("classes")
-    if not (isinstance(classes, int) and classes >= 1):
-        raise content.bad(f"it does not say how many classes its model has: {classes!r}")
+    if not (type(classes) is int and 1 <= classes <= MAX_CLASSES):
+        raise content.bad(f"it does not say how many classes its model has, at most {MAX_CLASSES:,}: {classes!r:.40}")
+    _expect_room(content, listed(content), max_values)
     try:
         model = call_factory(factory, classes)
     except ValueError as error:

@@ -17,7 +17,7 @@ from torch import nn
 from atmc.compress.factorize import all_sites, factored
 from atmc.pack.container import Content, ModelMismatch
 
-MAX_DIMENSIONS, MAX_TENSORS = 8, 16_384
+MAX_DIMENSIONS, MAX_TENSORS, MAX_CLASSES = 8, 16_384, 100_000
 TYPES = {
     "float32": torch.float32,
     "float64": torch.float64,
