@@ -206,6 +206,13 @@ def test_square_of_the_evaluation_is_used(two_tone, natural, monkeypatch):
     assert f"pgd leave {before} of 60, Square, 301 queries, then {after}" in detail
 
 
+def test_where_nothing_is_left_there_is_nothing_to_doubt(two_tone, natural):
+    """Within a radius that no image withstands, on few images: no alarm by rounding, chance taken over all labels."""
+    assert robust_accuracy(natural, two_tone[1], Linf(0.6), "pgd-strong", n=5).accuracy == 0
+    for n in (5, 100):
+        assert failed(natural, two_tone[1], threat=Linf(0.6), attack="pgd-strong", n=n) == set()
+
+
 def test_what_cannot_be_told(two_tone, natural):
     """None with its reason, not a verdict: no second model; too little fooled; one class; nothing right."""
     found = {check.name: check for check in _checked(natural, two_tone[1], Linf(0.001))}

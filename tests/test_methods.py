@@ -293,6 +293,7 @@ def test_result_can_be_saved_and_evaluated(few, tmp_path):
         threat=atmc.Linf(0.1),
         attack=["fgsm", "pgd", "pgd-strong", "wrm"],
         n=40,
+        checks=False,
     )
     assert report.attacks["pgd-strong"].accuracy <= report.attacks["pgd"].accuracy
     assert report.attacks["pgd"].n == 40
@@ -370,7 +371,7 @@ class TestRefused:
     def test_labels_beyond_the_outputs(self, few):
         model = nn.Sequential(nn.Flatten(), nn.Linear(784, 4))
         with pytest.raises(ValueError, match="labels go up to 9"):
-            atmc.evaluate(model, few[1], threat=atmc.Linf(0.1))
+            atmc.evaluate(model, few[1], threat=atmc.Linf(0.1), checks=False)
 
     def test_recipe_and_settings(self, few, lenet):
         with pytest.raises(ValueError, match="recipe or settings, got both: seed"):
@@ -387,7 +388,7 @@ class TestRefused:
 def test_the_largest_seed_works(few):
     work = job(few, seed=2**63 - 1, epochs={"dense": 1, "l0": 0, "admm": 0, "tune": 0})
     assert list(work.run())
-    assert atmc.evaluate(tiny(), few[1], threat=atmc.Linf(0.1), attack="pgd-strong", n=5, seed=2**63 - 1)
+    assert atmc.evaluate(tiny(), few[1], threat=atmc.Linf(0.1), attack="pgd-strong", n=5, seed=2**63 - 1, checks=False)
 
 
 @pytest.mark.parametrize(("settings", "counts"), [({}, (100, 100)), ({"val_n": 7, "val_clean_n": 30}, (30, 7))])
@@ -469,7 +470,7 @@ def test_models_that_cannot_take_channels_last_run_without(few, model, fast):
     assert work.recipe.channels_last == fast
     list(work.run())
     assert work.result().decided.clean.n == 100
-    assert atmc.evaluate(network, few[1], threat=atmc.Linf(0.1)).clean.n == 100
+    assert atmc.evaluate(network, few[1], threat=atmc.Linf(0.1), checks=False).clean.n == 100
 
 
 def test_frozen_weights_are_compressed_without_training(few):

@@ -210,6 +210,10 @@ def test_headline_names_the_worst_attack(tmp_path: Path) -> None:
 def test_checks_are_listed_where_there_are_any(tmp_path: Path) -> None:
     checks = [{"name": "zero_gradient", "ok": False, "detail": "3 of 48 are <0>"}, {"name": "square", "ok": None}]
     page = report(tmp_path, THREE, checks=checks)
+    assert (
+        "WARNING: do not trust the accuracies under attack. Failed checks of the evaluation: zero_gradient."
+        in page.text
+    )
     assert re.search(r"zero_gradient failed 3 of 48 are <0> square not run", page.text)
 
 

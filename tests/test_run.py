@@ -93,7 +93,7 @@ def test_a_run_folder_is_complete_and_consistent(here):
 
     loaded = artifact.load(here / "out" / "model.atmc", factory=small_model.build)
     digits = runs.load_data("digits").test
-    report = evaluate(loaded, digits, threat=parse_threat("linf:0.1"), n=50)
+    report = evaluate(loaded, digits, threat=parse_threat("linf:0.1"), n=50, checks=False)
     assert report.to_json()["clean"] == metrics["clean"]
     assert report.to_json()["attacks"] == metrics["attacks"]
 

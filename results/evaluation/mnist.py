@@ -26,34 +26,39 @@ ORDER = ["atmc8-0015", "dense", "atmc32-0015", "atmc4-006", "atmc8-006", "atmc8-
 ORDER += ["atmc32-01", "atmc32-05"]
 
 
-def evaluate(run: str, options: argparse.Namespace) -> None:
-    """All attacks on one file; saves the state every minute."""
-    out = HERE / "mnist" / f"{run}.json"
-    if out.exists():
+def evaluate(run: str, attack: str, options: argparse.Namespace) -> None:
+    """One attack on one file; saves the state every minute."""
+    found = json.loads(out.read_text()) if (out := HERE / "mnist" / f"{run}.json").exists() else {}
+    if attack in found.get("attacks", {}):
         return
     threat = atmc.Linf(76 / 255)
     model, test = prepared(lenet(Path(options.models) / run), load_data(options.data).test)
-    found = {"model": f"results/mnist/{run}/model.atmc", "data": "mnist test split", "threat": str(threat), "seed": 0}
-    found |= {"clean": clean_accuracy(model, test).to_json(), "attacks": {}, "seconds": {}, "right": {}}
-    for attack in ("pgd", "pgd-strong", "autoattack"):
-        path = Path(options.state) / f"{run}-{attack}.npz"
-        mark = resume.fingerprint(model, test, options.n, threat=str(threat), attack=attack, seed=0)
-        stored = resume.read(path)[attack] if path.exists() else (mark, Verdicts.fresh(test, options.n, keep=True))
-        if stored[0] != mark:
-            raise ValueError(f"{path} is of another evaluation")
-        protocol = protocol_of(model, test, threat, attack)
-        began = saved = time.monotonic()
-        for event in attacked(model, test, protocol, stored[1], batch_size=options.batch_size):
-            if time.monotonic() - saved > 60:
-                resume.write(path, {attack: (mark, event.verdicts)})
-                saved = time.monotonic()
-                print(run, event.attack, event.stage, event.verdicts.done, f"{event.right}/{event.judged}", flush=True)
-        resume.write(path, {attack: (mark, stored[1])})
-        accuracy = judged(protocol, stored[1])
-        found["attacks"][attack] = accuracy.to_json()
-        found["seconds"][attack] = round(time.monotonic() - began)  # of this call; less where it went on
-        found["right"][attack] = "".join(str(int(right)) for right in accuracy.right.tolist())
-        print(run, attack, accuracy.accuracy, found["seconds"][attack], "s", flush=True)
+    if not found:
+        found = {
+            "model": f"results/mnist/{run}/model.atmc",
+            "data": "mnist test split",
+            "threat": str(threat),
+            "seed": 0,
+        }
+        found |= {"clean": clean_accuracy(model, test).to_json(), "attacks": {}, "seconds": {}, "right": {}}
+    path = Path(options.state) / f"{run}-{attack}.npz"
+    mark = resume.fingerprint(model, test, options.n, threat=str(threat), attack=attack, seed=0)
+    stored = resume.read(path)[attack] if path.exists() else (mark, Verdicts.fresh(test, options.n, keep=True))
+    if stored[0] != mark:
+        raise ValueError(f"{path} is of another evaluation")
+    protocol = protocol_of(model, test, threat, attack)
+    began = saved = time.monotonic()
+    for event in attacked(model, test, protocol, stored[1], batch_size=options.batch_size):
+        if time.monotonic() - saved > 60:
+            resume.write(path, {attack: (mark, event.verdicts)})
+            saved = time.monotonic()
+            print(run, event.attack, event.stage, event.verdicts.done, f"{event.right}/{event.judged}", flush=True)
+    resume.write(path, {attack: (mark, stored[1])})
+    accuracy = judged(protocol, stored[1])
+    found["attacks"][attack] = accuracy.to_json()
+    found["seconds"][attack] = round(time.monotonic() - began)  # of this call; less where it went on
+    found["right"][attack] = "".join(str(int(right)) for right in accuracy.right.tolist())
+    print(run, attack, accuracy.accuracy, found["seconds"][attack], "s", flush=True)
     out.parent.mkdir(exist_ok=True)
     out.write_text(json.dumps(found, indent=1) + "\n")
 
@@ -69,8 +74,10 @@ def main() -> None:
     options = parser.parse_args()
     torch.set_num_threads(1)
     Path(options.state).mkdir(parents=True, exist_ok=True)
-    for run in ORDER:
-        evaluate(run, options)
+    for attacks in (("pgd", "pgd-strong"), ("autoattack",)):
+        for run in ORDER:
+            for attack in attacks:
+                evaluate(run, attack, options)
 
 
 if __name__ == "__main__":

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import csv
 import json
+import re
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -34,6 +35,7 @@ def rows() -> list[dict[str, Any]]:
         curve = "DA" if metrics["method"] == "da" else "ATMC-8bit" if metrics["bits"] else "ATMC-32bit"
         row: dict[str, Any] = {"run": path.parent.name, "method": metrics["method"], "bits": metrics["bits"] or 32}
         row |= {"nonzeros": metrics["nonzeros"], "k_ratio": round(metrics["nonzeros"] / metrics["dense_weights"], 5)}
+        row["max_bytes"] = re.fullmatch(r"bytes-(\d+)|.*", path.parent.name)[1]
         row |= {"nominal_ratio": round(metrics["nominal_ratio"], 5), "file_bytes": metrics["file_bytes"]}
         for name, ours in (("clean", metrics["clean"]), ("pgd", metrics["attacks"]["pgd"])):
             theirs = paper[name][curve]
@@ -47,8 +49,9 @@ def rows() -> list[dict[str, Any]]:
             "pgd_strong_high": strong["ci95"][1],
         }
         row |= {"n": strong["n"], "seed": metrics["seed"], "minutes": round(metrics["seconds"] / 60, 1)}
-        held = inspection(path.with_name("model.atmc"))["factorized"]
-        row["live_terms"] = " ".join(str(part["components"]) for part in held.values()) or "–"
+        held = inspection(path.with_name("model.atmc"))
+        terms = [held["factorized"].get(name, {"components": 0})["components"] for name in held["dead_channels"]]
+        row["live_terms"] = "–" if metrics["method"] == "da" else " ".join(map(str, terms))
         found.append(row)
     return sorted(found, key=lambda row: (row["method"] != "da", row["nonzeros"], -row["bits"]))
 
@@ -70,7 +73,7 @@ def draw(table: list[dict[str, Any]]) -> None:
             points = [point for point in paper[name][curve] if point[0] < 0.06]
             axis.plot(*zip(*points, strict=True), style, color="#7a7a7a", ms=4, lw=1, label=f"paper, {curve}")
         for bits, color in ((32, "#0072b2"), (8, "#d55e00"), (4, "#009e73")):
-            ours = [row for row in table if row["bits"] == bits and row["method"] == "atmc"]
+            ours = [row for row in table if row["bits"] == bits and row["method"] == "atmc" and not row["max_bytes"]]
             bars = [[abs(row[name] - row[f"{name}_{end}"]) for row in ours] for end in ("low", "high")]
             at = [row["nominal_ratio"] for row in ours]
             axis.errorbar(

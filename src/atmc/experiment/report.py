@@ -132,7 +132,10 @@ def _checks(metrics: Mapping[str, Any]) -> str:
     words = {True: "passed", False: "failed", None: "not run"}
     checks = metrics.get("checks", ())
     rows = [[escape(c["name"]), words[c["ok"]], escape(str(c.get("detail", "")))] for c in checks]
-    return table(("check", "outcome", "detail"), rows, ("name", "", "text")) if rows else ""
+    failed = [str(check["name"]) for check in checks if check["ok"] is False]
+    text = f"WARNING: do not trust the accuracies under attack. Failed checks of the evaluation: {', '.join(failed)}."
+    warning = element("p", element("b", escape(text), class_="bad")) if failed else ""
+    return warning + table(("check", "outcome", "detail"), rows, ("name", "", "text")) if rows else ""
 
 
 def _sizes(metrics: Mapping[str, Any]) -> str:

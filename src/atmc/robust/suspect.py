@@ -44,6 +44,7 @@ class Suspect:
         standing: (m,) bool, right after the white-box attacks of the evaluation.
         against: the names of those attacks.
         clean: of all images.
+        commonest: the share of the commonest label among all images.
         attacks: the evaluation's figures.
         custom: settings of `pgd`.
         source: a model whose adversarial images are tried on this one.
@@ -58,6 +59,7 @@ class Suspect:
     standing: Tensor
     against: tuple[str, ...]
     clean: Accuracy
+    commonest: float = 0.0
     attacks: Mapping[str, Accuracy] = field(default_factory=dict)
     custom: Custom = field(default_factory=Custom)
     source: nn.Module | None = None
@@ -129,7 +131,8 @@ def suspect(
         adv = pgd(model, x[right], y[right], threat, steps=steps, step_size=size, loss=loss)
         standing[right] = predictions(model, adv) == y[right]
     names = tuple(white) or ("pgd",)
-    return Suspect(model, x, y, index, threat, right, standing, names, clean, attacks, custom, source, seed)
+    share = float(images.labels.bincount().amax()) / len(images)
+    return Suspect(model, x, y, index, threat, right, standing, names, clean, share, attacks, custom, source, seed)
 
 
 def outputs(model: nn.Module, x: Tensor) -> Tensor:
@@ -150,4 +153,4 @@ def compared(name: str, found: Suspect, after: Tensor, what: str) -> Check:
     m, before, left = len(found.x), int(found.standing.sum()), int(after.sum())
     low = wilson(before, m)[0]
     detail = f"{' and '.join(found.against)} leave {before} of {m}, {what} then {left} (interval from {low:.1%})"
-    return Check(name, left / m >= low, detail)
+    return Check(name, not before or left / m >= low, detail)
