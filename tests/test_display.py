@@ -25,6 +25,7 @@ def record(**changes) -> Record:
         "robust_n": 100,
         "nonzeros": 1234,
         "nominal_bits": 99,
+        "file_bytes": None,
         "seconds": 2.0,
     }
     return Record(**{"phase": "admm", "epoch": 3, "primal": 0.25, "dual": 0.125, **values, **changes})
@@ -103,7 +104,7 @@ def test_the_inspection_table_shows_every_tensor(lenet, tmp_path):
         console = Console(file=io.StringIO(), width=width)
         console.print(inspection_table(inspection(tmp_path / "m.atmc"), narrow=width < 110))
         text = console.file.getvalue()
-        for name in ("conv1.weight", "fc2.bias", "500×800", "all tensors", "metadata, checksum"):
+        for name in ("conv1.weight", "fc2.bias", "500×800", "all tensors", "metadata, CRCs"):
             assert name in text
         assert "…" not in text
         assert max(map(len, text.splitlines())) <= width

@@ -9,6 +9,7 @@ import time
 import tomllib
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from safetensors.torch import save_file
@@ -16,6 +17,7 @@ from torch import nn
 
 from atmc import models
 from atmc.api import evaluate
+from atmc.compress.factorize import compressible, structure
 from atmc.experiment import run as runs
 from atmc.experiment.config import parse, read_toml
 from atmc.experiment.run import Finished, FolderInUse, run
@@ -278,14 +280,14 @@ class TestConfig:
         [
             ({"threat": "linf:2/0"}, "expected a radius"),
             ({"attacks": ["pdg"]}, "did you mean 'pgd'"),
-            ({"ratio": None}, "exactly one of ratio and nonzeros"),
+            ({"ratio": None}, "exactly one of ratio, nonzeros and max_bytes"),
             ({"ratio": 2.0}, "at most 1"),
             ({"bits": 12}, "1 to 8 bits"),
             ({"model": None}, "model"),
             ({"eval_n": 0}, "eval_n >= 1, got 0"),
             ({"seed": 2**63}, "seed"),
             ({"eval_n": {"pdg": 5}}, "did you mean 'pgd'"),
-            ({"method": "da"}, "leave out ratio, nonzeros and bits"),
+            ({"method": "da"}, "leave out ratio, nonzeros, max_bytes and bits"),
             ({"method": "atcm"}, "did you mean 'atmc'"),
         ],
     )
@@ -305,6 +307,13 @@ class TestConfig:
     def test_round_trip(self):
         config = parse(SMALL)
         assert parse(tomllib.loads(config.to_toml())) == config
+
+
+def held(path: Path) -> dict:
+    """The weights of a file as they are stored."""
+    content = artifact.read(path)
+    decoded = artifact.decode(content, artifact.stored_fields(content))
+    return {name: weight for name, (weight, _) in decoded.weights.items()}
 
 
 class TestWeights:
@@ -367,7 +376,14 @@ class TestWeights:
                 "training": {"epochs": {"dense": 0, "l0": 0, "admm": 1}, "val_n": 20},
             },
         )
-        assert set(artifact.read(here / "more" / "model.atmc").metadata["structure"]) == {"0.weight", "3.weight"}
+        stored = held(here / "out" / "model.atmc")
+        model = nn.Sequential(nn.Conv2d(1, 4, 5, stride=3), nn.ReLU(), nn.Flatten(), nn.Linear(256, 10))
+        load_weights(model, str(here / "out" / "model.atmc"), factorized=True)
+        factored = {path: form for path, (form, _) in structure(model).items()}
+        assert factored == {path: weight.form for path, weight in stored.items() if weight.form != "plain"}
+        expected = {f"{path}.{name}": x for path, weight in stored.items() for name, x in weight.parts.items()}
+        for name, tensor in compressible(model).items():
+            assert np.array_equal(tensor.detach().numpy(), expected[name if name in expected else f"{name}.W"])
         assert metrics["nonzeros"] <= int(0.3 * metrics["dense_weights"])
 
 

@@ -54,12 +54,12 @@ class NonzeroBudget:
             raise ValueError(f"expected a budget of at least {len(leads)} nonzeros, one a layer, got {self.nonzeros}")
         rest, first = {name: tensor.clone() for name, tensor in tensors.items()}, {}
         for name in leads:
-            first[name] = int(tensors[name].abs().argmax())
-            rest[name].view(-1)[first[name]] = 0
+            first[name] = tuple(torch.unravel_index(tensors[name].abs().argmax(), tensors[name].shape))
+            rest[name][first[name]] = 0
         others = keep_largest(list(rest.values()), self.nonzeros - len(leads))
         kept = dict(zip(tensors, others, strict=True))
         for name, place in first.items():
-            kept[name].view(-1)[place] = tensors[name].reshape(-1)[place]
+            kept[name][place] = tensors[name][place]
         return kept
 
 

@@ -128,6 +128,7 @@ class Factors(nn.Module):
         self.shape = tuple(shape)
         self.rank = rank
         self.channels_last = False  # see `use_channels_last`
+        self.given: tuple[Tensor, ...] | None = None  # while it is registered: the factors, where they are known
 
     def forward(self, u: Tensor, v: Tensor, c: Tensor | None = None) -> Tensor:
         """W from its factors."""
@@ -144,6 +145,8 @@ class Factors(nn.Module):
 
     def right_inverse(self, w: Tensor) -> tuple[Tensor, ...]:
         """The factors at which this form starts from W: exact but for `rank`, which is W's best approximation."""
+        if self.given is not None:
+            return self.given
         matrix = w.detach().reshape(w.shape[0], -1)
         out, columns = matrix.shape
         zero = torch.zeros(w.shape, dtype=w.dtype, device=w.device)
@@ -193,12 +196,16 @@ def _matrix_shape(site: Site) -> tuple[int, int]:
     return weight.shape[0], weight[0].numel()
 
 
-def _register(site: Site, form: Form, rank: int) -> None:
+def _register(site: Site, form: Form, rank: int, given: tuple[Tensor, ...] | None = None) -> None:
+    """Hold a plain weight as factors: those given, or those at which the form starts from it."""
     shape = getattr(site.module, site.parameter).shape
     holder = Factors(form, shape, rank)
+    holder.given = given
     holder.channels_last = _is_channels_last(getattr(site.module, site.parameter))
     # unsafe: torch's own check would compare W before and after, which a cut rank changes
-    parametrize.register_parametrization(site.module, site.parameter, holder, unsafe=form == "rank")
+    unsafe = form == "rank" or given is not None
+    parametrize.register_parametrization(site.module, site.parameter, holder, unsafe=unsafe)
+    holder.given = None
 
 
 def _is_channels_last(weight: Tensor) -> bool:
@@ -333,19 +340,25 @@ def put_factors(model: nn.Module, path: str, form: str, parts: Mapping[str, Tens
     if form == "plain":
         _unregister(site, parts["W"])
         return
-    _unregister(site, composed(site))
-    _register(site, cast(Form, form), parts["U"].shape[1])
-    for name, parameter in factors_of(site).items():
-        parameter.copy_(parts[name].view_as(parameter))
+    shape = _factors_module(site).shape
+    device = factors_of(site)["U"].device
+    _unregister(site, torch.zeros(shape))
+    given = [parts[name].to(device).clone() for name in ("U", "V", "C") if name in parts]
+    given[2:] = [c.view(shape) for c in given[2:]]
+    _register(site, cast(Form, form), parts["U"].shape[1], tuple(given))
 
 
 def _unregister(site: Site, weight: Tensor) -> None:
-    """A plain parameter in place of a weight's factors. The class that torch injected stays: copies share it."""
+    """A plain parameter in place of a weight's factors. Copies of the model, which share its classes, are unharmed."""
     holders = cast(nn.ModuleDict, site.module.parametrizations)
     device = next(holders.parameters()).device
-    plain_class = parametrize.type_before_parametrizations(site.module)
+    plain_class, injected = parametrize.type_before_parametrizations(site.module), type(site.module)
     del holders[site.parameter]
-    if not holders:
+    if holders:  # other weights of the module stay factors: a class like torch's, without this one's property
+        own = {"__dict__", "__weakref__", site.parameter}
+        members = {name: value for name, value in vars(injected).items() if name not in own}
+        site.module.__class__ = type(injected.__name__, injected.__bases__, members)
+    else:
         site.module.__class__ = plain_class
         del site.module.parametrizations
     site.module.register_parameter(site.parameter, nn.Parameter(weight.to(device)))

@@ -126,7 +126,7 @@ class RateControl:
             if over - under <= 1:
                 break
             k = min(max(self._scaled(k, size), under + 1), over - 1)
-            if fits and misses and attempt % 3 == 2:  # a secant that creeps is helped by halving
+            if attempt % 3 == 2 or attempt >= 12:  # a secant that creeps is helped by halving
                 k = (under + over) // 2
         assert fits is not None
         return fits

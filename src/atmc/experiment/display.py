@@ -141,7 +141,7 @@ def inspection_table(found: Mapping[str, Any], *, narrow: bool = False) -> Table
     before = [*blank[:1], nonzeros, *blank[1:]] if narrow else [*blank[:2], nonzeros, *blank[2:]]
     table.add_row("all tensors", *before, *(f"{sums[part]:,.1f}" for part in parts))
     around = [f"{outside:,.1f}" if part == "total" else "" for part in parts]
-    table.add_row("metadata, checksums", "", *blank, *around)
+    table.add_row("metadata, CRCs", "", *blank, *around)
     dead = f"{totals['dead_outputs']:,} outputs and {totals['dead_inputs']:,} inputs of weights are dead"
     table.caption = f"bytes; rank of W - C; floor: log2 C(N, k) + k H(codes); {dead}"
     return table

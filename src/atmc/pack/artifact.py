@@ -22,7 +22,9 @@ Arithmetic code (`bits`, all in integers): first one bit, 1 for all zero; two bi
 (0: no entry is zero, no positions; else an index into `Matrix.groups`) and three for their prior's scale; one for
 float16 or float32 values, one for a codebook, eight for its size less 1, three for the prior's scale of the values;
 then the positions, the codebook's values ascending, and codes or plain values in row-major order. Zeros at the end
-are cut off.
+are cut off. Everything else is one such code: of a float32 tensor one bit for a single repeated value, one for float16,
+and where values differ one for zeros among them, whose places follow as flags; then plain values, under statistics that
+tensors of one role, the last part of their names, share. Other types follow byte by byte.
 
 W of a factorized weight is defined: summed in float64 in a fixed order and rounded once (`factorize.compose`).
 
@@ -36,7 +38,7 @@ stamps; nothing in a file is executed.
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -50,7 +52,7 @@ from atmc.files import write_beside
 from atmc.models import build_from_spec, call_factory
 from atmc.models.factory import factory_name
 from atmc.pack import coder, forms, norms, stream
-from atmc.pack.coder import CodingError, Spent
+from atmc.pack.coder import CodingError, Spent, TooManySides
 from atmc.pack.container import (
     VERSION,
     ArtifactError,
@@ -68,7 +70,7 @@ from atmc.pack.container import (
     unpack,
     varint,
 )
-from atmc.pack.fields import Field, expect_fields, fields, is_zoo, listed, schema
+from atmc.pack.fields import MAX_CLASSES, Field, expect_fields, fields, is_zoo, listed, schema
 from atmc.pack.forms import FORMS, PLAIN, Weight
 from atmc.version import __version__
 
@@ -153,9 +155,12 @@ def to_bytes(
         ValueError: a value is not finite, or of a type that the format does not hold.
     """
     spec = getattr(model, "atmc_spec", None) or {"name": None}
+    count = classes or spec.get("num_classes") or _outputs(model)
+    if not 1 <= count <= MAX_CLASSES:
+        raise ValueError(f"expected 1 to {MAX_CLASSES:,} classes, got {count}")
     affine = norms.is_affine(model)
     kept = fields(model, without=norms.implied_statistics(model) if affine else {})
-    shape, count = input_shape or spec.get("input_shape"), classes or spec.get("num_classes") or _outputs(model)
+    shape = input_shape or spec.get("input_shape")
     metadata: dict[str, Any] = {"model": spec, "threat": threat, "method": method, "tool": f"atmc {__version__}"}
     metadata["norms"] = affine
     if shape and list(shape) != spec.get("input_shape"):
@@ -250,7 +255,7 @@ def from_bytes(
 ) -> nn.Module:
     """What `load` gives, from the bytes of a file. Raises `ArtifactError`."""
     content = unpack(data, source)
-    model = _build(content, factory)
+    model = _build(content, factory, max_values)
     implied = norms.implied_statistics(model) if content.metadata.get("norms") is True else {}
     expected = fields(model, without=implied)
     try:
@@ -275,9 +280,7 @@ def from_bytes(
 
 def decode(content: Content, expected: Sequence[Field], *, max_values: int = MAX_VALUES) -> Decoded:
     """All tensors of a file, whose fields are known. Raises `ArtifactError`."""
-    total = sum(field.size for field in expected)
-    if total > max_values:
-        raise TooLarge(f"{content.source}: {total:,} values; at most {max_values:,} are read")
+    _expect_room(content, expected, max_values)
     big = [field for field in expected if field.is_weight]
     small = [field for field in expected if not field.is_weight]
     if len(content.parts) != len(big) + 1:
@@ -288,6 +291,8 @@ def decode(content: Content, expected: Sequence[Field], *, max_values: int = MAX
     for field, part in zip(big, content.parts, strict=False):
         try:
             weights[field.name] = _read_weight(part, field, hint, content)
+        except TooManySides as error:
+            raise TooLarge(f"{content.source}: tensor {field.name}: {error}") from error
         except CodingError as error:
             raise content.bad(f"tensor {field.name}: {error}") from error
         hint = weights[field.name][0].row_counts()
@@ -300,6 +305,12 @@ def decode(content: Content, expected: Sequence[Field], *, max_values: int = MAX
     return Decoded(weights, dict(named))
 
 
+def _expect_room(content: Content, expected: Iterable[Field], max_values: int) -> None:
+    total = sum(field.size for field in expected)
+    if total > max_values:
+        raise TooLarge(f"{content.source}: {total:,} values; at most {max_values:,} are read")
+
+
 def _read_weight(
     part: bytes, field: Field, hint: coder.Integers | None, content: Content
 ) -> tuple[Weight, list[Spent]]:
@@ -308,10 +319,11 @@ def _read_weight(
     if number >= len(FORMS):
         raise content.bad(f"tensor {field.name} has no valid form: {number}")
     form, rank = FORMS[number], 0
-    most = min(field.shape[0], field.size // field.shape[0])
+    rows, columns = field.shape[0], field.size // field.shape[0]
     if form != PLAIN:
         rank = reader.varint()
-        if not 1 <= rank <= most or (form in ("left", "right") and rank != most):
+        square = {"left": rows, "right": columns}.get(form, rank)  # where the identity is added
+        if not 1 <= rank <= min(rows, columns) or rank != square:
             raise content.bad(f"tensor {field.name} has rank {rank}, its shape is {field.shape}")
     names = list(forms.layouts(form, field.shape, rank))
     encoded = [reader.take(reader.varint()) for _ in names[:-1]]
@@ -330,7 +342,7 @@ class _NoInitialValues(TorchFunctionMode):
         return func(*args, **(kwargs or {}))
 
 
-def _build(content: Content, factory: Callable[..., nn.Module] | None) -> nn.Module:
+def _build(content: Content, factory: Callable[..., nn.Module] | None, max_values: int = MAX_VALUES) -> nn.Module:
     metadata, source = content.metadata, content.source
     spec = metadata["model"]
     name = spec.get("name")
@@ -350,8 +362,9 @@ def _build(content: Content, factory: Callable[..., nn.Module] | None) -> nn.Mod
             "(factory=... in Python, --model package.module:factory on the command line)"
         )
     classes = metadata.get("classes")
-    if not (isinstance(classes, int) and classes >= 1):
-        raise content.bad(f"it does not say how many classes its model has: {classes!r}")
+    if not (type(classes) is int and 1 <= classes <= MAX_CLASSES):
+        raise content.bad(f"it does not say how many classes its model has, at most {MAX_CLASSES:,}: {classes!r:.40}")
+    _expect_room(content, listed(content), max_values)
     try:
         model = call_factory(factory, classes)
     except ValueError as error:

@@ -21,6 +21,10 @@ from functools import cache
 from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
+
+Integers = NDArray[np.int64]
+Model = tuple[Integers, Integers, Integers, Integers]
 
 MEASURE, ENCODE, DECODE = 0, 1, 2
 MODE, LOW, HIGH, CODE, AT, SPENT = range(6)  # slots of a coder's state
@@ -48,7 +52,7 @@ def code_bit(coder: Any, data: Any, cost: Any, p: int, bit: int) -> int:
     """Code one bit whose probability of being 1 is p / 65536, 0 < p < 65536; the bit.
 
     The interval [low, high] of 32-bit numbers shrinks to the part of the bit; leading bytes that are settled leave it.
-    A decoder reads zeros past the end, and gives up after PAST_END of them.
+    A decoder reads zeros past the end, and is of no use any more after PAST_END of them.
     """
     low, high = coder[LOW], coder[HIGH]
     width = high - low
@@ -84,7 +88,11 @@ def code_number(coder: Any, data: Any, cost: Any, width: int, number: int) -> in
         part = (high - low + 1) >> size
         value = (number >> width) & ((1 << size) - 1)
         if coder[MODE] == DECODE:
-            value = min((coder[CODE] - low) // part, (1 << size) - 1)
+            value = (coder[CODE] - low) // part
+            if value >> size:  # above all parts, where no encoder goes
+                value = (1 << size) - 1
+                coder[CODE] = low + value * part
+                coder[AT] = len(data) + PAST_END + 1
         found = (found << size) | value
         coder[SPENT] += size << 16
         coder[LOW] = low + value * part
@@ -162,9 +170,9 @@ def code_positions(
     for row in range(rows):
         base = row * columns
         left = 0
-        if coder[MODE] == DECODE and coder[AT] > len(data) + PAST_END:
-            return  # of no use any more, and a short file must not cost long
         for column in range(groups):
+            if not column & 255 and coder[MODE] == DECODE and coder[AT] > len(data) + PAST_END:
+                return  # of no use any more, and a short file must not cost long
             first = base + column * group
             size = min(group, columns - column * group)
             held = 0
@@ -291,7 +299,7 @@ def stretch(p: int) -> int:
     return (bisect_left(squash_table(), p) - STEPS) << 22
 
 
-def position_model(rows: int, columns: int, group: int, scale: int) -> tuple[list[int], ...]:
+def position_model(rows: int, columns: int, group: int, scale: int) -> Model:
     """The contexts of `code_positions` at the start; a larger scale holds the contexts nearer to their prior.
 
     A place starts from the hazard of one nonzero anywhere in what is left of its group.
@@ -310,12 +318,9 @@ def position_model(rows: int, columns: int, group: int, scale: int) -> tuple[lis
         (columns, None, 2 * unit),
         (8, None, 2 * unit),
     ]
-    theta: list[int] = []
-    info: list[int] = []
-    for count, start, weight in sections:
-        theta += start or [0] * count
-        info += [weight] * count
-    return _model(theta, info)
+    theta = [np.zeros(count, np.int64) if start is None else np.array(start, np.int64) for count, start, _ in sections]
+    info = [np.full(count, weight, np.int64) for count, _, weight in sections]
+    return _model(np.concatenate(theta), np.concatenate(info))
 
 
 def _hazards(left: int) -> tuple[int, int, int]:
@@ -323,11 +328,11 @@ def _hazards(left: int) -> tuple[int, int, int]:
     return stretch(min(65536 // left, 64000)), stretch(6500), stretch(13000)
 
 
-def tree_model(modelled: int, scale: int) -> tuple[list[int], ...]:
+def tree_model(modelled: int, scale: int) -> Model:
     """The contexts of `code_symbols` and (modelled = 6) `code_ascending` at the start."""
-    return _model([0] * (1 << modelled), [ONE << scale >> 2] * (1 << modelled))
+    return _model(np.zeros(1 << modelled, np.int64), np.full(1 << modelled, ONE << scale >> 2, np.int64))
 
 
-def _model(theta: list[int], info: list[int]) -> tuple[list[int], ...]:
+def _model(theta: Integers, info: Integers) -> Model:
     """theta, info, the variance 1 / info in 2^-22, and the info at which to compute it anew."""
-    return theta, info, [(1 << 54) // known for known in info], [known + (known >> 5) for known in info]
+    return theta, info, (1 << 54) // info, info + (info >> 5)

@@ -3,8 +3,7 @@
 A weight is taken as a matrix: which entries are nonzero (`bits.code_positions`), then their values in that order,
 either as they are or as codes into a codebook of ascending values. Every choice is measured, not guessed; all of them
 stand in the first bits. Small tensors (biases, norms) are written without positions. Decoders treat their input as
-data from
-a stranger: they read zeros past its end, and nothing in it makes them allocate more than the shape asks for.
+data from a stranger: they read zeros past its end, and nothing in it makes them allocate more than the shape asks for.
 """
 
 from __future__ import annotations
@@ -17,12 +16,13 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from atmc.pack import bits
 from atmc.pack.bits import DECODE, ENCODE, MEASURE
 from atmc.pack.stream import Stream
 
 MAX_LEVELS = 256
 MAX_GROUP = 256
+MAX_SIDES = 1 << 22  # rows and columns together: each has contexts, which take memory
+MAX_ROLES = 256  # roles with statistics of their own; further ones share
 POSITION_SCALES, VALUE_SCALES = (1, 0, 2, 4, 6), (2, 0, 4)
 FULL_SEARCH = 1 << 19  # entries up to which every group is tried, and on which scales are judged
 VALUE_SAMPLE = 1 << 16  # values on which the scale of their statistics is judged
@@ -37,6 +37,10 @@ class CodingError(ValueError):
     """The bytes are not an encoding of such a tensor."""
 
 
+class TooManySides(CodingError):
+    """The tensor has more rows and columns than any that is written."""
+
+
 @dataclass(frozen=True)
 class Matrix:
     """How a weight is laid out: (rows, columns), a kernel of so many columns to an input channel, and its width."""
@@ -48,7 +52,7 @@ class Matrix:
 
     @classmethod
     def of(cls, shape: Sequence[int]) -> Matrix:
-        """The matrix of a weight (out, in, *kernel), or of a vector.
+        """The matrix of a weight (out, in, *kernel), or of a vector. TooManySides if it is beyond all measure.
 
         >>> Matrix.of((20, 1, 5, 5))
         Matrix(rows=20, columns=25, kernel=25, width=5)
@@ -58,6 +62,8 @@ class Matrix:
             columns *= side
         for side in shape[2:]:
             kernel *= side
+        if shape[0] + columns > MAX_SIDES:
+            raise TooManySides(f"{shape[0]:,} rows and {columns:,} columns; at most {MAX_SIDES:,} together")
         return cls(shape[0], columns, kernel, shape[-1] if len(shape) > 2 else 1)
 
     def groups(self) -> tuple[int, ...]:
@@ -74,13 +80,13 @@ class Matrix:
         """How far back in a group the entry above in the kernel is."""
         return self.width if self.kernel > 1 else 4
 
-    def classes(self, group: int, hint: Integers | None) -> list[int]:
+    def classes(self, group: int, hint: Integers | None) -> Integers:
         """A class for each group of columns, from the nonzeros of the rows that feed it; 0 where nothing is known."""
         starts = np.arange(0, self.columns, group)
         if hint is None or not len(hint) or self.columns % len(hint):
-            return [0] * len(starts)
-        fed = hint[starts // (self.columns // len(hint))]
-        return [1 + min(int(count).bit_length(), bits.POSITION_CLASSES - 2) for count in fed]
+            return np.zeros(len(starts), np.int64)
+        lengths = np.searchsorted([1, 2, 4, 8], hint, side="right")  # bit lengths, at most POSITION_CLASSES - 2
+        return 1 + lengths[starts // (self.columns // len(hint))].astype(np.int64)
 
 
 @dataclass(frozen=True)
@@ -150,7 +156,7 @@ def write_weight(values: np.ndarray, matrix: Matrix, hint: Integers | None = Non
     if len(nonzero) < len(flat):
         choice = _choose_positions(flags, matrix, hint, choice)
     work = matrix.work(choice.group) + 16 * len(nonzero)
-    stream = Stream(ENCODE, room=4 * len(nonzero) + len(flat) // 4 + 4096, work=work)
+    stream = Stream(ENCODE, room=8 * len(nonzero) + len(flat) + 4096, work=work)
     spent = _code_weight(stream, matrix, hint, choice, flags, nonzero)[2]
     return stream.finish(), spent
 
@@ -235,9 +241,9 @@ def _code_values(stream: Stream, choice: Choice, values: Floats, count: int, mod
     return _from_ordered(book[codes], depth), codebook
 
 
-def _room(numbers: Integers, count: int) -> list[int]:
+def _room(numbers: Integers, count: int) -> Integers:
     """The numbers to write, or room for those to be read."""
-    return numbers.tolist() if len(numbers) else [0] * count
+    return numbers if len(numbers) else np.zeros(count, np.int64)
 
 
 def _is_half(values: Floats) -> bool:
@@ -299,8 +305,9 @@ def write_small(tensors: Sequence[tuple[str, np.ndarray]]) -> tuple[bytes, list[
     """Biases, norms and whatever else is no weight, one after the other; and the bits that each takes.
 
     Args:
-        tensors: (role, values): tensors of one role share statistics. float32 values are stored in float16 where that
-            is exact, a single value once, zeros as flags; other types as they are.
+        tensors: (role, values): tensors of one role share statistics, and so do roles after MAX_ROLES. float32
+            values are stored in float16 where that is exact, a single value once, zeros as flags; other types as they
+            are.
 
     Raises:
         ValueError: nan or infinity.
@@ -309,7 +316,7 @@ def write_small(tensors: Sequence[tuple[str, np.ndarray]]) -> tuple[bytes, list[
     for role, values in flat:
         if values.dtype.kind == "f" and not np.isfinite(values).all():
             raise ValueError(f"expected finite values, got nan or infinity in {role}")
-    room = sum(values.nbytes for _, values in flat) * 9 // 8 + 64 + 4 * len(flat)
+    room = 2 * sum(values.nbytes for _, values in flat) + 64 + 4 * len(flat)
     stream = Stream(ENCODE, room=room, work=sum(8 * values.nbytes for _, values in flat))
     lengths: list[float] = []
     models: dict[tuple[str, int], Any] = {}
@@ -331,6 +338,8 @@ def read_small(data: bytes, kinds: Sequence[tuple[str, np.dtype[Any], int]]) -> 
     models: dict[tuple[str, int], Any] = {}
     for role, dtype, size in kinds:
         before = stream.spent
+        if stream.over_read:
+            raise CodingError("the code is cut off")
         values = _code_small(stream, models, role, dtype, np.zeros(0, dtype), size)
         if values.dtype.kind == "f" and not np.isfinite(values).all():
             raise CodingError("a value is not finite")
@@ -346,9 +355,12 @@ def _code_small(
 ) -> np.ndarray:
     """One tensor, written or read: the values given or found."""
     if dtype != np.float32:
-        octets = np.frombuffer(values.astype(dtype.newbyteorder("<")).tobytes(), np.uint8)
-        octets = octets if len(octets) else np.zeros(size * dtype.itemsize, np.uint8)
-        read = bytes(stream.number(8, int(octet)) for octet in octets)
+        octets = values.astype(dtype.newbyteorder("<")).tobytes()
+        read = bytearray()
+        for i in range(size * dtype.itemsize):
+            if stream.over_read:
+                raise CodingError("the code is cut off")
+            read.append(stream.number(8, octets[i] if octets else 0))
         found = np.frombuffer(read, dtype.newbyteorder("<")).astype(dtype)
         if dtype == np.bool_ and any(octet > 1 for octet in read):
             raise CodingError("a truth value is neither 0 nor 1")
@@ -359,11 +371,19 @@ def _code_small(
     depth = 16 if half else 32
     held = np.ones(count, np.int64)
     if not constant and stream.number(1, not values.all()):
-        model = models.setdefault((role, 1), stream.model(1, VALUE_SCALES[1]))
-        held = stream.symbols(_room((values != 0).astype(np.int64), count), 2, 1, 1, model)
-    model = models.setdefault((role, depth), stream.model(MODELLED, VALUE_SCALES[0]))
+        flags = _room((values != 0).astype(np.int64), count)
+        held = stream.symbols(flags, 2, 1, 1, _shared(stream, models, role, 1))
     numbers = _ordered(values[:count][held != 0] if len(values) else values, half)
+    model = _shared(stream, models, role, depth)
     found = np.zeros(count, np.float32)
     numbers = stream.symbols(_room(numbers, int(held.sum())), 1 << depth, depth, MODELLED, model)
     found[held != 0] = _from_ordered(numbers, depth)
     return np.repeat(found, size) if constant and size else found
+
+
+def _shared(stream: Stream, models: dict[tuple[str, int], Any], role: str, depth: int) -> Any:
+    """The statistics so far of a role's zero flags (depth 1), float16 or float32 values."""
+    key = (role, depth) if len(models) < MAX_ROLES or (role, depth) in models else ("", depth)
+    if key not in models:
+        models[key] = stream.model(1, VALUE_SCALES[1]) if depth == 1 else stream.model(MODELLED, VALUE_SCALES[0])
+    return models[key]

@@ -17,7 +17,7 @@ from torch import nn
 from atmc.compress.factorize import all_sites, factored
 from atmc.pack.container import Content, ModelMismatch
 
-MAX_DIMENSIONS, MAX_TENSORS = 8, 65_535
+MAX_DIMENSIONS, MAX_TENSORS, MAX_CLASSES = 8, 16_384, 100_000
 TYPES = {
     "float32": torch.float32,
     "float64": torch.float64,
@@ -108,9 +108,13 @@ def listed(content: Content) -> Iterator[Field]:
     rows = content.metadata.get("tensors")
     if not (isinstance(rows, list) and len(rows) <= MAX_TENSORS):
         raise content.bad("it does not list its tensors")
+    seen = set()
     for row in rows:
         match row:
             case [str(name), list(shape), str(dtype)] if dtype in TYPES and len(shape) <= MAX_DIMENSIONS:
+                if name in seen:
+                    raise content.bad(f"tensor {name} stands twice")
+                seen.add(name)
                 if all(type(side) is int and 0 <= side < 1 << 32 for side in shape):
                     yield Field(name, tuple(cast(list[int], shape)), dtype)
                     continue

@@ -64,4 +64,6 @@ def is_affine(model: nn.Module) -> bool:
 
 def implied_statistics(model: nn.Module) -> dict[str, Tensor]:
     """State dict entries that need not be stored of a model whose norms are affine."""
-    return {f"{path}.{name}": value for path, norm in _norms(model) for name, value in _implied(norm).items()}
+    return {
+        f"{path}.{name}".lstrip("."): value for path, norm in _norms(model) for name, value in _implied(norm).items()
+    }

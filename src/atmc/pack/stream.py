@@ -56,10 +56,17 @@ class Stream:
 
     def number(self, width: int, number: int = 0) -> int:
         """An integer of so many bits, all equally likely."""
-        return int(self._run.code_number(self._coder, self._data, self._tables[1], width, number))
+        return int(self._run.code_number(self._coder, self._data, self._tables[1], width, int(number)))
 
     def positions(
-        self, flags: NDArray[np.uint8], rows: int, columns: int, group: int, across: int, classes: list[int], scale: int
+        self,
+        flags: NDArray[np.uint8],
+        rows: int,
+        columns: int,
+        group: int,
+        across: int,
+        classes: NDArray[np.int64],
+        scale: int,
     ) -> NDArray[np.uint8]:
         """Which entries of a matrix are nonzero: see `bits.code_positions`. The flags, those given or decoded."""
         model = self._model(bits.position_model(rows, columns, group, scale))
@@ -67,7 +74,7 @@ class Stream:
         held_classes = self._run.array(classes)
         self._run.code_positions(
             self._coder, self._data, self._tables, held, rows, columns, group, across, held_classes,
-            model, self._contexts, self._run.array([0] * len(classes)),
+            model, self._contexts, self._run.array(np.zeros_like(classes)),
         )  # fmt: skip
         return np.frombuffer(held, np.uint8)
 
@@ -75,15 +82,17 @@ class Stream:
         """Fresh contexts for `symbols`."""
         return self._model(bits.tree_model(modelled, scale))
 
-    def symbols(self, symbols: Sequence[int], levels: int, depth: int, modelled: int, model: Any) -> NDArray[np.int64]:
+    def symbols(
+        self, symbols: NDArray[np.int64], levels: int, depth: int, modelled: int, model: Any
+    ) -> NDArray[np.int64]:
         """Integers from 0 to levels - 1, of depth bits: see `bits.code_symbols`. Those given or decoded."""
-        held = self._run.array([*symbols, levels])
+        held = self._run.array(np.append(symbols, levels))
         self._run.code_symbols(self._coder, self._data, self._tables, held, depth, modelled, model, self._contexts)
-        return np.array(held[:-1], np.int64)
+        return np.asarray(held[:-1], np.int64)
 
-    def ascending(self, numbers: Sequence[int]) -> NDArray[np.int64]:
+    def ascending(self, numbers: NDArray[np.int64]) -> NDArray[np.int64]:
         """Strictly ascending integers from 0: see `bits.code_ascending`. Those given or decoded."""
-        held = self._run.array(list(numbers))
+        held = self._run.array(numbers)
         self._run.code_ascending(self._coder, self._data, self._tables, held, self.model(6, 0), self._contexts)
         return np.array(held, np.int64)
 
@@ -100,7 +109,7 @@ class Stream:
         zeros = min(len(data) - len(data.rstrip(b"\0")), CUT_ZEROS)
         return data[: len(data) - zeros]
 
-    def _model(self, parts: tuple[list[int], ...]) -> Any:
+    def _model(self, parts: bits.Model) -> Any:
         return tuple(self._run.array(part) for part in parts)
 
 
@@ -115,7 +124,7 @@ def _plain() -> types.SimpleNamespace:
     """The functions of `bits` as they are, on lists."""
     functions = {name: getattr(bits, name) for name in FUNCTIONS}
     return types.SimpleNamespace(
-        **functions, array=list, bytes=bytearray, tables=lambda: (bits.squash_table(), bits.cost_table())
+        **functions, array=_listed, bytes=bytearray, tables=lambda: (bits.squash_table(), bits.cost_table())
     )
 
 
@@ -136,7 +145,11 @@ def _compiled() -> types.SimpleNamespace:
     return types.SimpleNamespace(**functions, array=_integers, bytes=_octets, tables=lambda: tables)
 
 
-def _integers(values: Sequence[int]) -> NDArray[np.int64]:
+def _listed(values: Sequence[int] | NDArray[np.int64]) -> list[int]:
+    return list(np.asarray(values, np.int64).tolist())
+
+
+def _integers(values: Sequence[int] | NDArray[np.int64]) -> NDArray[np.int64]:
     return np.array(values, np.int64)
 
 
