@@ -191,7 +191,7 @@ def pack(
     """The bytes of a file. Raises ValueError as `to_bytes`."""
     if sum(field.size for field, _ in [*weights, *small]) > MAX_VALUES:
         raise ValueError(f"expected at most {MAX_VALUES:,} values in all")
-    stream.prepare(8 * sum(coder.Matrix.of(field.shape).work(16) for field, _ in weights))  # options are measured
+    stream.prepare(sum(field.size for field, _ in weights) // 2)  # options are measured
     parts: list[bytes] = []
     hint = None
     for field, weight in weights:
@@ -285,7 +285,7 @@ def decode(content: Content, expected: Sequence[Field], *, max_values: int = MAX
     small = [field for field in expected if not field.is_weight]
     if len(content.parts) != len(big) + 1:
         raise content.bad(f"{len(content.parts) - 1} weights; its model has {len(big)}")
-    stream.prepare(sum(coder.Matrix.of(field.shape).work(16) for field in big) + 8 * sum(map(len, content.parts)))
+    stream.prepare(sum(field.size for field in big) // 16 + 8 * sum(map(len, content.parts)))
     weights: dict[str, tuple[Weight, list[Spent]]] = {}
     hint = None
     for field, part in zip(big, content.parts, strict=False):
