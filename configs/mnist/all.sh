@@ -6,3 +6,4 @@ go() { "$atmc" compress --config "configs/mnist/$1.toml" --out "results/mnist/$1
 if [ ! -e results/mnist/dense/metrics.json ]; then go dense; fi
 export -f go; export atmc
 printf '%s\n' 05 0015 01 006 | xargs -P 2 -I{} bash -c 'set -e; go atmc32-{}; go atmc8-{}; if [ {} = 006 ]; then go atmc4-006; fi'
+printf '%s\n' 4519 1528 | xargs -P 2 -I{} bash -c 'set -e; go bytes-{}'
