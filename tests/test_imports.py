@@ -14,7 +14,7 @@ LAYERS = [  # from the top down; a line may import from the lines below it, and 
     ["inputs", "methods"],
     ["phases"],
     ["finish"],
-    ["idle", "recipe", "train"],
+    ["deploy", "idle", "recipe", "train"],
     ["pack"],
     ["compress", "robust"],
     ["models", "data"],

@@ -1,0 +1,1 @@
+"""Run it elsewhere: the network as a graph, simplified; a sparse engine, ONNX, C."""
