@@ -1,13 +1,15 @@
 """A graph as an ONNX model: input `images` (n, c, h, w) float32 in [0, 1], output `logits`, any number of images.
 
-Opset 13 and IR version 7, which runtimes have read since 2021. No pooling uses ONNX's ceil_mode, which runtimes have
-read in different ways: the padding is written out so that whole windows fit. The same graph gives the same bytes.
+Opset 13 and IR version 7, of 2020. No pooling uses ONNX's ceil_mode, which onnxruntime and onnx's own reference
+evaluator read differently: the padding is written out so that whole windows fit. The same graph gives the same bytes.
 """
 
 from __future__ import annotations
 
+import importlib
 import os
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -39,6 +41,7 @@ OPSET, IR_VERSION = 13, 7
 INPUT, OUTPUT = "images", "logits"
 EXTRA = "pip install 'atmc[deploy]'"
 
+Made = tuple[str, list[str], dict[str, Any]]  # operator, constants it reads after its input, attributes
 Store = Callable[[str, Any], str]  # (role, values) -> name of the constant that now holds them
 
 
@@ -56,7 +59,7 @@ def to_bytes(graph: Graph, *, about: Mapping[str, str] | None = None) -> bytes:
     Raises:
         RuntimeError: onnx is not installed. ValueError: the graph does not fit together.
     """
-    onnx = _import("onnx")
+    onnx = installed("onnx")
     model = onnx.helper.make_model(
         _network(graph),
         opset_imports=[onnx.helper.make_opsetid("", OPSET)],
@@ -75,8 +78,8 @@ def _network(graph: Graph) -> GraphProto:
     shapes = graph.shapes()
     unique, constants = _unique_names(INPUT, OUTPUT), []
 
-    def store(name: str, values: Any) -> str:
-        constants.append(numpy_helper.from_array(np.ascontiguousarray(values), unique(name)))
+    def store(owner: str, role: str, values: Any) -> str:
+        constants.append(numpy_helper.from_array(np.asarray(values, order="C"), unique(f"{owner}.{role}")))
         return constants[-1].name
 
     nodes: list[NodeProto] = []
@@ -86,7 +89,7 @@ def _network(graph: Graph) -> GraphProto:
         name = unique(node.name or type(node.op).__name__.lower())
         names.append(OUTPUT if index == last else name)
         before, after = shapes[node.inputs[0]], shapes[index + 1]
-        made = _nodes(node.op, before, after, lambda role, values, name=name: store(f"{name}.{role}", values))
+        made = _nodes(node.op, before, after, partial(store, name))
         nodes += _chained(made, [names[value] for value in node.inputs], names[-1], name, unique)
     ends = [
         helper.make_tensor_value_info(name, TensorProto.FLOAT, ["n", *shape])
@@ -101,16 +104,15 @@ def runner(data: bytes) -> Callable[[Floats], Floats]:
     Raises:
         RuntimeError: onnxruntime is not installed.
     """
-    runtime = _import("onnxruntime")
+    runtime = installed("onnxruntime")
     options = runtime.SessionOptions()
     options.log_severity_level = 3  # errors only
     session = runtime.InferenceSession(data, options, providers=["CPUExecutionProvider"])
     return lambda images: session.run([OUTPUT], {INPUT: images})[0]
 
 
-def _import(name: str) -> Any:
-    import importlib
-
+def installed(name: str) -> Any:
+    """A package of the extra. RuntimeError with what to install where it is missing."""
     try:
         return importlib.import_module(name)
     except ImportError as error:
@@ -133,13 +135,13 @@ def _unique_names(*taken: str) -> Callable[[str], str]:
 
 
 def _chained(
-    made: Sequence[tuple[str, list[str], dict[str, Any]]],
+    made: Sequence[Made],
     inputs: list[str],
     output: str,
     name: str,
     unique: Callable[[str], str],
 ) -> list[NodeProto]:
-    """ONNX nodes of one operation, each reading the one before it. made: (operator, constants, attributes)."""
+    """ONNX nodes of one operation, each reading the one before it."""
     from onnx import helper
 
     nodes = []
@@ -152,7 +154,7 @@ def _chained(
     return nodes
 
 
-def _nodes(op: Op, before: Shape, after: Shape, store: Store) -> list[tuple[str, list[str], dict[str, Any]]]:
+def _nodes(op: Op, before: Shape, after: Shape, store: Store) -> list[Made]:
     match op:
         case Conv():
             constants = [store("weight", op.weight), store("bias", op.bias)]
@@ -182,7 +184,7 @@ def _nodes(op: Op, before: Shape, after: Shape, store: Store) -> list[tuple[str,
             return [("Add", [], {})]
 
 
-def _max_pool(op: MaxPool, before: Shape, after: Shape, store: Store) -> list[tuple[str, list[str], dict[str, Any]]]:
+def _max_pool(op: MaxPool, before: Shape, after: Shape, store: Store) -> list[Made]:
     if any(map(_padding_alone, before[1:], after[1:], op.kernel, op.stride, op.padding, op.dilation)):
         raise ValueError(f"{op} on a value of shape {before} has a window of padding alone, which ONNX does not define")
     end = _end_padding(before, after, op.kernel, op.stride, op.padding, op.dilation)
@@ -198,7 +200,7 @@ def _padding_alone(side: int, count: int, k: int, s: int, p: int, d: int) -> boo
     return any(not any(0 <= first + d * i < side for i in range(k)) for first in range(-p, count * s - p, s))
 
 
-def _avg_pool(op: AvgPool, before: Shape, after: Shape, store: Store) -> list[tuple[str, list[str], dict[str, Any]]]:
+def _avg_pool(op: AvgPool, before: Shape, after: Shape, store: Store) -> list[Made]:
     """Zeros of the padding count, if asked for; what a last window of ceil_mode has beyond them never does."""
     end = _end_padding(before, after, op.kernel, op.stride, op.padding, (1, 1))
     attributes: dict[str, Any] = {"kernel_shape": op.kernel, "strides": op.stride}
@@ -206,11 +208,11 @@ def _avg_pool(op: AvgPool, before: Shape, after: Shape, store: Store) -> list[tu
         counted = int(op.count_padding)
         return [("AveragePool", [], attributes | {"pads": (*op.padding, *end), "count_include_pad": counted})]
     beyond = tuple(e - p for e, p in zip(end, op.padding, strict=True))
-    averaged = ("AveragePool", [], attributes | {"pads": (0, 0, *beyond), "count_include_pad": 0})
+    averaged: Made = ("AveragePool", [], attributes | {"pads": (0, 0, *beyond), "count_include_pad": 0})
     return [_pad(op.padding, op.padding, 0, store), averaged] if any(op.padding) else [averaged]
 
 
-def _pad(begin: Pair, end: Pair, value: float, store: Store) -> tuple[str, list[str], dict[str, Any]]:
+def _pad(begin: Pair, end: Pair, value: float, store: Store) -> Made:
     pads = np.array([0, 0, *begin, 0, 0, *end], np.int64)
     return "Pad", [store("pads", pads), store("padding", np.array(value, np.float32))], {"mode": "constant"}
 
