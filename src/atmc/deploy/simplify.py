@@ -79,12 +79,16 @@ def simplify_report(
 ) -> Simplified:
     """`simplify`, and what it changed. Raises ValueError."""
     raw = trace(model, input_shape)
-    graph = expand(raw, forms.weights(model) if factors is None else factors)
+    graph = rounded(reduced(expand(raw, forms.weights(model) if factors is None else factors)))
+    return Simplified(graph, _changes(raw.graph, graph), raw.graph.macs(), graph.macs())
+
+
+def reduced(graph: Graph) -> Graph:
+    """The same network in its least form, constants in float64."""
     size = None
     while size != (size := _size(graph)):
         graph = simplify_channels(fold_affines(graph))
-    graph = rounded(graph)
-    return Simplified(graph, _changes(raw.graph, graph), raw.graph.macs(), graph.macs())
+    return graph
 
 
 def _size(graph: Graph) -> tuple[int, int, int]:
