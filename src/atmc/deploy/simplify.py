@@ -85,15 +85,15 @@ def simplify_report(
 
 def reduced(graph: Graph) -> Graph:
     """The same network in its least form, constants in float64."""
-    size = None
-    while size != (size := _size(graph)):
+    form = None
+    while form != (form := _form(graph)):
         graph = simplify_channels(fold_affines(graph))
     return graph
 
 
-def _size(graph: Graph) -> tuple[int, int, int]:
-    """Falls with every change that is one."""
-    return len(graph.nodes), sum(shape[0] for shape in graph.shapes()), graph.macs()
+def _form(graph: Graph) -> tuple[list[type], int, int]:
+    """What every change that is one changes: operations, channels, nonzeros."""
+    return [type(node.op) for node in graph.nodes], sum(shape[0] for shape in graph.shapes()), graph.macs()
 
 
 def rounded(graph: Graph) -> Graph:
