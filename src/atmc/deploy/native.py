@@ -36,7 +36,8 @@ def kernel() -> ctypes.CDLL | None:
 
 def instruction_sets() -> list[str]:
     """The kernel's instruction sets that run on this machine, the fastest first; empty without a kernel."""
-    library, found = kernel(), []
+    library = kernel()
+    found: list[str] = []
     while library is not None and (name := library.atmc_instructions(len(found))) is not None:
         found.append(name.decode())
     return found

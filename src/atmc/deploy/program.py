@@ -13,14 +13,19 @@ import numpy as np
 from numpy.typing import NDArray
 
 from atmc.deploy.graph import Affine, AvgPool, Conv, Flatten, GlobalAvgPool, Linear, MaxPool
-from atmc.deploy.steps import Entries, Phases, Step, Steps
+from atmc.deploy.shifts import Entries, Phases
+from atmc.deploy.steps import Step, Steps
 
 VECTOR = 16  # floats: the unit of the kernel's lengths, whatever the machine's registers
-KINDS = ("pack", "convolve", "dot", "phases", "elementwise", "max_pool", "mean_pool", "flatten", "unpack")
+KINDS = (
+    *("pack", "convolve", "convolve_fours", "dot", "phases"),
+    *("elementwise", "max_pool", "mean_pool", "flatten", "unpack"),
+)
 INTEGERS = (
-    "kind in other out lead channels in_stride out_stride vectors mask rows bias batch height width row image out_height "
-    "out_width out_row out_image kernel_y kernel_x stride_y stride_x pad_y pad_x dilation_y dilation_x count_padding"
-).split()
+    *("kind", "in", "other", "out", "lead", "channels", "in_stride", "out_stride", "vectors", "mask", "rows", "bias"),
+    *("batch", "height", "width", "row", "image", "out_height", "out_width", "out_row", "out_image"),
+    *("kernel_y", "kernel_x", "stride_y", "stride_x", "pad_y", "pad_x", "dilation_y", "dilation_x", "count_padding"),
+)
 OP = np.dtype([(name, np.int64) for name in INTEGERS] + [("low", np.float64), ("high", np.float64)])
 NONZERO = np.dtype([("weight", np.float32), ("offset", np.int32)])
 
@@ -198,10 +203,14 @@ def _emit(step: Step, steps: Steps, places: dict[int, _Place], tables: _Tables) 
     match op:
         case Conv() | Linear():
             entries = steps.entries[step.output]
-            values |= _nonzeros(entries, source, tables) | {"bias": tables.add("floats", op.bias)}
+            values |= {"bias": tables.add("floats", op.bias)}
             if len(place.shape) == 1 and place.batch == 1:
-                return [_record("dot", values, step.low, step.high)]
-            return [_record("convolve", values | {"mask": _mask(place, tables)}, step.low, step.high)]
+                return [_record("dot", values | _nonzeros(entries, source, tables), step.low, step.high)]
+            values |= {"mask": _mask(place, tables)}
+            fours = steps.fours.get(step.output)
+            if fours is not None:
+                return [_record("convolve_fours", values | _nonzeros(fours, source, tables), step.low, step.high)]
+            return [_record("convolve", values | _nonzeros(entries, source, tables), step.low, step.high)]
         case Affine():
             values["bias"] = tables.add("floats", np.stack([op.scale, op.shift], axis=1).reshape(-1))
             return [_record("elementwise", values | {"mask": _mask(place, tables)}, step.low, step.high)]

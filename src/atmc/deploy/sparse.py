@@ -6,6 +6,7 @@ package, or where there was no compiler `fallback`, in Numba.
 
 from __future__ import annotations
 
+import math
 from typing import Protocol
 
 import numpy as np
@@ -19,6 +20,7 @@ from atmc.deploy.steps import steps_of
 Floats = NDArray[np.float32]
 CHUNK_FLOATS = 1 << 20  # of memory for activations: about what stays in a core's own cache
 MOST_IMAGES = 64
+FOUR_COST = {"native, avx512": 2.0, "native, avx2": 3.0}  # see `steps.in_fours`; measured on dense ResNet-18
 
 
 class Team(Protocol):
@@ -43,8 +45,8 @@ class SparseNetwork:
     def __init__(
         self, graph: Graph, *, threads: int = 1, kernel: str | None = None, instructions: str | None = None
     ) -> None:
-        self._steps = steps_of(graph)
         self._team, self.kernel = _team(threads, kernel, instructions)
+        self._steps = steps_of(graph, four_cost=FOUR_COST.get(self.kernel, math.inf))
         self._ready: dict[int, tuple[Program, Floats]] = {}
         self.classes = self._steps.shapes[self._steps.steps[-1].output][0]
         one = program_of(self._steps, 1).arena_floats

@@ -11,14 +11,13 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 
 import numpy as np
 from numpy.typing import NDArray
 
-from atmc.deploy.graph import Add, Affine, Conv, Flatten, GlobalAvgPool, Graph, Linear, MaxPool, Op, Pair, Relu, Shape
-
-Ints = NDArray[np.int64]
+from atmc.deploy.graph import Add, Affine, Conv, Flatten, Graph, Linear, Op, Pair, Relu, Shape
+from atmc.deploy.shifts import Entries, Phases, entries_of, in_fours, phase_of_taps, range_of
 
 
 @dataclass(frozen=True, eq=False)
@@ -41,14 +40,6 @@ class Step:
         return (self.low, self.high) != (-math.inf, math.inf)
 
 
-@dataclass(frozen=True)
-class Phases:
-    """Every stride-th row and column, begun at each offset (row, column), as channels: channel * len(offsets) + i."""
-
-    stride: Pair
-    offsets: tuple[Pair, ...]
-
-
 @dataclass
 class Layout:
     """Of the streams that share one: floats a row, rows an image, and how far before a stream somebody reads."""
@@ -59,17 +50,6 @@ class Layout:
 
 
 @dataclass(frozen=True, eq=False)
-class Entries:
-    """The nonzeros of a layer, sorted by output: row starts (outputs + 1,), weights, input channels, shifts in y and x."""
-
-    starts: Ints
-    weights: NDArray[np.float32]
-    channels: Ints
-    down: Ints
-    across: Ints
-
-
-@dataclass(frozen=True, eq=False)
 class Steps:
     """The network as the engine runs it. Value 0 is the images; steps are in order; the last one writes the logits.
 
@@ -77,17 +57,23 @@ class Steps:
         shapes: of every value by its number, (c, h, w) or (features,).
         layouts: of every spatial value.
         first: scale and shift (2, c) that the images are given as they are read.
+        entries: of the layer that computes a value.
+        fours: the same, where it pays to take four outputs together (`in_fours`).
     """
 
     steps: tuple[Step, ...]
     shapes: dict[int, Shape]
     layouts: dict[int, Layout]
     first: NDArray[np.float32]
-    entries: dict[int, Entries] = field(default_factory=dict)  # by output
+    entries: dict[int, Entries]
+    fours: dict[int, Entries]
 
 
-def steps_of(graph: Graph) -> Steps:
+def steps_of(graph: Graph, *, four_cost: float = math.inf) -> Steps:
     """Fuse activations, sums and the first normalization into what comes before; lay out every activation.
+
+    Args:
+        four_cost: of a tap of four outputs together, in taps of one output, on the kernel that is to run them.
 
     Raises:
         ValueError: the graph is not consistent, or does not end in (classes,).
@@ -97,61 +83,63 @@ def steps_of(graph: Graph) -> Steps:
         raise ValueError(
             f"expected a network that ends in (n, classes), got a value of shape {shapes[len(graph.nodes)]}"
         )
-    steps, first, images = _fused(graph)
-    steps, shapes = _without_strides(steps, shapes)
+    fused, first = _fused(graph)
+    steps, shapes = _without_strides(fused, shapes)
     entries = {s.output: entries_of(s.op, _phases_of(s, steps)) for s in steps if isinstance(s.op, Conv | Linear)}
     layouts = _layouts(steps, shapes, entries)
-    assert images in shapes
-    return Steps(tuple(steps), shapes, layouts, first, entries)
+    fours = {value: found for value, each in entries.items() if (found := in_fours(each, four_cost)) is not None}
+    return Steps(tuple(steps), shapes, layouts, first, entries, fours)
 
 
-def _fused(graph: Graph) -> tuple[list[Step], NDArray[np.float32], int]:
-    """The steps; and what happens to the images first, whose result keeps the number 0."""
-    readers = [len(found) for found in graph.consumers()]
+def _fused(graph: Graph) -> tuple[list[Step], NDArray[np.float32]]:
+    """The steps; and scale and shift of the images, which keep the number 0 after it."""
+    shapes, readers = graph.shapes(), [len(found) for found in graph.consumers()]
     channels = graph.input_shape[0]
     first = np.stack([np.ones(channels, np.float32), np.zeros(channels, np.float32)])
-    alias: dict[int, int] = {}  # values that are another one
     steps: list[Step] = []
-
-    def writer(value: int) -> int | None:
-        """The step that writes a value nobody else reads."""
-        found = [index for index, step in enumerate(steps) if step.output == value]
-        return found[0] if found and readers[value] == 1 else None
-
-    shapes = graph.shapes()
-    for index, node in enumerate(graph.nodes):
-        output, op = index + 1, node.op
-        inputs = [alias.get(value, value) for value in node.inputs]
-        source = inputs[0]
-        before = writer(source)
+    normalized = None  # the value that stands for the images once they are scaled and shifted
+    for output, node in enumerate(graph.nodes, start=1):
+        op, inputs = node.op, [0 if value == normalized else value for value in node.inputs]
         if isinstance(op, Affine) and node.inputs == (0,) and readers[0] == 1:
-            first = np.stack([op.scale, op.shift]).astype(np.float32)
-            alias[output] = 0
+            first, normalized = np.stack([op.scale, op.shift]).astype(np.float32), output
         elif isinstance(op, Relu):
-            high = math.inf if op.ceiling is None else op.ceiling
-            if before is not None and not steps[before].clamped:
-                steps[before] = replace(steps[before], output=output, low=0.0, high=high)
-            else:
-                steps.append(Step(_identity(shapes[output]), source, output, low=0.0, high=high))
+            _activate(steps, readers, inputs[0], output, op, shapes[output])
         elif isinstance(op, Add):
-            steps = _added(steps, inputs, output, writer, shapes[output])
+            _add(steps, readers, inputs, output, shapes[output])
         elif isinstance(op, Affine) and len(shapes[output]) == 1:
-            steps.append(Step(Linear(np.diag(op.scale), op.shift), source, output))
+            steps.append(Step(Linear(np.diag(op.scale), op.shift), inputs[0], output))
         else:
-            steps.append(Step(op, source, output))
-    return steps, first, 0
+            steps.append(Step(op, inputs[0], output))
+    return steps, first
 
 
-def _added(steps: list[Step], inputs: Sequence[int], output: int, writer: object, shape: Shape) -> list[Step]:
-    """A sum goes to the last step that writes one of its terms, where that can add; else it is a step of its own."""
-    assert callable(writer)
-    for value, other in (inputs, inputs[::-1]):
-        index = writer(value)
-        if index is not None and value != other:
-            step = steps[index]
-            if isinstance(step.op, Conv | Linear) and step.other is None and not step.clamped:
-                return [*steps[:index], *steps[index + 1 :], replace(step, output=output, other=other)]
-    return [*steps, Step(_identity(shape), inputs[0], output, other=inputs[1])]
+def _writer(steps: Sequence[Step], readers: Sequence[int], value: int) -> int | None:
+    """Which step writes a value that has one reader and no activation yet."""
+    for index, step in enumerate(steps):
+        if step.output == value and readers[value] == 1 and not step.clamped:
+            return index
+    return None
+
+
+def _activate(steps: list[Step], readers: Sequence[int], value: int, output: int, op: Relu, shape: Shape) -> None:
+    """An activation goes to the step that writes its input, where that can clamp; else it is a step of its own."""
+    high = math.inf if op.ceiling is None else op.ceiling
+    before = _writer(steps, readers, value)
+    if before is not None and not isinstance(steps[before].op, Flatten):
+        steps[before] = replace(steps[before], output=output, low=0.0, high=high)
+    else:
+        steps.append(Step(_identity(shape), value, output, low=0.0, high=high))
+
+
+def _add(steps: list[Step], readers: Sequence[int], terms: Sequence[int], output: int, shape: Shape) -> None:
+    """A sum goes to a step that writes one of its terms, moved to here, where that can add; else to one of its own."""
+    for value, other in (terms, terms[::-1]):
+        index = _writer(steps, readers, value)
+        if index is not None and value != other and isinstance(steps[index].op, Conv | Linear):
+            if steps[index].other is None:
+                steps.append(replace(steps.pop(index), output=output, other=other))
+                return
+    steps.append(Step(_identity(shape), terms[0], output, other=terms[1]))
 
 
 def _identity(shape: Shape) -> Affine | Linear:
@@ -160,12 +148,12 @@ def _identity(shape: Shape) -> Affine | Linear:
 
 
 def _without_strides(steps: list[Step], shapes: dict[int, Shape]) -> tuple[list[Step], dict[int, Shape]]:
-    """Convolutions of stride 1 only, of phases; shapes with those of the new values, whose h, w is the largest phase's."""
+    """Convolutions of stride 1 only, of phases; shapes with the new values', whose h, w is the largest phase's."""
     wanted: dict[tuple[int, Pair], set[Pair]] = {}
     for step in steps:
         if isinstance(step.op, Conv) and step.op.stride != (1, 1):
             offsets = wanted.setdefault((step.source, step.op.stride), set())
-            offsets |= {(int(y), int(x)) for y, x in _phase_of_taps(step.op).reshape(-1, 2)}
+            offsets |= {(int(y), int(x)) for y, x in phase_of_taps(step.op).reshape(-1, 2)}
     shapes, made, result = dict(shapes), {}, []
     for step in steps:
         if isinstance(step.op, Conv) and step.op.stride != (1, 1):
@@ -187,44 +175,6 @@ def _phases_of(step: Step, steps: Sequence[Step]) -> Phases | None:
         if other.output == step.source and isinstance(other.op, Phases):
             return other.op
     return None
-
-
-def _phase_of_taps(op: Conv) -> Ints:
-    """(kh, kw, 2): which phase each tap of the kernel reads."""
-    taps = np.stack(np.meshgrid(*_taps(op), indexing="ij"), axis=-1)
-    return taps % np.array(op.stride)
-
-
-def _taps(op: Conv) -> list[Ints]:
-    """Offsets (kh,) and (kw,) of the kernel's rows and columns in the input."""
-    sides = zip(op.weight.shape[2:], op.dilation, op.padding, strict=True)
-    return [np.arange(k) * d - p for k, d, p in sides]
-
-
-def entries_of(op: Conv | Linear, phases: Phases | None) -> Entries:
-    """The nonzeros of a layer as shifts of its input's streams."""
-    if isinstance(op, Linear):
-        rows, columns = np.nonzero(op.weight)
-        zero = np.zeros(len(rows), np.int64)
-        return Entries(_starts(rows, len(op.weight)), op.weight[rows, columns], columns, zero, zero)
-    outputs, channels, ky, kx = np.nonzero(op.weight)
-    weights = op.weight[outputs, channels, ky, kx]
-    per_group = len(op.weight) // op.groups
-    channels = channels + outputs // per_group * op.weight.shape[1]
-    down, across = (taps[k] for taps, k in zip(_taps(op), (ky, kx), strict=True))
-    if phases is not None:
-        sy, sx = phases.stride
-        number = {offset: i for i, offset in enumerate(phases.offsets)}
-        table = np.zeros(phases.stride, np.int64)
-        for offset, i in number.items():
-            table[offset] = i
-        channels = channels * len(number) + table[down % sy, across % sx]
-        down, across = down // sy, across // sx
-    return Entries(_starts(outputs, len(op.weight)), weights, channels, down, across)
-
-
-def _starts(rows: Ints, outputs: int) -> Ints:
-    return np.concatenate([[0], np.cumsum(np.bincount(rows, minlength=outputs))])
 
 
 def _layouts(steps: Sequence[Step], shapes: dict[int, Shape], entries: dict[int, Entries]) -> dict[int, Layout]:
@@ -249,7 +199,7 @@ def _layouts(steps: Sequence[Step], shapes: dict[int, Shape], entries: dict[int,
     for step in steps:
         if isinstance(step.op, Conv):
             taps = entries[step.output]
-            down, across = (_range(taps.down), _range(taps.across))
+            down, across = (range_of(taps.down), range_of(taps.across))
             (_, hi, wi), (_, ho, wo) = shapes[step.source], shapes[step.output]
             layout = found[find(step.source)]
             layout.rows = max(layout.rows, ho + down[1], hi - down[0])
@@ -259,22 +209,3 @@ def _layouts(steps: Sequence[Step], shapes: dict[int, Shape], entries: dict[int,
     for root, (down_first, across_first) in reach.items():
         found[root].lead = -down_first * found[root].row - across_first
     return {value: found[find(value)] for value in parent}
-
-
-def _range(shifts: Ints) -> Pair:
-    """The least and the greatest shift, 0 among them."""
-    return (min(0, int(shifts.min())), max(0, int(shifts.max()))) if len(shifts) else (0, 0)
-
-
-__all__ = [
-    "Entries",
-    "Flatten",
-    "GlobalAvgPool",
-    "Layout",
-    "MaxPool",
-    "Phases",
-    "Step",
-    "Steps",
-    "entries_of",
-    "steps_of",
-]

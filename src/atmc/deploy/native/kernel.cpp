@@ -37,30 +37,35 @@ struct Memory {
     float *logits;
 };
 
-enum Kind { PACK, CONVOLVE_STREAM, DOT, PHASES, ELEMENTWISE, MAX_POOL, MEAN_POOL, FLATTEN, UNPACK };
+enum Kind { PACK, CONVOLVE, CONVOLVE_FOURS, DOT, PHASES, ELEMENTWISE, MAX_POOL, MEAN_POOL, FLATTEN, UNPACK };
 
 #if defined(__x86_64__) || defined(_M_X64)
 #define LANES 16
 #define MOST 12
+#define MOST_FOURS 6
 #define SUFFIX avx512
 #define TARGET __attribute__((target("avx512f,avx512dq,avx512bw,avx512vl,avx2,fma")))
 #include "lanes.inc"
 #undef LANES
 #undef MOST
+#undef MOST_FOURS
 #undef SUFFIX
 #undef TARGET
 #define LANES 8
 #define MOST 10
+#define MOST_FOURS 2
 #define SUFFIX avx2
 #define TARGET __attribute__((target("avx2,fma")))
 #include "lanes.inc"
 #undef LANES
 #undef MOST
+#undef MOST_FOURS
 #undef SUFFIX
 #undef TARGET
 #endif
 #define LANES 4
 #define MOST 10
+#define MOST_FOURS 2
 #define SUFFIX portable
 #define TARGET
 #include "lanes.inc"
@@ -70,14 +75,16 @@ struct Instructions {
     int64_t (*blocks)(const Op &);
     void (*convolve_block)(const Op &, const Memory &, int64_t, int64_t, int64_t);
     void (*elementwise)(const Op &, const Memory &, int64_t, int64_t);
+    void (*max_row)(const Op &, const float *, const float *, float *, int64_t);
+    float (*sum)(const float *, int64_t);
 };
 
 static const Instructions SETS[] = {
 #if defined(__x86_64__) || defined(_M_X64)
-    {"avx512", avx512::blocks, avx512::convolve_block, avx512::elementwise},
-    {"avx2", avx2::blocks, avx2::convolve_block, avx2::elementwise},
+    {"avx512", avx512::blocks, avx512::convolve_block, avx512::elementwise, avx512::max_row, avx512::sum},
+    {"avx2", avx2::blocks, avx2::convolve_block, avx2::elementwise, avx2::max_row, avx2::sum},
 #endif
-    {"portable", portable::blocks, portable::convolve_block, portable::elementwise},
+    {"portable", portable::blocks, portable::convolve_block, portable::elementwise, portable::max_row, portable::sum},
 };
 
 static bool runs_here(const char *name) {
@@ -100,10 +107,13 @@ static inline void zero_lead(const Op &op, const Memory &m, int64_t first) {
     if (first == 0) std::memset(m.arena + op.out - op.lead, 0, op.lead * sizeof(float));
 }
 
-// Zeros behind what an operation computes of a channel's stream, up to the next channel.
-static inline void zero_tail(const Op &op, const Memory &m, int64_t channel) {
-    float *out = m.arena + op.out + channel * op.out_stride;
-    std::memset(out + op.vectors * 16, 0, (op.out_stride - op.vectors * 16) * sizeof(float));
+// Zeros behind what an operation computes of a channel's stream, up to the next channel: of one group's share of them.
+static inline void zero_tails(const Op &op, const Memory &m, int64_t group, int64_t groups) {
+    const int64_t first = op.channels * group / groups, last = op.channels * (group + 1) / groups;
+    for (int64_t channel = first; channel < last; channel++) {
+        float *out = m.arena + op.out + channel * op.out_stride;
+        std::memset(out + op.vectors * 16, 0, (op.out_stride - op.vectors * 16) * sizeof(float));
+    }
 }
 
 // Images (n, c, h, w) into streams, times scale plus shift.
@@ -157,50 +167,60 @@ static void phases(const Op &op, const Memory &m, int64_t first, int64_t last) {
     }
 }
 
-// Largest or mean of each window, clamped.
-static void pool(const Op &op, const Memory &m, int64_t first, int64_t last) {
-    const bool largest = op.kind == MAX_POOL;
+// Largest or mean of the window whose first pixel is (top, side), whatever of it lies outside the image.
+static float window(const Op &op, const float *in, int64_t top, int64_t side) {
+    float best = -std::numeric_limits<float>::infinity(), total = 0;
+    int64_t count = 0;
+    for (int64_t ky = 0; ky < op.kernel_y; ky++) {
+        const int64_t y = top + ky * op.dilation_y;
+        if (y < 0 || y >= op.height) continue;
+        for (int64_t kx = 0; kx < op.kernel_x; kx++) {
+            const int64_t x = side + kx * op.dilation_x;
+            if (x < 0 || x >= op.width) continue;
+            best = std::max(best, in[y * op.row + x]);
+            total += in[y * op.row + x];
+            count++;
+        }
+    }
+    if (op.kind == MAX_POOL) return best;
+    if (op.count_padding) {
+        const int64_t down = std::min(top + op.kernel_y, op.height + op.pad_y) - top;
+        const int64_t across = std::min(side + op.kernel_x, op.width + op.pad_x) - side;
+        count = down * across;
+    }
+    return total / (float)count;
+}
+
+static bool in_pairs(const Op &op) {  // 2 x 2, stride 2, all windows inside the image
+    return op.kind == MAX_POOL && op.kernel_y == 2 && op.kernel_x == 2 && op.stride_y == 2 && op.stride_x == 2 &&
+           op.dilation_y == 1 && op.dilation_x == 1 && op.pad_y == 0 && op.pad_x == 0 &&
+           2 * op.out_height <= op.height && 2 * op.out_width <= op.width;
+}
+
+static bool of_all(const Op &op) {
+    return op.kind == MEAN_POOL && op.kernel_y == op.height && op.kernel_x == op.width && op.out_height == 1 &&
+           op.out_width == 1 && op.pad_y == 0 && op.pad_x == 0;
+}
+
+static void pool(const Op &op, const Memory &m, const Instructions &with, int64_t first, int64_t last) {
+    const bool pairs = in_pairs(op), all = of_all(op);
     for (int64_t channel = first; channel < last; channel++) {
-        const float *in = m.arena + op.in + channel * op.in_stride;
-        float *out = m.arena + op.out + channel * op.out_stride;
+        float *const out = m.arena + op.out + channel * op.out_stride, *const end = out + op.out_stride;
         std::memset(out, 0, op.out_stride * sizeof(float));
-        for (int64_t n = 0; n < op.batch; n++)
-            for (int64_t oy = 0; oy < op.out_height; oy++) {
-                float *to = out + n * op.out_image + oy * op.out_row;
-                const int64_t top = oy * op.stride_y - op.pad_y;
-                if (largest && op.kernel_y == 2 && op.kernel_x == 2 && op.stride_x == 2 && op.dilation_x == 1 &&
-                    op.dilation_y == 1 && op.pad_x == 0 && top >= 0 && top + 1 < op.height && 2 * op.out_width <= op.width) {
-                    const float *a = in + n * op.image + top * op.row, *b = a + op.row;
-                    for (int64_t x = 0; x < op.out_width; x++) {
-                        const float left = std::max(a[2 * x], b[2 * x]), right = std::max(a[2 * x + 1], b[2 * x + 1]);
-                        to[x] = clamped(op, std::max(left, right));
-                    }
-                    continue;
-                }
-                for (int64_t ox = 0; ox < op.out_width; ox++) {
-                    const int64_t side = ox * op.stride_x - op.pad_x;
-                    float best = -std::numeric_limits<float>::infinity(), sum = 0;
-                    int64_t count = 0;
-                    for (int64_t ky = 0; ky < op.kernel_y; ky++) {
-                        const int64_t y = top + ky * op.dilation_y;
-                        if (y < 0 || y >= op.height) continue;
-                        for (int64_t kx = 0; kx < op.kernel_x; kx++) {
-                            const int64_t x = side + kx * op.dilation_x;
-                            if (x < 0 || x >= op.width) continue;
-                            const float value = in[n * op.image + y * op.row + x];
-                            best = std::max(best, value);
-                            sum += value;
-                            count++;
-                        }
-                    }
-                    if (op.count_padding) {
-                        const int64_t down = std::min(top + op.kernel_y, op.height + op.pad_y) - top;
-                        const int64_t across = std::min(side + op.kernel_x, op.width + op.pad_x) - side;
-                        count = down * across;
-                    }
-                    to[ox] = clamped(op, largest ? best : sum / (float)count);
-                }
+        for (int64_t n = 0; n < op.batch; n++) {
+            const float *in = m.arena + op.in + channel * op.in_stride + n * op.image;
+            float *to = out + n * op.out_image;
+            if (all) {  // the padding between the rows is zero
+                *to = clamped(op, with.sum(in, (op.height - 1) * op.row + op.width) / (float)(op.height * op.width));
+                continue;
             }
+            for (int64_t y = 0; y < op.out_height; y++, to += op.out_row)
+                if (pairs)
+                    with.max_row(op, in + 2 * y * op.row, in + (2 * y + 1) * op.row, to, end - to);
+                else
+                    for (int64_t x = 0; x < op.out_width; x++)
+                        to[x] = clamped(op, window(op, in, y * op.stride_y - op.pad_y, x * op.stride_x - op.pad_x));
+        }
     }
 }
 
@@ -211,6 +231,10 @@ static void flatten(const Op &op, const Memory &m, int64_t first, int64_t last) 
         float *out = m.arena + op.out + channel * op.height * op.width * op.out_stride;
         for (int64_t y = 0; y < op.height; y++)
             for (int64_t x = 0; x < op.width; x++, out += op.out_stride) {
+                if (op.out_stride == 1) {
+                    *out = in[y * op.row + x];
+                    continue;
+                }
                 for (int64_t n = 0; n < op.batch; n++) out[n] = in[n * op.image + y * op.row + x];
                 for (int64_t n = op.batch; n < op.out_stride; n++) out[n] = 0;
             }
@@ -229,31 +253,31 @@ struct Cut {
 
 static Cut cut(const Op &op, const Instructions &with, int64_t threads) {
     if (op.kind == UNPACK) return {1, 1};
-    const int64_t groups = threads == 1 ? 1 : std::min<int64_t>(op.channels, 4 * threads);
-    if (op.kind == CONVOLVE_STREAM) {
+    const int64_t units = op.kind == CONVOLVE_FOURS ? (op.channels + 3) / 4 : op.channels;
+    const int64_t groups = threads == 1 ? 1 : std::min<int64_t>(units, 4 * threads);
+    if (op.kind == CONVOLVE || op.kind == CONVOLVE_FOURS) {
         const int64_t blocks = with.blocks(op);
-        return {blocks, threads == 1 || blocks >= 4 * threads ? 1 : groups};
+        return {blocks, blocks >= 4 * threads ? 1 : groups};
     }
     return {1, groups};
 }
 
 static void run_part(const Op &op, const Memory &m, const Instructions &with, const Cut &cut, int64_t part) {
     const int64_t block = part / cut.groups, group = part % cut.groups;
-    const int64_t first = op.channels * group / cut.groups, last = op.channels * (group + 1) / cut.groups;
+    const int64_t units = op.kind == CONVOLVE_FOURS ? (op.channels + 3) / 4 : op.channels;
+    const int64_t first = units * group / cut.groups, last = units * (group + 1) / cut.groups;
     if (block == 0) zero_lead(op, m, first);
     switch (op.kind) {
         case PACK: return pack(op, m, first, last);
-        case CONVOLVE_STREAM:
-            if (block == 0)
-                for (int64_t channel = first; channel < last; channel++) zero_tail(op, m, channel);
+        case CONVOLVE:
+        case CONVOLVE_FOURS:
+            if (block == 0) zero_tails(op, m, group, cut.groups);
             return with.convolve_block(op, m, block, first, last);
         case DOT: return dot(op, m, first, last);
         case PHASES: return phases(op, m, first, last);
-        case ELEMENTWISE:
-            for (int64_t channel = first; channel < last; channel++) zero_tail(op, m, channel);
-            return with.elementwise(op, m, first, last);
+        case ELEMENTWISE: zero_tails(op, m, group, cut.groups); return with.elementwise(op, m, first, last);
         case MAX_POOL:
-        case MEAN_POOL: return pool(op, m, first, last);
+        case MEAN_POOL: return pool(op, m, with, first, last);
         case FLATTEN: return flatten(op, m, first, last);
         default: return unpack(op, m);
     }
