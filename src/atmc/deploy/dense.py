@@ -40,7 +40,7 @@ def run_torch(model: nn.Module | Callable[[Tensor], Tensor], threads: int, *, ch
     """A module in evaluation mode, or a function of images, as it is. The process's own thread count comes back."""
     layout = torch.channels_last if channels_last else torch.contiguous_format
     if isinstance(model, nn.Module) and channels_last:
-        model = model.to(memory_format=layout)
+        model.to(memory_format=layout)  # type: ignore[call-overload]  # it is a format, of any module
 
     def run(images: Floats) -> Floats:
         with torch.inference_mode(), _torch_threads(threads):

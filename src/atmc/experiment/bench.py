@@ -1,7 +1,7 @@
 """`atmc bench`: a model file -> latency, memory and accuracy of our engine and of the dense ones installed here.
 
-Every engine runs in a process of its own (`bench_worker`). They take turns, a round of calls each, so that what else the
-machine does hits all alike.
+Every engine runs in a process of its own (`bench_worker`). They take turns, a round of calls each, so that what else
+the machine does hits all alike.
 """
 
 from __future__ import annotations
@@ -18,29 +18,21 @@ from importlib import metadata
 from importlib.util import find_spec
 from multiprocessing import get_context
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 import numpy as np
-import torch
 from numpy.typing import NDArray
-from torch import nn
 
-from atmc.data import Images, load_data
-from atmc.deploy import dense, onnx
-from atmc.deploy.graph import Floats, Graph
+from atmc.deploy.graph import Floats
 from atmc.deploy.simplify import reduced, rounded
 from atmc.deploy.trace import trace
-from atmc.experiment.assess import check_size, open_model
+from atmc.experiment.assess import open_model
 from atmc.experiment.bench_figures import comparison, dense_macs, processor, summary, thread_count, verdict
+from atmc.experiment.bench_inputs import BATCH, Inputs, file_bytes, inputs_of, missing, write_forms, write_tiny
 from atmc.experiment.bench_worker import KINDS, OURS, Files, Kind, work
 from atmc.files import write_beside
-from atmc.judge import check_model
-from atmc.pack import artifact
-from atmc.rng import permutation
 
-EXTRA = "pip install 'atmc[bench]'"
 ROUND_SECONDS, MOST_CALLS = 0.05, 500
-CALIBRATION, BATCH, SEED = 256, 64, 0
 VERSIONS = ("atmc", "torch", "onnxruntime", "openvino")
 
 
@@ -81,19 +73,6 @@ class Benched:
     figures: dict[str, Any]
 
 
-@dataclass(frozen=True)
-class _Inputs:
-    """Images (n, c, h, w) to time and to compare on, their labels (n,) where there is data, and others to calibrate."""
-
-    images: Floats
-    labels: NDArray[np.int64] | None
-    calibration: Floats
-
-    def batch(self, size: int) -> Floats:
-        """So many images, the first ones again where there are fewer."""
-        return np.ascontiguousarray(self.images[np.arange(size) % len(self.images)])
-
-
 @dataclass
 class _Engine:
     """A worker, and what was measured of it."""
@@ -132,19 +111,29 @@ def bench(request: Request) -> Iterator[Progress | Benched]:
     _check(request)
     yield Progress("reading the model")
     model = open_model(request.file, request.model)
-    inputs = _inputs(request, model)
+    inputs = inputs_of(
+        request.file,
+        model,
+        data=request.data,
+        n=request.n,
+        largest=max(request.batches),
+        image_column=request.image_column,
+        label_column=request.label_column,
+    )
     raw = trace(model, inputs.images.shape[1:])
     factory = request.model if request.model and ":" in request.model else None
     with tempfile.TemporaryDirectory() as folder, ExitStack() as workers:
-        files = Files(request.file, Path(folder, "dense.onnx"), Path(folder, "int8.onnx"), factory)
         yield Progress("making the dense models")
-        left_out = _missing()
-        left_out |= _write_dense(rounded(reduced(raw.graph)), files, inputs.calibration)
+        graph, place = rounded(reduced(raw.graph)), Path(folder)
+        files, left_out = write_forms(
+            place, request.file, model, graph, calibration=inputs.calibration, factory=factory
+        )
+        left_out, smallest = left_out | missing(), write_tiny(place / "tiny")
         kinds = [kind for kind in KINDS if kind.name not in left_out]
-        engines = [_Engine(kind, workers.enter_context(_worker(kind, files))) for kind in kinds]
+        engines = [_Engine(kind, workers.enter_context(_worker(kind, files, smallest))) for kind in kinds]
         yield from _measure(request, engines, left_out, inputs)
         for engine in engines:
-            engine.figures["file_bytes"] = _size(engine.kind, files, model)
+            engine.figures["file_bytes"] = file_bytes(engine.kind, files, model)
     macs = {"dense": dense_macs(raw.graph), "left": engines[0].figures.pop("macs")}
     rows = [engine.row(engines[1].logits, inputs.labels) for engine in _left(engines, left_out)]
     figures = _about(request, len(inputs.images)) | {"macs": macs, "engines": rows, "left_out": left_out}
@@ -175,60 +164,12 @@ def _check(request: Request) -> None:
         raise ValueError(f"{path} exists: add --overwrite to replace it")
 
 
-def _inputs(request: Request, model: nn.Module) -> _Inputs:
-    """Test images and training images of the data; random ones where there is none. ValueError: they do not fit."""
-    if request.data is None:
-        found = artifact.read(request.file).metadata
-        shape = found.get("input_shape") or found["model"].get("input_shape")
-        if not shape:
-            raise ValueError(f"{request.file} does not say what images its model takes: add --data")
-        pixels = torch.rand(max(BATCH, *request.batches), *shape, generator=torch.Generator().manual_seed(SEED))
-        check_model(model, Images(pixels, torch.zeros(len(pixels), dtype=torch.int64)), None, probabilities=True)
-        return _Inputs(pixels.numpy(), None, pixels.numpy())
-    data = load_data(request.data, image_column=request.image_column, label_column=request.label_column)
-    check_size(request.file, data)
-    check_model(model, data.test, data.num_classes, probabilities=True)
-    chosen = permutation(len(data.train), seed=SEED, purpose="calibration")[:CALIBRATION]
-    some = slice(0, request.n)
-    labels = cast(NDArray[np.int64], data.test.labels[some].numpy())
-    return _Inputs(data.test.float_pixels(some).numpy(), labels, data.train.float_pixels(chosen).numpy())
-
-
-def _missing() -> dict[str, str]:
-    """Engines whose packages are not installed, and what to do about it."""
-    found = {}
-    for kind in KINDS:
-        absent = [package for package in kind.packages if find_spec(package) is None]
-        if absent:
-            found[kind.name] = f"not installed: {', '.join(absent)}; {EXTRA}"
-    return found
-
-
-def _write_dense(graph: Graph, files: Files, calibration: Floats) -> dict[str, str]:
-    """Write the ONNX models, as far as the packages for it are there; engines that go without theirs, and why."""
-    if find_spec("onnx") is None:
-        return {}
-    data = onnx.to_bytes(graph)
-    files.dense.write_bytes(data)
-    if find_spec("onnxruntime") is None:
-        return {}
-    try:
-        files.int8.write_bytes(dense.quantized(data, calibration))
-    except Exception as error:  # of the quantizer, which has its own ideas of what a model may hold
-        return {kind.name: f"not quantized: {_first_line(error)}" for kind in KINDS if kind.form == "int8"}
-    return {}
-
-
-def _first_line(error: Exception) -> str:
-    return (str(error) or type(error).__name__).splitlines()[0]
-
-
 @contextmanager
-def _worker(kind: Kind, files: Files) -> Iterator[Any]:
+def _worker(kind: Kind, files: Files, smallest: Files) -> Iterator[Any]:
     """The pipe to a new process that runs an engine."""
     context = get_context("spawn")
     here, there = context.Pipe()
-    process = context.Process(target=work, args=(there, kind.name, files), daemon=True)
+    process = context.Process(target=work, args=(there, kind.name, files, smallest), daemon=True)
     process.start()
     there.close()
     try:
@@ -240,7 +181,7 @@ def _worker(kind: Kind, files: Files) -> Iterator[Any]:
 
 
 def _measure(
-    request: Request, engines: Sequence[_Engine], left_out: dict[str, str], inputs: _Inputs
+    request: Request, engines: Sequence[_Engine], left_out: dict[str, str], inputs: Inputs
 ) -> Iterator[Progress]:
     """Fill the engines' figures; those that fail are added to those left out."""
     for threads in request.thread_counts:
@@ -291,13 +232,6 @@ def _failing(engine: _Engine, left_out: dict[str, str]) -> Iterator[None]:
         if engine.kind.name == OURS:
             raise RuntimeError(f"the engine failed: {error}") from None
         left_out[engine.kind.name] = f"failed: {error}"
-
-
-def _size(kind: Kind, files: Files, model: nn.Module) -> int:
-    """Bytes of what an engine loads; of PyTorch, which reads our file here, those of the state dict."""
-    if kind.form != "model" or kind.name == OURS:
-        return Path(getattr(files, kind.form)).stat().st_size
-    return sum(value.numel() * value.element_size() for value in model.state_dict().values())
 
 
 def _about(request: Request, images: int) -> dict[str, Any]:

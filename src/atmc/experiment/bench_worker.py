@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import ctypes
 import gc
-import importlib
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -16,20 +15,25 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
+from torch import nn
 
 from atmc import models
 from atmc.deploy import dense
 from atmc.deploy.graph import Floats
+from atmc.models.factory import first_line
 from atmc.pack import artifact
 
 WARM_SECONDS, WARM_CALLS = 0.1, 3
+TINY_SHAPE = (1, 4, 4)
 
 
 @dataclass(frozen=True)
 class Files:
-    """Where the model lies in each form; `dense` and `int8` are ONNX. factory: of a user's own class."""
+    """Where the model lies: our file, a pickled module, ONNX in float32 and in int8. factory: of a user's own class."""
 
     model: Path
+    module: Path
     dense: Path
     int8: Path
     factory: str | None = None
@@ -76,7 +80,10 @@ def _ours(files: Files, threads: int) -> tuple[dense.Runner, dict[str, Any]]:
 def _torch(channels_last: bool) -> Load:
     def load(files: Files, threads: int) -> tuple[dense.Runner, dict[str, Any]]:
         factory = models.import_factory(files.factory) if files.factory else None
-        model = artifact.load(files.model, factory=factory)
+        if files.module.exists():
+            model = torch.load(files.module, weights_only=False)  # which this program has just written
+        else:
+            model = artifact.load(files.model, factory=factory)
         return dense.run_torch(model, threads, channels_last=channels_last), {}
 
     return load
@@ -102,8 +109,8 @@ OURS = "atmc"
 _RUNTIME, _VINO = ("onnx", "onnxruntime"), ("onnx", "openvino")
 KINDS = (
     Kind(OURS, "float32", (), "model", _ours),
-    Kind("PyTorch", "float32", (), "model", _torch(False)),
-    Kind("PyTorch, channels_last", "float32", (), "model", _torch(True)),
+    Kind("PyTorch", "float32", (), "module", _torch(False)),
+    Kind("PyTorch, channels_last", "float32", (), "module", _torch(True)),
     Kind("ONNX Runtime", "float32", _RUNTIME, "dense", _onnxruntime("dense")),
     Kind("OpenVINO", "float32", _VINO, "dense", _openvino("dense", "f32")),
     Kind("OpenVINO, its default", None, _VINO, "dense", _openvino_default),
@@ -112,49 +119,60 @@ KINDS = (
 )
 
 
-def work(pipe: Connection, name: str, files: Files) -> None:
-    """Answer (method of `Worker`, arguments) with (True, what it returns) or (False, why not), until None comes."""
+def work(pipe: Connection, name: str, files: Files, smallest: Files) -> None:
+    """Answer (method of `Worker`, arguments) with (True, what it returns) or (False, why not), until the pipe ends."""
     worker = None
-    while (asked := pipe.recv()) is not None:
-        method, arguments = asked
+    while True:
         try:
-            worker = worker or Worker(name, files)
+            method, arguments = pipe.recv()
+        except EOFError:
+            return
+        try:
+            worker = worker or Worker(name, files, smallest)
             pipe.send((True, getattr(worker, method)(*arguments)))
         except Exception as error:  # of any package: it stands in the report in place of the engine's figures
-            pipe.send((False, (str(error) or type(error).__name__).splitlines()[0]))
+            pipe.send((False, first_line(error)))
+
+
+def tiny(num_classes: int = 2) -> nn.Module:
+    """A network for images of `TINY_SHAPE`, to have run one before memory is weighed."""
+    c, h, w = TINY_SHAPE
+    return nn.Sequential(nn.Conv2d(c, 2, 3, padding=1), nn.ReLU(), nn.Flatten(), nn.Linear(2 * h * w, num_classes))
 
 
 class Worker:
-    """An engine whose packages are imported; `load` comes first."""
+    """An engine that has run a tiny network, so that what its packages take is known; `load` comes first."""
 
-    def __init__(self, name: str, files: Files) -> None:
+    def __init__(self, name: str, files: Files, smallest: Files) -> None:
         self._kind, self._files = next(kind for kind in KINDS if kind.name == name), files
-        for package in self._kind.packages:
-            importlib.import_module(package)
-        self._run: dense.Runner | None = None
+        self._run, _ = self._kind.load(smallest, 1)
+        self._run(np.zeros((1, *TINY_SHAPE), np.float32))
+        self._forget()
         self._baseline = memory("VmRSS") if reset_peak() else None
 
     def load(self, threads: int) -> dict[str, Any]:
         """Load the model, in place of the one before; what the engine says, and bytes of memory at the peak."""
-        self._run = None
-        trim()
+        self._forget()
         reset_peak()
         self._run, about = self._kind.load(self._files, threads)
         peak = self._above(memory("VmHWM"))
         trim()
         return {"precision": self._kind.precision} | about | {"load_bytes": peak}
 
+    def _forget(self) -> None:
+        self._run = lambda images: images
+        trim()
+
     def warm(self, images: Floats) -> dict[str, Any]:
         """Run images (n, c, h, w) a few times: seconds a call takes, and bytes of memory at the peak of these calls."""
         reset_peak()
         times: list[float] = []
-        while len(times) < WARM_CALLS and sum(times) < WARM_SECONDS or len(times) < 2:
+        while len(times) < 2 or (len(times) < WARM_CALLS and sum(times) < WARM_SECONDS):
             times += self.time(images, 1)
         return {"seconds": times[-1], "run_bytes": self._above(memory("VmHWM"))}
 
     def time(self, images: Floats, calls: int) -> list[float]:
         """Seconds of each of some calls."""
-        assert self._run is not None
         times = []
         for _ in range(calls):
             start = time.perf_counter()
@@ -164,7 +182,6 @@ class Worker:
 
     def logits(self, images: Floats, batch: int) -> Floats:
         """(n, classes), in batches."""
-        assert self._run is not None
         return np.concatenate([self._run(images[at : at + batch]) for at in range(0, len(images), batch)])
 
     def _above(self, found: int | None) -> int | None:
