@@ -62,7 +62,7 @@ def here(tmp_path_factory):
         lenet = atmc.models.build("lenet", 10, mean=[0.1], std=[0.3], seed=0)
         with torch.no_grad():
             for value in lenet.parameters():
-                value[torch.rand(value.shape, generator=torch.Generator().manual_seed(0)) < 0.9] = 0
+                value[torch.rand(value.shape, generator=torch.Generator().manual_seed(0)) < 0.99] = 0
         atmc.save(lenet, "lenet.atmc", threat="linf:0.1", method="atmc")
         for name, factory in (("mine", "build"), ("bent", "bent")):
             atmc.save(atmc.models.build(f"export_models:{factory}", 10, seed=0), f"{name}.atmc")
@@ -136,7 +136,6 @@ def test_c(lenet, tmp_path, capsys):
     assert "bytes of tables, an arena of" in said
     assert said.count("the same top-1 on 20") == (2 if shutil.which("cc") else 0)
     assert "lenet.h exists: add --overwrite" in refused(capsys, *command)
-    assert call(*command, "--overwrite") == 0
 
 
 @pytest.mark.parametrize(

@@ -8,7 +8,7 @@ import re
 import shutil
 import subprocess
 import tempfile
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -17,15 +17,16 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from atmc import models
 from atmc.data import Data, Images, load_data
 from atmc.deploy import onnx, safetensors
 from atmc.deploy.simplify import simplify
-from atmc.experiment.assess import check_size, open_model
+from atmc.experiment.assess import check_size
 from atmc.files import write_beside
 from atmc.judge import check_model
 from atmc.pack import artifact
 from atmc.pack.container import Content
-from atmc.pack.forms import PLAIN
+from atmc.pack.forms import Weight
 from atmc.robust.attacks import pgd
 from atmc.robust.threats import Threat, check_threat, parse_threat
 
@@ -102,7 +103,8 @@ def export(request: Request) -> Exported:
     """
     _check_request(request)
     content = artifact.read(request.file)
-    model = open_model(request.file, request.model)
+    factory = models.import_factory(request.model) if request.model and ":" in request.model else None
+    model, factors = artifact.load_with_factors(request.file, factory=factory)
     if request.to == "safetensors":
         return _write_safetensors(request, content, model)
     data = None
@@ -112,7 +114,7 @@ def export(request: Request) -> Exported:
     images = _images(request, content, model, data)
     if request.to == "onnx":
         return _write_onnx(request, content, model, images)
-    return _write_c(request, content, model, images, data)
+    return _write_c(request, model, factors, images, data.class_names if data else ())
 
 
 def _check_request(request: Request) -> None:
@@ -144,12 +146,14 @@ def _check_request(request: Request) -> None:
 def _images(request: Request, content: Content, model: nn.Module, data: Data | None) -> dict[str, Tensor]:
     """Images (n, c, h, w) to compare on, by what they are: test or random images, and PGD examples of them."""
     if data is not None:
-        kind, x = f"test images of {data.name}", data.test.float_pixels(slice(0, request.n))
+        kind, test = f"test images of {data.name}", data.test.take(slice(0, request.n))
+        x, labels = test.float_pixels(slice(None)), test.labels
+        check_model(model, test, None, probabilities=True)
     else:
         shape = _input_shape(request, content)
         kind, x = "random images", torch.rand(request.n, *shape, generator=torch.Generator().manual_seed(0))
-    check_model(model, Images(x, torch.zeros(len(x), dtype=torch.int64)), None, probabilities=True)
-    labels = data.test.labels[: request.n] if data is not None else _logits(model, x).argmax(1)
+        check_model(model, Images(x, torch.zeros(len(x), dtype=torch.int64)), None, probabilities=True)
+        labels = _logits(model, x).argmax(1)
     threat = request.threat or _stored_threat(content)
     if threat is None:
         return {kind: x}
@@ -185,10 +189,11 @@ def _logits(model: nn.Module, x: Tensor) -> Tensor:
 def _about(metadata: Mapping[str, Any]) -> dict[str, str]:
     """What an exported file says of its model: strings."""
     spec = metadata["model"]
+    shape = metadata.get("input_shape") or spec.get("input_shape")
     found = {
         "model": spec.get("name") or "own class",
         "classes": metadata.get("classes") or spec.get("num_classes"),
-        "input_shape": json.dumps(metadata.get("input_shape") or spec.get("input_shape")),
+        "input_shape": json.dumps(shape) if shape else None,
         "spec": json.dumps(spec) if "mean" in spec else None,
         "threat": metadata.get("threat"),
         "method": metadata.get("method"),
@@ -207,10 +212,11 @@ def _write_onnx(request: Request, content: Content, model: nn.Module, images: Ma
     data = onnx.to_bytes(simplify(model, _shape(images)), about=_about(content.metadata))
     notes, agreements = [f"opset {onnx.OPSET}, IR version {onnx.IR_VERSION}"], []
     try:
-        run = onnx.runner(data)
+        onnx.installed("onnxruntime")
     except RuntimeError as error:
         notes.append(f"not compared with PyTorch: {error}")
     else:
+        run = onnx.runner(data)
         agreements = [_compared(kind, model, x, run) for kind, x in images.items()]
     return Exported({request.out: write_beside(request.out, data)}, notes, agreements)
 
@@ -245,17 +251,21 @@ def _c_paths(request: Request) -> dict[str, Path]:
 
 
 def _write_c(
-    request: Request, content: Content, model: nn.Module, images: Mapping[str, Tensor], data: Data | None
+    request: Request,
+    model: nn.Module,
+    factors: Mapping[str, Weight],
+    images: Mapping[str, Tensor],
+    class_names: Sequence[str],
 ) -> Exported:
     from atmc.deploy.c_source import to_c
 
-    decoded = artifact.decode(content, artifact.stored_fields(content))
-    factors = {name: weight for name, (weight, _) in decoded.weights.items() if weight.form != PLAIN}
     shape = _shape(images)
-    made = to_c(simplify(model, shape, factors), name=_c_name(request), labels=data.class_names if data else None)
+    classes = _logits(model, torch.zeros(1, *shape)).shape[1]
+    labels = class_names if len(class_names) == classes else None
+    made = to_c(simplify(model, shape, factors), name=_c_name(request), labels=labels)
     notes, agreements = [f"{made.table_bytes:,} bytes of tables, an arena of {made.arena_bytes:,} bytes"], []
     with tempfile.TemporaryDirectory() as folder:
-        run = _compiled(made, Path(folder), _logits(model, torch.zeros(1, *shape)).shape[1])
+        run = _compiled(made, Path(folder), classes)
         if run is None:
             notes.append("not compared with PyTorch: there is no C compiler (cc) here")
         else:
