@@ -293,6 +293,19 @@ class TestWrongFiles:
         with pytest.raises(artifact.TooLarge, match=f"{values:,} values; at most {values - 1:,} are read"):
             artifact.from_bytes(self.data, max_values=values - 1)
 
+    def test_factors_that_would_take_too_long_to_compose(self):
+        model = factorize(nn.Sequential(nn.Linear(300, 300)), start="svd")
+        data = artifact.to_bytes(model, classes=300)
+
+        def load(max_values):
+            return artifact.from_bytes(
+                data, factory=lambda num_classes: nn.Sequential(nn.Linear(300, 300)), max_values=max_values
+            )
+
+        assert load(300**3 // 64 + 1)
+        with pytest.raises(artifact.TooLarge, match="its factors take over 26,880,000 multiply-adds to compose"):
+            load(420_000)
+
 
 def test_values_that_cannot_be_stored(monkeypatch):
     for value in (torch.nan, torch.inf):

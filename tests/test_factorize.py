@@ -153,10 +153,11 @@ def test_exclude_patterns():
         factorize(factorize(model))
 
 
-def test_compose_is_the_sum_in_a_fixed_order():
+@pytest.mark.parametrize("density", [1.0, 0.5, 0.1])
+def test_compose_is_the_sum_in_a_fixed_order(density):
     rng = np.random.default_rng(0)
-    u = rng.standard_normal((4, 4)).astype(np.float32) * (rng.random((4, 4)) < 0.5)
-    v = rng.standard_normal((4, 9)).astype(np.float32) * (rng.random((4, 9)) < 0.5)
+    u = rng.standard_normal((4, 4)).astype(np.float32) * (rng.random((4, 4)) < density)
+    v = rng.standard_normal((4, 9)).astype(np.float32) * (rng.random((4, 9)) < density)
     c = rng.standard_normal((4, 9)).astype(np.float32)
     expected = np.zeros((4, 9))
     for i in range(4):

@@ -27,6 +27,7 @@ from torch.nn.utils import parametrize
 
 Form = Literal["left", "right", "svd", "rank"]
 FORMS: tuple[Form, ...] = ("left", "right", "svd", "rank")
+SPARSE_COST = 20  # of a product of two nonzeros that were looked up, in products of dense factors
 CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
 TRANSPOSED = (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
 ATTENTION_WEIGHTS = ("in_proj_weight", "q_proj_weight", "k_proj_weight", "v_proj_weight")
@@ -297,11 +298,7 @@ def compose(form: Form, u: np.ndarray, v: np.ndarray, c: np.ndarray | None) -> n
     Each entry is summed in float64 in a fixed order - the products U[i, j] V[j, :] by rising j where both are nonzero,
     then the identity's term, then C - and rounded once.
     """
-    total = np.zeros((u.shape[0], v.shape[1]))
-    for j in range(u.shape[1]):
-        rows, columns = np.flatnonzero(u[:, j]), np.flatnonzero(v[j])
-        if len(rows) and len(columns):
-            total[np.ix_(rows, columns)] += np.outer(u[rows, j].astype(np.float64), v[j, columns].astype(np.float64))
+    total = _product(u, v)
     if form == "left":
         total += v
     elif form == "right":
@@ -309,6 +306,38 @@ def compose(form: Form, u: np.ndarray, v: np.ndarray, c: np.ndarray | None) -> n
     if c is not None:
         total += c.reshape(total.shape)
     return total.astype(np.float32)
+
+
+def product_cost(u: np.ndarray, v: np.ndarray) -> int:
+    """About how long `compose` takes for these factors, in multiply-adds of dense ones."""
+    return min(u.shape[0] * u.shape[1] * v.shape[1], SPARSE_COST * _products(u, v))
+
+
+def _products(u: np.ndarray, v: np.ndarray) -> int:
+    """How many products U[i, j] V[j, k] are not zero."""
+    return int(np.count_nonzero(u, axis=0).astype(np.int64) @ np.count_nonzero(v, axis=1).astype(np.int64))
+
+
+def _product(u: np.ndarray, v: np.ndarray) -> np.ndarray:
+    """U V in float64, each entry summed by rising j: a few rows at a time, or the nonzeros alone where they are few.
+
+    Both give the same bits: what a product of zero adds changes no sum that began at 0.
+    """
+    total = np.zeros((u.shape[0], v.shape[1]))
+    if SPARSE_COST * _products(u, v) < u.shape[0] * u.shape[1] * v.shape[1]:
+        for j in range(u.shape[1]):
+            rows, columns = np.flatnonzero(u[:, j]), np.flatnonzero(v[j])
+            if len(rows) and len(columns):
+                total[np.ix_(rows, columns)] += np.outer(
+                    u[rows, j].astype(np.float64), v[j, columns].astype(np.float64)
+                )
+        return total
+    u, v, product = u.astype(np.float64), v.astype(np.float64), np.empty((8, v.shape[1]))
+    for at in range(0, len(u), len(product)):
+        part = total[at : at + len(product)]
+        for j in range(u.shape[1]):
+            part += np.multiply(u[at : at + len(product), j, None], v[j], out=product[: len(part)])
+    return total
 
 
 def composed(site: Site) -> Tensor:

@@ -96,10 +96,10 @@ __all__ = [
     "stored_fields",
     "to_bytes",
     "unpack",
-    "write_beside",
 ]
 
 MAX_VALUES = 1 << 26  # of all tensors of a file together, unless the caller allows more: 256 MiB of float32
+WORK = 64  # multiply-adds that composing a file's factors may take, for each value that it may hold
 
 
 @dataclass(frozen=True)
@@ -311,6 +311,8 @@ def decode(content: Content, expected: Sequence[Field], *, max_values: int = MAX
         except CodingError as error:
             raise content.bad(f"tensor {field.name}: {error}") from error
         hint = weights[field.name][0].row_counts()
+    if sum(weight.cost for weight, _ in weights.values()) > WORK * max_values:
+        raise TooLarge(f"{content.source}: its factors take over {WORK * max_values:,} multiply-adds to compose")
     kinds = [(field.role, np.dtype(field.dtype), field.size) for field in small]
     try:
         found, lengths = coder.read_small(content.parts[-1], kinds)

@@ -15,7 +15,7 @@ import numpy as np
 import torch
 from torch import nn
 
-from atmc.compress.factorize import Form, all_sites, compose, factored, factors_of, put_factors, structure
+from atmc.compress.factorize import Form, all_sites, compose, factored, factors_of, product_cost, put_factors, structure
 from atmc.pack import coder
 from atmc.pack.coder import Integers, Matrix, Spent
 
@@ -36,6 +36,11 @@ class Weight:
     def rank(self) -> int:
         """Columns of U; 0 for a plain weight."""
         return 0 if self.form == PLAIN else int(self.parts["U"].shape[1])
+
+    @property
+    def cost(self) -> int:
+        """About how long `value` takes, in multiply-adds."""
+        return 0 if self.form == PLAIN else product_cost(self.parts["U"], self.parts["V"])
 
     def value(self) -> np.ndarray:
         """W, float32, in shape: see `factorize.compose`."""
