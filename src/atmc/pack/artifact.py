@@ -89,6 +89,7 @@ __all__ = [
     "decode",
     "from_bytes",
     "load",
+    "load_with_factors",
     "pack",
     "read",
     "save",
@@ -246,6 +247,14 @@ def load(
     return from_bytes(Path(path).read_bytes(), factory=factory, source=str(path), max_values=max_values)
 
 
+def load_with_factors(
+    path: str | os.PathLike[str], *, factory: Callable[..., nn.Module] | None = None, max_values: int = MAX_VALUES
+) -> tuple[nn.Module, dict[str, Weight]]:
+    """What `load` gives, and by name the weights that the file holds as factors. Arguments and errors as of `load`."""
+    model, decoded = _restored(Path(path).read_bytes(), factory, str(path), max_values)
+    return model, {name: weight for name, (weight, _) in decoded.weights.items() if weight.form != PLAIN}
+
+
 def from_bytes(
     data: bytes,
     *,
@@ -254,6 +263,12 @@ def from_bytes(
     max_values: int = MAX_VALUES,
 ) -> nn.Module:
     """What `load` gives, from the bytes of a file. Raises `ArtifactError`."""
+    return _restored(data, factory, source, max_values)[0]
+
+
+def _restored(
+    data: bytes, factory: Callable[..., nn.Module] | None, source: str, max_values: int
+) -> tuple[nn.Module, Decoded]:
     content = unpack(data, source)
     model = _build(content, factory, max_values)
     implied = norms.implied_statistics(model) if content.metadata.get("norms") is True else {}
@@ -275,7 +290,7 @@ def from_bytes(
             raise content.bad(f"tensor {field.name}: a value is not finite")
         state[field.name] = torch.from_numpy(np.ascontiguousarray(values))
     model.load_state_dict(state, assign=True)
-    return model.eval()
+    return model.eval(), decoded
 
 
 def decode(content: Content, expected: Sequence[Field], *, max_values: int = MAX_VALUES) -> Decoded:
