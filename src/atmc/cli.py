@@ -273,6 +273,45 @@ def inspect(
         console.print(inspection_table(found, narrow=console.width < NARROW))
 
 
+@app.command()
+def export(
+    file: Annotated[Path, typer.Argument(help="Model file.")],
+    to: Annotated[str, typer.Option(help="onnx, safetensors or c.")],
+    out: Annotated[Path, typer.Option(help="File to write; for c a folder.")],
+    model: Annotated[str | None, typer.Option(help="package.module:factory for your own class.")] = None,
+    data: Annotated[
+        str | None, typer.Option(help="Compare on this data's test images, as in compress (default: random images).")
+    ] = None,
+    threat: Annotated[
+        str | None, typer.Option(help="Compare on PGD examples under it (default: what the file was trained for).")
+    ] = None,
+    n: Annotated[int, typer.Option(help="Images to compare on, the first ones.")] = 256,
+    image_column: Annotated[str | None, typer.Option(help="Where the data has several.")] = None,
+    label_column: Annotated[str | None, typer.Option(help="If not label or fine_label.")] = None,
+    overwrite: Annotated[bool, typer.Option(help="Replace files that are there.")] = False,
+) -> None:
+    """Write a model for other programs: ONNX, safetensors, or C source."""
+    from atmc.experiment import export as exports
+
+    request = exports.Request(
+        file=file,
+        to=to,
+        out=out,
+        model=model,
+        data=data,
+        threat=parse_threat(threat) if threat else None,
+        n=n,
+        image_column=image_column,
+        label_column=label_column,
+        overwrite=overwrite,
+    )
+    done = exports.export(request)
+    for path, size in done.files.items():
+        _say(f"{path}  {size:,} bytes")
+    for line in [*done.notes, *done.agreements]:
+        _say(f"  {line}")
+
+
 def main() -> None:
     """Run the command. Exit status: 0 done, 2 the user's input was wrong, 1 anything else."""
     try:

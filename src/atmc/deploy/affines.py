@@ -8,6 +8,7 @@ linear layers and affines always, a convolution with zero padding only a scale, 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
 
 import numpy as np
 
@@ -29,47 +30,58 @@ from atmc.deploy.operators import wide
 from atmc.deploy.rewrite import after, is_padded, reachable, scaled_inputs, scaled_outputs
 
 
+@dataclass
+class _Folding:
+    """A graph on its way. Values of the old graph are the new ones at `place`, scaled and shifted by what is `owed`."""
+
+    graph: Graph
+    consumers: list[list[int]]
+    nodes: list[Node]
+    place: list[int]
+    owed: dict[int, Affine]
+    readers: dict[int, int]  # how many operations read each new value
+
+    def settle(self, number: int, owed: Affine | None) -> None:
+        """The next old value is new value `number`, and what is owed: left to those that read it, or done now."""
+        value = len(self.place)
+        count = len(self.consumers[value])
+        self.readers[number] = self.readers.get(number, 1) - 1 + count
+        if owed is not None and not _is_identity(owed):
+            if value < len(self.graph.nodes) and all(
+                _takes(self.graph.nodes[index].op, owed) for index in self.consumers[value]
+            ):
+                self.owed[value] = owed
+            else:
+                self.readers[number] -= count - 1
+                number = self.append(owed, (number,), self.graph.nodes[value - 1].name)
+                self.readers[number] = count
+        self.place.append(number)
+
+    def append(self, op: Op, inputs: tuple[int, ...], name: str) -> int:
+        self.nodes.append(Node(op, inputs, name))
+        return len(self.nodes)
+
+
 def fold_affines(graph: Graph) -> Graph:
     """The same network with as few affines as the rules above leave."""
     shapes, consumers = graph.shapes(), graph.consumers()
     consumers[-1].append(len(graph.nodes))  # whoever wants the logits
-    nodes: list[Node] = []
-    place = [0]  # of each value of the old graph: its number in the new one,
-    pending: dict[int, Affine] = {}  # where it is yet to be scaled and shifted, if it is here
-    readers = {0: len(consumers[0])}  # of each new value
-
-    def settle(value: int, number: int, owed: Affine | None) -> None:
-        """Value `value` is `owed` of the new value `number`."""
-        readers[number] = readers[number] - 1 + len(consumers[value]) if number in readers else len(consumers[value])
-        if owed is not None and not _is_identity(owed):
-            if all(_takes(graph.nodes[index].op, owed) for index in consumers[value] if index < len(graph.nodes)) and (
-                value < len(graph.nodes)
-            ):
-                pending[value] = owed
-            else:
-                readers[number] -= len(consumers[value]) - 1
-                nodes.append(Node(owed, (number,), graph.nodes[value - 1].name))
-                number = len(nodes)
-                readers[number] = len(consumers[value])
-        place.append(number)
-
-    for index, node in enumerate(graph.nodes):
-        value, source = index + 1, node.inputs[0]
-        owed = pending.get(source)
-        if isinstance(node.op, Affine):
-            changed = None if owed else _absorbed(nodes, readers, place[source], node.op)
-            for number, op in (changed or {}).items():
-                nodes[number - 1] = Node(op, nodes[number - 1].inputs, nodes[number - 1].name)
-            settle(value, place[source], None if changed else after(owed, node.op) if owed else node.op)
+    new = _Folding(graph, consumers, [], [0], {}, {0: len(consumers[0])})
+    for node in graph.nodes:
+        source, op = node.inputs[0], node.op
+        owed = new.owed.get(source)
+        if isinstance(op, Affine):
+            changed = None if owed else _absorbed(new.nodes, new.readers, new.place[source], op)
+            for number, better in (changed or {}).items():
+                new.nodes[number - 1] = replace(new.nodes[number - 1], op=better)
+            new.settle(new.place[source], None if changed else after(owed, op) if owed else op)
             continue
-        done: Op = node.op
-        if owed and isinstance(done, Conv | Linear):
-            done, owed = scaled_inputs(done, owed.scale, owed.shift), None
+        if owed and isinstance(op, Conv | Linear):
+            op, owed = scaled_inputs(op, owed.scale, owed.shift), None
         elif owed:
-            owed = _behind(owed, done, shapes[source])
-        nodes.append(Node(done, tuple(place[read] for read in node.inputs), node.name))
-        settle(value, len(nodes), owed)
-    return reachable(graph.input_shape, nodes, place[-1])
+            owed = _behind(owed, op, shapes[source])
+        new.settle(new.append(op, tuple(new.place[value] for value in node.inputs), node.name), owed)
+    return reachable(graph.input_shape, new.nodes, new.place[-1])
 
 
 def _is_identity(affine: Affine) -> bool:

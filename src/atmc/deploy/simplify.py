@@ -79,17 +79,21 @@ def simplify_report(
 ) -> Simplified:
     """`simplify`, and what it changed. Raises ValueError."""
     raw = trace(model, input_shape)
-    graph = expand(raw, forms.weights(model) if factors is None else factors)
-    size = None
-    while size != (size := _size(graph)):
-        graph = simplify_channels(fold_affines(graph))
-    graph = rounded(graph)
+    graph = rounded(reduced(expand(raw, forms.weights(model) if factors is None else factors)))
     return Simplified(graph, _changes(raw.graph, graph), raw.graph.macs(), graph.macs())
 
 
-def _size(graph: Graph) -> tuple[int, int, int]:
-    """Falls with every change that is one."""
-    return len(graph.nodes), sum(shape[0] for shape in graph.shapes()), graph.macs()
+def reduced(graph: Graph) -> Graph:
+    """The same network in its least form, constants in float64."""
+    form = None
+    while form != (form := _form(graph)):
+        graph = simplify_channels(fold_affines(graph))
+    return graph
+
+
+def _form(graph: Graph) -> tuple[list[type], int, int]:
+    """What every change that is one changes: operations, channels, nonzeros."""
+    return [type(node.op) for node in graph.nodes], sum(shape[0] for shape in graph.shapes()), graph.macs()
 
 
 def rounded(graph: Graph) -> Graph:

@@ -127,7 +127,8 @@ def _run(node: fx.Node, known: dict[fx.Node, Traced], nodes: list[Node]) -> Trac
     arguments = _arguments(node, known)
     try:
         if name in RESHAPES:
-            return _reshaped(arguments, nodes, layer)
+            passing = all(_operator(user) in RESHAPES for user in node.users)
+            return _reshaped(arguments, nodes, layer, passing)
         return OPERATORS[name](append, arguments)
     except ValueError as error:
         raise ValueError(f"the engine cannot run {where}: {error}") from None
@@ -166,10 +167,12 @@ def _shape(node: fx.Node) -> tuple[int, ...]:
     return tuple(int(side) for side in value.shape[1:]) if isinstance(value, Tensor) else ()
 
 
-def _reshaped(a: Arguments, nodes: list[Node], layer: str) -> int:
-    """A flattening, or the undoing of one, or nothing at all."""
+def _reshaped(a: Arguments, nodes: list[Node], layer: str, passing: bool) -> int:
+    """A flattening, or the undoing of one, or nothing: the same shape, or one that only `passing` to the next has."""
     x: Value = a.self
     if a.out == x.shape:
+        return x.number
+    if passing and len(a.out) > 1 and math.prod(a.out) == math.prod(x.shape):
         return x.number
     if a.out == (math.prod(x.shape),):
         nodes.append(Node(Flatten(), (x.number,), layer))

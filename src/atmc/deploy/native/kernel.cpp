@@ -1,0 +1,397 @@
+// Runs a program of `deploy/plan.py`: a network's inference, operation by operation, in one block of memory.
+//
+// An activation is a stream for each channel: all images of the batch one after the other, each its rows from the top,
+// with columns and rows of zeros between them that serve as the padding of both neighbours. So a convolution of stride
+// 1 adds, for every nonzero weight, a shifted copy of a whole input stream to an output stream. What it computes in
+// the padding is masked to zero. The program is trusted: `plan.py` makes every offset, this file checks none.
+
+#include <algorithm>
+#include <atomic>
+#include <cstdint>
+#include <cstring>
+#include <limits>
+#include <new>
+#include <thread>
+#include <vector>
+
+struct Nonzero {
+    float weight;
+    int32_t offset;  // in floats, from the position that is computed
+};
+
+// Field for field `plan.OP`. Lengths and offsets are in floats; `vectors` in units of 16 floats.
+struct Op {
+    int64_t kind, in, other, out, lead, channels, in_stride, out_stride, vectors, mask, rows, bias;
+    int64_t batch, height, width, row, image, out_height, out_width, out_row, out_image;
+    int64_t kernel_y, kernel_x, stride_y, stride_x, pad_y, pad_x, dilation_y, dilation_x, count_padding;
+    double low, high;
+};
+
+struct Memory {
+    float *arena;
+    const Nonzero *nonzeros;
+    const int32_t *starts;
+    const float *floats;
+    const int32_t *masks;
+    const float *images;
+    float *logits;
+};
+
+enum Kind { PACK, CONVOLVE, CONVOLVE_FOURS, DOT, PHASES, ELEMENTWISE, MAX_POOL, MEAN_POOL, FLATTEN, UNPACK };
+
+#if defined(__x86_64__) || defined(_M_X64)
+#define LANES 16
+#define MOST 12
+#define MOST_FOURS 6
+#define SUFFIX avx512
+#define TARGET __attribute__((target("avx512f,avx512dq,avx512bw,avx512vl,avx2,fma")))
+#include "lanes.inc"
+#undef LANES
+#undef MOST
+#undef MOST_FOURS
+#undef SUFFIX
+#undef TARGET
+#define LANES 8
+#define MOST 10
+#define MOST_FOURS 2
+#define SUFFIX avx2
+#define TARGET __attribute__((target("avx2,fma")))
+#include "lanes.inc"
+#undef LANES
+#undef MOST
+#undef MOST_FOURS
+#undef SUFFIX
+#undef TARGET
+#endif
+#define LANES 4
+#define MOST 10
+#define MOST_FOURS 2
+#define SUFFIX portable
+#define TARGET
+#include "lanes.inc"
+
+struct Instructions {
+    const char *name;
+    int64_t (*blocks)(const Op &);
+    void (*convolve_block)(const Op &, const Memory &, int64_t, int64_t, int64_t);
+    void (*elementwise)(const Op &, const Memory &, int64_t, int64_t);
+    void (*max_row)(const Op &, const float *, const float *, float *, int64_t);
+    float (*sum)(const float *, int64_t);
+};
+
+static const Instructions SETS[] = {
+#if defined(__x86_64__) || defined(_M_X64)
+    {"avx512", avx512::blocks, avx512::convolve_block, avx512::elementwise, avx512::max_row, avx512::sum},
+    {"avx2", avx2::blocks, avx2::convolve_block, avx2::elementwise, avx2::max_row, avx2::sum},
+#endif
+    {"portable", portable::blocks, portable::convolve_block, portable::elementwise, portable::max_row, portable::sum},
+};
+
+static bool runs_here(const char *name) {
+#if defined(__x86_64__) || defined(_M_X64)
+    __builtin_cpu_init();
+    if (!std::strcmp(name, "avx512"))
+        return __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512dq") &&
+               __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512vl");
+    if (!std::strcmp(name, "avx2")) return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma");
+#endif
+    return !std::strcmp(name, "portable");
+}
+
+static inline float clamped(const Op &op, float x) {
+    x = x > (float)op.low ? x : (float)op.low;
+    return x < (float)op.high ? x : (float)op.high;
+}
+
+static inline void zero_lead(const Op &op, const Memory &m, int64_t first) {
+    if (first == 0) std::memset(m.arena + op.out - op.lead, 0, op.lead * sizeof(float));
+}
+
+// Zeros behind what an operation computes of a channel's stream, up to the next channel: of one group's share of them.
+static inline void zero_tails(const Op &op, const Memory &m, int64_t group, int64_t groups) {
+    const int64_t first = op.channels * group / groups, last = op.channels * (group + 1) / groups;
+    for (int64_t channel = first; channel < last; channel++) {
+        float *out = m.arena + op.out + channel * op.out_stride;
+        std::memset(out + op.vectors * 16, 0, (op.out_stride - op.vectors * 16) * sizeof(float));
+    }
+}
+
+// Images (n, c, h, w) into streams, times scale plus shift.
+static void pack(const Op &op, const Memory &m, int64_t first, int64_t last) {
+    for (int64_t channel = first; channel < last; channel++) {
+        const float scale = m.floats[op.bias + 2 * channel], shift = m.floats[op.bias + 2 * channel + 1];
+        float *out = m.arena + op.out + channel * op.out_stride;
+        std::memset(out, 0, op.out_stride * sizeof(float));
+        for (int64_t n = 0; n < op.batch; n++) {
+            const float *in = m.images + (n * op.channels + channel) * op.height * op.width;
+            for (int64_t y = 0; y < op.height; y++)
+                for (int64_t x = 0; x < op.width; x++)
+                    out[n * op.out_image + y * op.out_row + x] = in[y * op.width + x] * scale + shift;
+        }
+    }
+}
+
+// Linear layer of one image: features are neighbours in memory.
+static void dot(const Op &op, const Memory &m, int64_t first, int64_t last) {
+    const float *in = m.arena + op.in;
+    for (int64_t channel = first; channel < last; channel++) {
+        const Nonzero *at = m.nonzeros + m.starts[op.rows + channel];
+        const Nonzero *const end = m.nonzeros + m.starts[op.rows + channel + 1];
+        float sums[4] = {0, 0, 0, 0};
+        for (; at + 4 <= end; at += 4)
+            for (int u = 0; u < 4; u++) sums[u] += at[u].weight * in[at[u].offset];
+        for (; at < end; at++) sums[0] += at->weight * in[at->offset];
+        float sum = m.floats[op.bias + channel] + ((sums[0] + sums[1]) + (sums[2] + sums[3]));
+        if (op.other >= 0) sum += m.arena[op.other + channel];
+        m.arena[op.out + channel] = clamped(op, sum);
+    }
+}
+
+// Every stride_y-th row from pad_y and stride_x-th column from pad_x: one phase of each channel of the input.
+// Output channel = input channel * phases + phase, where mask is the phase and kernel_y the number of phases.
+static void phases(const Op &op, const Memory &m, int64_t first, int64_t last) {
+    for (int64_t channel = first; channel < last; channel++) {
+        const float *in = m.arena + op.in + channel * op.in_stride;
+        float *out = m.arena + op.out + (channel * op.kernel_y + op.mask) * op.out_stride;
+        std::memset(out, 0, op.out_stride * sizeof(float));
+        for (int64_t n = 0; n < op.batch; n++)
+            for (int64_t y = op.pad_y, oy = 0; y < op.height; y += op.stride_y, oy++) {
+                const float *from = in + n * op.image + y * op.row + op.pad_x;
+                float *to = out + n * op.out_image + oy * op.out_row;
+                const int64_t count = (op.width - op.pad_x + op.stride_x - 1) / op.stride_x;
+                if (op.stride_x == 2)
+                    for (int64_t x = 0; x < count; x++) to[x] = from[2 * x];
+                else
+                    for (int64_t x = 0; x < count; x++) to[x] = from[op.stride_x * x];
+            }
+    }
+}
+
+// Largest or mean of the window whose first pixel is (top, side), whatever of it lies outside the image.
+static float window(const Op &op, const float *in, int64_t top, int64_t side) {
+    float best = -std::numeric_limits<float>::infinity(), total = 0;
+    int64_t count = 0;
+    for (int64_t ky = 0; ky < op.kernel_y; ky++) {
+        const int64_t y = top + ky * op.dilation_y;
+        if (y < 0 || y >= op.height) continue;
+        for (int64_t kx = 0; kx < op.kernel_x; kx++) {
+            const int64_t x = side + kx * op.dilation_x;
+            if (x < 0 || x >= op.width) continue;
+            best = std::max(best, in[y * op.row + x]);
+            total += in[y * op.row + x];
+            count++;
+        }
+    }
+    if (op.kind == MAX_POOL) return best;
+    if (op.count_padding) {
+        const int64_t down = std::min(top + op.kernel_y, op.height + op.pad_y) - top;
+        const int64_t across = std::min(side + op.kernel_x, op.width + op.pad_x) - side;
+        count = down * across;
+    }
+    return total / (float)count;
+}
+
+static bool in_pairs(const Op &op) {  // 2 x 2, stride 2, all windows inside the image
+    return op.kind == MAX_POOL && op.kernel_y == 2 && op.kernel_x == 2 && op.stride_y == 2 && op.stride_x == 2 &&
+           op.dilation_y == 1 && op.dilation_x == 1 && op.pad_y == 0 && op.pad_x == 0 &&
+           2 * op.out_height <= op.height && 2 * op.out_width <= op.width;
+}
+
+static bool of_all(const Op &op) {
+    return op.kind == MEAN_POOL && op.kernel_y == op.height && op.kernel_x == op.width && op.out_height == 1 &&
+           op.out_width == 1 && op.pad_y == 0 && op.pad_x == 0;
+}
+
+static void pool(const Op &op, const Memory &m, const Instructions &with, int64_t first, int64_t last) {
+    const bool pairs = in_pairs(op), all = of_all(op);
+    for (int64_t channel = first; channel < last; channel++) {
+        float *const out = m.arena + op.out + channel * op.out_stride, *const end = out + op.out_stride;
+        std::memset(out, 0, op.out_stride * sizeof(float));
+        for (int64_t n = 0; n < op.batch; n++) {
+            const float *in = m.arena + op.in + channel * op.in_stride + n * op.image;
+            float *to = out + n * op.out_image;
+            if (all) {  // the padding between the rows is zero
+                *to = clamped(op, with.sum(in, (op.height - 1) * op.row + op.width) / (float)(op.height * op.width));
+                continue;
+            }
+            for (int64_t y = 0; y < op.out_height; y++, to += op.out_row)
+                if (pairs)
+                    with.max_row(op, in + 2 * y * op.row, in + (2 * y + 1) * op.row, to, end - to);
+                else
+                    for (int64_t x = 0; x < op.out_width; x++)
+                        to[x] = clamped(op, window(op, in, y * op.stride_y - op.pad_y, x * op.stride_x - op.pad_x));
+        }
+    }
+}
+
+// Streams to features: feature (channel, y, x) of image n at ((channel h + y) w + x) * out_stride + n.
+static void flatten(const Op &op, const Memory &m, int64_t first, int64_t last) {
+    for (int64_t channel = first; channel < last; channel++) {
+        const float *in = m.arena + op.in + channel * op.in_stride;
+        float *out = m.arena + op.out + channel * op.height * op.width * op.out_stride;
+        for (int64_t y = 0; y < op.height; y++)
+            for (int64_t x = 0; x < op.width; x++, out += op.out_stride) {
+                if (op.out_stride == 1) {
+                    *out = in[y * op.row + x];
+                    continue;
+                }
+                for (int64_t n = 0; n < op.batch; n++) out[n] = in[n * op.image + y * op.row + x];
+                for (int64_t n = op.batch; n < op.out_stride; n++) out[n] = 0;
+            }
+    }
+}
+
+static void unpack(const Op &op, const Memory &m) {
+    for (int64_t n = 0; n < op.batch; n++)
+        for (int64_t f = 0; f < op.channels; f++) m.logits[n * op.channels + f] = m.arena[op.in + f * op.in_stride + n];
+}
+
+// How the work of an operation is cut: blocks of positions times groups of channels.
+struct Cut {
+    int64_t blocks, groups;
+};
+
+static Cut cut(const Op &op, const Instructions &with, int64_t threads) {
+    if (op.kind == UNPACK) return {1, 1};
+    const int64_t units = op.kind == CONVOLVE_FOURS ? (op.channels + 3) / 4 : op.channels;
+    const int64_t groups = threads == 1 ? 1 : std::min<int64_t>(units, 4 * threads);
+    if (op.kind == CONVOLVE || op.kind == CONVOLVE_FOURS) {
+        const int64_t blocks = with.blocks(op);
+        return {blocks, blocks >= 4 * threads ? 1 : groups};
+    }
+    return {1, groups};
+}
+
+static void run_part(const Op &op, const Memory &m, const Instructions &with, const Cut &cut, int64_t part) {
+    const int64_t block = part / cut.groups, group = part % cut.groups;
+    const int64_t units = op.kind == CONVOLVE_FOURS ? (op.channels + 3) / 4 : op.channels;
+    const int64_t first = units * group / cut.groups, last = units * (group + 1) / cut.groups;
+    if (block == 0) zero_lead(op, m, first);
+    switch (op.kind) {
+        case PACK: return pack(op, m, first, last);
+        case CONVOLVE:
+        case CONVOLVE_FOURS:
+            if (block == 0) zero_tails(op, m, group, cut.groups);
+            return with.convolve_block(op, m, block, first, last);
+        case DOT: return dot(op, m, first, last);
+        case PHASES: return phases(op, m, first, last);
+        case ELEMENTWISE: zero_tails(op, m, group, cut.groups); return with.elementwise(op, m, first, last);
+        case MAX_POOL:
+        case MEAN_POOL: return pool(op, m, with, first, last);
+        case FLATTEN: return flatten(op, m, first, last);
+        default: return unpack(op, m);
+    }
+}
+
+// Threads that run one program together: every operation is cut into parts, which whoever is free takes; nobody
+// begins the next operation before all are done with this one.
+struct Team {
+    explicit Team(int64_t threads) : threads(threads) {
+        for (int64_t i = 1; i < threads; i++) members.emplace_back([this] { work(); });
+    }
+
+    ~Team() {
+        ops = nullptr;
+        started.fetch_add(1);
+        started.notify_all();
+        for (std::thread &member : members) member.join();
+    }
+
+    void run(const Op *program, int64_t length, const Memory &memory, const Instructions &set) {
+        ops = program, count = length, m = memory, with = &set;
+        next[0].store(0);
+        next[1].store(0);
+        if (threads > 1) {
+            started.fetch_add(1);
+            started.notify_all();
+        }
+        together();
+    }
+
+  private:
+    void work() {
+        for (uint64_t seen = 0;;) {
+            for (int i = 0; i < 20000 && started.load() == seen; i++) pause();
+            started.wait(seen);
+            seen++;
+            if (ops == nullptr) return;
+            together();
+        }
+    }
+
+    void together() {
+        const Op *const mine = ops;  // once the last operation is met, the next run may change the fields
+        const int64_t length = count;
+        const Memory memory = m;
+        const Instructions &set = *with;
+        for (int64_t i = 0; i < length; i++) {
+            const Cut parts = cut(mine[i], set, threads);
+            for (int64_t part; (part = next[i & 1].fetch_add(1)) < parts.blocks * parts.groups;)
+                run_part(mine[i], memory, set, parts, part);
+            meet(i);
+        }
+    }
+
+    // The last to come resets this operation's counter, which is next used by the one after the next.
+    void meet(int64_t i) {
+        if (threads == 1) {
+            next[i & 1].store(0);
+            return;
+        }
+        const uint64_t round = met.load();
+        if (arrived.fetch_add(1) + 1 == threads) {
+            arrived.store(0);
+            next[i & 1].store(0);
+            met.fetch_add(1);
+            return;
+        }
+        for (int spins = 0; met.load() == round; spins++)
+            if (spins < 4000)
+                pause();
+            else
+                std::this_thread::yield();
+    }
+
+    static inline void pause() {
+#if defined(__x86_64__) || defined(_M_X64)
+        __builtin_ia32_pause();
+#endif
+    }
+
+    const int64_t threads;
+    std::vector<std::thread> members;
+    const Op *ops = nullptr;
+    int64_t count = 0;
+    Memory m{};
+    const Instructions *with = nullptr;
+    std::atomic<int64_t> next[2] = {{0}, {0}}, arrived{0};
+    std::atomic<uint64_t> started{0}, met{0};
+};
+
+extern "C" {
+
+int64_t atmc_op_size() { return sizeof(Op); }
+
+// Names of the instruction sets that run here, the fastest first; nullptr past the last.
+const char *atmc_instructions(int64_t index) {
+    for (const Instructions &set : SETS)
+        if (runs_here(set.name) && index-- == 0) return set.name;
+    return nullptr;
+}
+
+void *atmc_team(int64_t threads) { return new (std::nothrow) Team(threads); }
+
+void atmc_dismiss(void *team) { delete static_cast<Team *>(team); }
+
+// Runs the program on the instruction set of that name; 0, or 1 where there is none.
+int64_t atmc_run(void *team, const char *set, const Op *ops, int64_t count, float *arena, const Nonzero *nonzeros,
+                 const int32_t *starts, const float *floats, const int32_t *masks, const float *images, float *logits) {
+    const Memory m = {arena, nonzeros, starts, floats, masks, images, logits};
+    for (const Instructions &candidate : SETS)
+        if (!std::strcmp(candidate.name, set) && runs_here(set)) {
+            static_cast<Team *>(team)->run(ops, count, m, candidate);
+            return 0;
+        }
+    return 1;
+}
+}
