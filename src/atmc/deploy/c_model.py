@@ -1,0 +1,53 @@
+"""A module to C: the graph whose tables are the smallest."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+from torch import nn
+
+from atmc.deploy.c_source import CSource, to_c
+from atmc.deploy.channels import simplify_channels
+from atmc.deploy.factored import expand
+from atmc.deploy.graph import Graph
+from atmc.deploy.simplify import rounded, simplify
+from atmc.deploy.trace import trace
+from atmc.pack import forms
+
+
+def model_to_c(
+    model: nn.Module,
+    input_shape: Sequence[int] | None = None,
+    factors: Mapping[str, forms.Weight] | None = None,
+    *,
+    name: str = "model",
+    labels: Sequence[str] | None = None,
+) -> CSource:
+    """`to_c` of a module: its batch norms multiplied in or kept apart, whichever takes the fewest bytes of tables.
+
+    Args:
+        model, input_shape, factors: see `simplify`.
+        name, labels: see `to_c`.
+
+    Raises:
+        ValueError: see `simplify` and `to_c`.
+
+    >>> from atmc import models
+    >>> model_to_c(models.build("lenet", 10, seed=0)).arena_bytes
+    14976
+    """
+    graphs = (simplify(model, input_shape, factors), norms_apart(model, input_shape, factors))
+    return min((to_c(graph, name=name, labels=labels) for graph in graphs), key=lambda made: made.table_bytes)
+
+
+def norms_apart(
+    model: nn.Module,
+    input_shape: Sequence[int] | None = None,
+    factors: Mapping[str, forms.Weight] | None = None,
+) -> Graph:
+    """`simplify` without its folding: dead channels are gone, affines and with them the weights' codebooks stay."""
+    graph = expand(trace(model, input_shape), forms.weights(model) if factors is None else factors)
+    size = None
+    while size != (size := (len(graph.nodes), sum(shape[0] for shape in graph.shapes()), graph.macs())):
+        graph = simplify_channels(graph)
+    return rounded(graph)
