@@ -110,7 +110,18 @@ def _fused(graph: Graph) -> tuple[list[Step], NDArray[np.float32]]:
             steps.append(Step(Linear(np.diag(op.scale), op.shift), inputs[0], output))
         else:
             steps.append(Step(op, inputs[0], output))
-    return steps, first
+    return _needed(steps, len(graph.nodes)), first
+
+
+def _needed(steps: Sequence[Step], last: int) -> list[Step]:
+    """Without those that the last value does not depend on, so that the one that writes it is the last."""
+    needed: set[int | None] = {last}
+    kept: list[Step] = []
+    for step in reversed(steps):
+        if step.output in needed:
+            kept.append(step)
+            needed |= {step.source, step.other}
+    return kept[::-1]
 
 
 def _writer(steps: Sequence[Step], readers: Sequence[int], value: int) -> int | None:
@@ -135,10 +146,11 @@ def _add(steps: list[Step], readers: Sequence[int], terms: Sequence[int], output
     """A sum goes to a step that writes one of its terms, moved to here, where that can add; else to one of its own."""
     for value, other in (terms, terms[::-1]):
         index = _writer(steps, readers, value)
-        if index is not None and value != other and isinstance(steps[index].op, Conv | Linear):
-            if steps[index].other is None:
-                steps.append(replace(steps.pop(index), output=output, other=other))
-                return
+        if index is None or value == other or steps[index].other is not None:
+            continue
+        if isinstance(steps[index].op, Conv | Linear):
+            steps.append(replace(steps.pop(index), output=output, other=other))
+            return
     steps.append(Step(_identity(shape), terms[0], output, other=terms[1]))
 
 
