@@ -13,7 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from atmc.deploy.graph import Affine, AvgPool, Conv, Flatten, GlobalAvgPool, Linear, MaxPool
-from atmc.deploy.shifts import Entries, Phases
+from atmc.deploy.shifts import Diagonal, Entries, Phases
 from atmc.deploy.steps import Step, Steps
 
 VECTOR = 16  # floats: the unit of the kernel's lengths, whatever the machine's registers
@@ -201,7 +201,7 @@ def _emit(step: Step, steps: Steps, places: dict[int, _Place], tables: _Tables) 
     if step.other is not None:
         values["other"] = places[step.other].at
     match op:
-        case Conv() | Linear():
+        case Conv() | Linear() | Diagonal():
             entries = steps.entries[step.output]
             values |= {"bias": tables.add("floats", op.bias)}
             if len(place.shape) == 1 and place.batch == 1:
