@@ -90,8 +90,14 @@ class _Place:
 
 
 def program_of(steps: Steps, batch: int) -> Program:
-    """The program that runs `batch` images at once."""
+    """The program that runs `batch` images at once.
+
+    Raises:
+        ValueError: the activations of so many images take more floats than an offset of 32 bits can tell.
+    """
     places, arena = _placed(steps, batch)
+    if arena > np.iinfo(np.int32).max:
+        raise ValueError(f"a batch of {batch} images needs {arena} floats for activations: expected less than 2^31")
     tables = _Tables()
     ops = [_pack(steps, places[0], tables)]
     for step in steps.steps:
