@@ -273,6 +273,88 @@ def inspect(
         console.print(inspection_table(found, narrow=console.width < NARROW))
 
 
+@app.command()
+def export(
+    file: Annotated[Path, typer.Argument(help="Model file.")],
+    to: Annotated[str, typer.Option(help="onnx, safetensors or c.")],
+    out: Annotated[Path, typer.Option(help="File to write; for c a folder.")],
+    model: Annotated[str | None, typer.Option(help="package.module:factory for your own class.")] = None,
+    data: Annotated[
+        str | None, typer.Option(help="Compare on this data's test images, as in compress (default: random images).")
+    ] = None,
+    threat: Annotated[
+        str | None, typer.Option(help="Compare on PGD examples under it (default: what the file was trained for).")
+    ] = None,
+    n: Annotated[int, typer.Option(help="Images to compare on, the first ones.")] = 256,
+    image_column: Annotated[str | None, typer.Option(help="Where the data has several.")] = None,
+    label_column: Annotated[str | None, typer.Option(help="If not label or fine_label.")] = None,
+    overwrite: Annotated[bool, typer.Option(help="Replace files that are there.")] = False,
+) -> None:
+    """Write a model for other programs: ONNX, safetensors, or C source."""
+    from atmc.experiment import export as exports
+
+    request = exports.Request(
+        file=file,
+        to=to,
+        out=out,
+        model=model,
+        data=data,
+        threat=parse_threat(threat) if threat else None,
+        n=n,
+        image_column=image_column,
+        label_column=label_column,
+        overwrite=overwrite,
+    )
+    done = exports.export(request)
+    for path, size in done.files.items():
+        _say(f"{path}  {size:,} bytes")
+    for line in [*done.notes, *done.agreements]:
+        _say(f"  {line}")
+
+
+@app.command()
+def bench(
+    file: Annotated[Path, typer.Argument(help="Model file.")],
+    data: Annotated[
+        str | None, typer.Option(help="Calibrate int8 on its training images, and show accuracies; as in compress.")
+    ] = None,
+    threads: Annotated[str | None, typer.Option(help="Separated by commas (default: 1, and all).")] = None,
+    batch: Annotated[str, typer.Option(help="Batch sizes, separated by commas.")] = "1,8,64",
+    reps: Annotated[int, typer.Option(help="Rounds of measuring, in which the engines take turns.")] = 11,
+    n: Annotated[int, typer.Option(help="Test images for the accuracies, the first ones.")] = 1000,
+    model: Annotated[str | None, typer.Option(help="package.module:factory for your own class.")] = None,
+    image_column: Annotated[str | None, typer.Option(help="Where the data has several.")] = None,
+    label_column: Annotated[str | None, typer.Option(help="If not label or fine_label.")] = None,
+    json_path: Annotated[Path | None, typer.Option("--json", help="Also write the figures here.")] = None,
+    overwrite: Annotated[bool, typer.Option(help="Replace files that are there.")] = False,
+) -> None:
+    """Latency, memory and accuracy on the CPU, against the dense engines that are installed."""
+    from atmc.experiment import bench as benches
+    from atmc.experiment.bench_display import bench_tables
+
+    request = benches.Request(
+        file=file,
+        data=data,
+        threads=benches.numbers(threads, "threads") if threads else (),
+        batches=benches.numbers(batch, "batch"),
+        reps=reps,
+        n=n,
+        model=model,
+        image_column=image_column,
+        label_column=label_column,
+        json_path=json_path,
+        overwrite=overwrite,
+    )
+    with console.status("") as status:
+        for event in benches.bench(request):
+            if isinstance(event, benches.Benched):
+                figures = event.figures
+            else:
+                status.update(event.text)
+    for table in bench_tables(figures):
+        console.print(table)
+
+
 def main() -> None:
     """Run the command. Exit status: 0 done, 2 the user's input was wrong, 1 anything else."""
     try:

@@ -129,13 +129,14 @@ class Graph:
                 found[value].append(index)
         return found
 
-    def macs(self) -> int:
-        """Multiply-adds of convolutions and linear layers for one image, zeros left out."""
+    def macs(self, *, dense: bool = False) -> int:
+        """Multiply-adds of convolutions and linear layers for one image, zeros left out unless dense."""
         total = 0
         for node, shape in zip(self.nodes, self.shapes()[1:], strict=True):
             if isinstance(node.op, Conv | Linear):
                 positions = int(np.prod(shape[1:])) if len(shape) == 3 else 1
-                total += int(np.count_nonzero(node.op.weight)) * positions
+                weight = node.op.weight
+                total += (weight.size if dense else int(np.count_nonzero(weight))) * positions
         return total
 
 

@@ -51,7 +51,7 @@ class NativeTeam:
         assert library is not None
         self._library, self._instructions = library, instructions.encode()
         self._team = library.atmc_team(threads)
-        self._known: tuple[Program, NDArray[Any], Any] | None = None
+        self._known: tuple[Program, Any, Any] | None = None
         if not self._team:
             raise MemoryError(f"cannot start {threads} threads")
 

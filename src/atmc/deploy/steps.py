@@ -147,10 +147,10 @@ def _add(steps: list[Step], readers: Sequence[int], terms: Sequence[int], output
     """A sum goes to a step that writes one of its terms, moved to here, where that can add; else to one of its own."""
     for value, other in (terms, terms[::-1]):
         index = _writer(steps, readers, value)
-        if index is None or value == other or steps[index].other is not None:
-            continue
-        if isinstance(steps[index].op, Conv | Linear | Diagonal):
-            steps.append(replace(steps.pop(index), output=output, other=other))
+        step = None if index is None or value == other else steps[index]
+        if step is not None and isinstance(step.op, Conv | Linear | Diagonal) and step.other is None:
+            steps.remove(step)
+            steps.append(replace(step, output=output, other=other))
             return
     steps.append(Step(_identity(shape), terms[0], output, other=terms[1]))
 
