@@ -13,7 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from atmc.deploy.graph import Affine, AvgPool, Conv, Flatten, GlobalAvgPool, Linear, MaxPool
-from atmc.deploy.shifts import Entries, Phases
+from atmc.deploy.shifts import Diagonal, Entries, Phases
 from atmc.deploy.steps import Step, Steps
 
 VECTOR = 16  # floats: the unit of the kernel's lengths, whatever the machine's registers
@@ -90,8 +90,14 @@ class _Place:
 
 
 def program_of(steps: Steps, batch: int) -> Program:
-    """The program that runs `batch` images at once."""
+    """The program that runs `batch` images at once.
+
+    Raises:
+        ValueError: the activations of so many images take more floats than an offset of 32 bits can tell.
+    """
     places, arena = _placed(steps, batch)
+    if arena > np.iinfo(np.int32).max:
+        raise ValueError(f"a batch of {batch} images needs {arena} floats for activations: expected less than 2^31")
     tables = _Tables()
     ops = [_pack(steps, places[0], tables)]
     for step in steps.steps:
@@ -201,7 +207,7 @@ def _emit(step: Step, steps: Steps, places: dict[int, _Place], tables: _Tables) 
     if step.other is not None:
         values["other"] = places[step.other].at
     match op:
-        case Conv() | Linear():
+        case Conv() | Linear() | Diagonal():
             entries = steps.entries[step.output]
             values |= {"bias": tables.add("floats", op.bias)}
             if len(place.shape) == 1 and place.batch == 1:

@@ -22,6 +22,14 @@ class Phases:
 
 
 @dataclass(frozen=True, eq=False)
+class Diagonal:
+    """x * scale + bias on (features,): a linear layer whose zeros nobody writes down."""
+
+    scale: NDArray[np.float32]
+    bias: NDArray[np.float32]
+
+
+@dataclass(frozen=True, eq=False)
 class Entries:
     """The nonzeros of a layer, by output: row starts (outputs + 1,), weights, input channels, shifts in y and x."""
 
@@ -44,8 +52,11 @@ def _taps(op: Conv) -> list[Ints]:
     return [np.arange(k) * d - p for k, d, p in sides]
 
 
-def entries_of(op: Conv | Linear, phases: Phases | None) -> Entries:
+def entries_of(op: Conv | Linear | Diagonal, phases: Phases | None) -> Entries:
     """The nonzeros of a layer as shifts of its input's streams."""
+    if isinstance(op, Diagonal):
+        columns, zero = np.arange(len(op.scale)), np.zeros(len(op.scale), np.int64)
+        return Entries(np.arange(len(op.scale) + 1), op.scale, columns, zero, zero)
     if isinstance(op, Linear):
         rows, columns = np.nonzero(op.weight)
         zero = np.zeros(len(rows), np.int64)

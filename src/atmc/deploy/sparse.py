@@ -44,7 +44,7 @@ class SparseNetwork:
         instructions: of `native.instruction_sets()`; None for the fastest. Ignored by ``numba``.
 
     Raises:
-        ValueError: the graph cannot be run, or there is no such kernel.
+        ValueError: the graph cannot be run, or there is no such kernel, or less than one thread.
     """
 
     def __init__(
@@ -103,6 +103,8 @@ class _Worker:
 
 def _team(threads: int, kernel: str | None, instructions: str | None) -> tuple[Team, str]:
     sets = native.instruction_sets()
+    if threads < 1:
+        raise ValueError(f"expected at least one thread, got {threads}")
     kernel = kernel or ("native" if sets else "numba")
     if kernel == "native":
         if not sets:

@@ -17,7 +17,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from atmc.deploy.graph import Add, Affine, Conv, Flatten, Graph, Linear, Op, Pair, Relu, Shape
-from atmc.deploy.shifts import Entries, Phases, entries_of, in_fours, phase_of_taps, range_of
+from atmc.deploy.shifts import Diagonal, Entries, Phases, entries_of, in_fours, phase_of_taps, range_of
 
 
 @dataclass(frozen=True, eq=False)
@@ -27,7 +27,7 @@ class Step:
     phases: of a strided convolution's input, the (row, column) offsets that it holds; of `Phases` steps alone.
     """
 
-    op: Op | Phases
+    op: Op | Phases | Diagonal
     source: int
     output: int
     other: int | None = None
@@ -85,7 +85,8 @@ def steps_of(graph: Graph, *, four_cost: float = math.inf) -> Steps:
         )
     fused, first = _fused(graph)
     steps, shapes = _without_strides(fused, shapes)
-    entries = {s.output: entries_of(s.op, _phases_of(s, steps)) for s in steps if isinstance(s.op, Conv | Linear)}
+    layers = ((s.output, s.op, _phases_of(s, steps)) for s in steps if isinstance(s.op, Conv | Linear | Diagonal))
+    entries = {value: entries_of(op, phases) for value, op, phases in layers}
     layouts = _layouts(steps, shapes, entries)
     fours = {value: found for value, each in entries.items() if (found := in_fours(each, four_cost)) is not None}
     return Steps(tuple(steps), shapes, layouts, first, entries, fours)
@@ -107,10 +108,21 @@ def _fused(graph: Graph) -> tuple[list[Step], NDArray[np.float32]]:
         elif isinstance(op, Add):
             _add(steps, readers, inputs, output, shapes[output])
         elif isinstance(op, Affine) and len(shapes[output]) == 1:
-            steps.append(Step(Linear(np.diag(op.scale), op.shift), inputs[0], output))
+            steps.append(Step(Diagonal(op.scale, op.shift), inputs[0], output))
         else:
             steps.append(Step(op, inputs[0], output))
-    return steps, first
+    return _needed(steps, len(graph.nodes)), first
+
+
+def _needed(steps: Sequence[Step], last: int) -> list[Step]:
+    """Without those that the last value does not depend on, so that the one that writes it is the last."""
+    needed: set[int | None] = {last}
+    kept: list[Step] = []
+    for step in reversed(steps):
+        if step.output in needed:
+            kept.append(step)
+            needed |= {step.source, step.other}
+    return kept[::-1]
 
 
 def _writer(steps: Sequence[Step], readers: Sequence[int], value: int) -> int | None:
@@ -136,16 +148,16 @@ def _add(steps: list[Step], readers: Sequence[int], terms: Sequence[int], output
     for value, other in (terms, terms[::-1]):
         index = _writer(steps, readers, value)
         step = None if index is None or value == other else steps[index]
-        if step is not None and isinstance(step.op, Conv | Linear) and step.other is None:
+        if step is not None and isinstance(step.op, Conv | Linear | Diagonal) and step.other is None:
             steps.remove(step)
             steps.append(replace(step, output=output, other=other))
             return
     steps.append(Step(_identity(shape), terms[0], output, other=terms[1]))
 
 
-def _identity(shape: Shape) -> Affine | Linear:
+def _identity(shape: Shape) -> Affine | Diagonal:
     ones, zeros = np.ones(shape[0], np.float32), np.zeros(shape[0], np.float32)
-    return Affine(ones, zeros) if len(shape) == 3 else Linear(np.diag(ones), zeros)
+    return Affine(ones, zeros) if len(shape) == 3 else Diagonal(ones, zeros)
 
 
 def _without_strides(steps: list[Step], shapes: dict[int, Shape]) -> tuple[list[Step], dict[int, Shape]]:

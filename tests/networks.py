@@ -1,0 +1,196 @@
+"""Small random networks as graphs, of every operation there is; for tests of what runs graphs."""
+
+from __future__ import annotations
+
+import numpy as np
+import torch
+
+from atmc.deploy.graph import (
+    Add,
+    Affine,
+    AvgPool,
+    Conv,
+    Flatten,
+    GlobalAvgPool,
+    Graph,
+    Linear,
+    MaxPool,
+    Node,
+    Op,
+    Relu,
+    evaluate,
+)
+
+Rng = np.random.Generator
+
+
+def floats(rng: Rng, *shape: int, density: float = 1.0) -> np.ndarray:
+    """Normal values, of which so large a part are not zero."""
+    return np.where(rng.random(shape) < density, rng.standard_normal(shape), 0).astype(np.float32)
+
+
+def chain(input_shape: tuple[int, int, int], *ops: Op) -> Graph:
+    """One operation after the other."""
+    return Graph(input_shape, tuple(Node(op, (index,)) for index, op in enumerate(ops)))
+
+
+def ended(graph: Graph, seed: int = 0, classes: int = 5) -> Graph:
+    """With a linear layer at its end."""
+    shape = graph.shapes()[-1]
+    linear = Linear(floats(np.random.default_rng(seed), classes, int(np.prod(shape))), np.ones(classes, np.float32))
+    at = len(graph.nodes)
+    return Graph(graph.input_shape, (*graph.nodes, Node(Flatten(), (at,)), Node(linear, (at + 1,))))
+
+
+def random_conv(rng: Rng, shape: tuple[int, ...], outputs: int | None = None) -> Conv:
+    """One that fits an image of that shape; with `outputs`, one that keeps its height and width."""
+    c, h, w = shape
+    density = float(rng.choice([0, 0.1, 0.5, 1], p=[0.05, 0.45, 0.3, 0.2]))
+    groups = int(rng.choice([g for g in range(1, c + 1) if c % g == 0 and (outputs or g) % g == 0]))
+    kernel, dilation = rng.integers(1, 6, 2), rng.integers(1, 4, 2)
+    if outputs:
+        kernel = kernel // 2 * 2 + 1
+        padding, stride = dilation * (kernel - 1) // 2, np.ones(2, int)
+    else:
+        padding, stride = rng.integers(0, 4, 2), rng.choice([1, 1, 2, 3, 4], 2)
+        kernel = np.where(np.array([h, w]) + 2 * padding > dilation * (kernel - 1), kernel, 1)
+    outputs = outputs or groups * int(rng.integers(1, 4))
+    weight = floats(rng, outputs, c // groups, *kernel, density=density)
+    weight /= np.sqrt(max(1, np.count_nonzero(weight) / outputs), dtype=np.float32)
+    return Conv(weight, floats(rng, outputs), _pair(stride), _pair(padding), _pair(dilation), groups)
+
+
+def random_pool(rng: Rng, shape: tuple[int, ...]) -> MaxPool | AvgPool:
+    kernel = np.minimum(rng.integers(1, 4, 2), shape[1:])
+    stride, padding = rng.integers(1, 4, 2), np.minimum(rng.integers(0, 2, 2), kernel // 2)
+    ceil_mode, flag = rng.random(2) < 0.5
+    if rng.random() < 0.5:
+        return AvgPool(_pair(kernel), _pair(stride), _pair(padding), bool(ceil_mode), bool(flag))
+    dilation = np.where((padding == 0) & (np.array(shape[1:]) > 2 * (kernel - 1)), rng.integers(1, 3, 2), 1)
+    return MaxPool(_pair(kernel), _pair(stride), _pair(padding), _pair(dilation), bool(ceil_mode))
+
+
+def random_graph(seed: int) -> Graph:
+    """Convolutions, sums, affines, activations and pools as they come, then linear layers."""
+    rng = np.random.default_rng(seed)
+    input_shape = int(rng.choice([1, 3, 4])), *_pair(rng.integers(1, 14, 2))
+    nodes: list[Node] = []
+
+    def add(op: Op, *values: int) -> int:
+        nodes.append(Node(op, values))
+        return len(nodes)
+
+    def shape(value: int) -> tuple[int, ...]:
+        return Graph(input_shape, tuple(nodes)).shapes()[value]
+
+    x = 0
+    for part in rng.choice(["conv", "sum", "twice", "affine", "relu", "pool"], rng.integers(2, 8)):
+        match part:
+            case "conv":
+                x = add(random_conv(rng, shape(x)), x)
+            case "sum":
+                both = rng.random() < 0.5
+                a = add(random_conv(rng, shape(x), shape(x)[0]), add(Relu(), x) if rng.random() < 0.5 else x)
+                b = add(random_conv(rng, shape(x), shape(x)[0]), x) if both else x
+                x = add(Add(), *rng.permutation([a, b]).tolist())
+            case "twice":
+                x = add(Add(), x, x)
+            case "affine":
+                x = add(Affine(floats(rng, shape(x)[0]), floats(rng, shape(x)[0])), x)
+            case "relu":
+                x = add(Relu(*rng.choice([None, 0.7], 1)), x)
+            case "pool":
+                x = add(random_pool(rng, shape(x)), x)
+    if rng.random() < 0.3:
+        x = add(GlobalAvgPool(), x)
+    x = add(Flatten(), x)
+    for part in rng.choice(["linear", "affine", "relu", "sum"], rng.integers(0, 4)):
+        width = shape(x)[0]
+        square = Linear(floats(rng, width, width, density=4 / width), floats(rng, width))
+        match part:
+            case "linear":
+                x = add(Linear(floats(rng, 12, width, density=0.3), floats(rng, 12)), x)
+            case "affine":
+                x = add(Affine(floats(rng, width), floats(rng, width)), x)
+            case "relu":
+                x = add(Relu(), x)
+            case "sum":
+                x = add(Add(), x, add(square, x))
+    add(Linear(floats(rng, 5, shape(x)[0]), floats(rng, 5)), x)
+    return Graph(input_shape, tuple(nodes))
+
+
+def images_of(graph: Graph, n: int, seed: int = 0) -> np.ndarray:
+    return np.random.default_rng(seed).random((n, *graph.input_shape)).astype(np.float32)
+
+
+def logits_of(graph: Graph, images: np.ndarray) -> np.ndarray:
+    """By PyTorch, in double precision."""
+    return evaluate(graph, torch.from_numpy(images).double()).numpy()
+
+
+def distance(found: np.ndarray, expected: np.ndarray) -> float:
+    """The greatest difference, in units of the largest logit."""
+    assert found.shape == expected.shape
+    return float(np.abs(found - expected).max() / np.abs(expected).max())
+
+
+def _extremes() -> dict[str, Graph]:
+    rng = np.random.default_rng(0)
+
+    def conv(outputs: int, inputs: int, *kernel: int, density: float = 0.3, **rest: object) -> Conv:
+        return Conv(floats(rng, outputs, inputs, *kernel, density=density), floats(rng, outputs), **rest)
+
+    hollow = conv(6, 3, 3, 3, padding=(1, 1))
+    hollow.weight[[0, 3, 5]] = 0
+    fork = (
+        Node(conv(4, 3, 3, 3, padding=(1, 1)), (0,)),
+        Node(Relu(), (1,)),
+        Node(conv(4, 4, 3, 3, padding=(1, 1)), (2,)),
+        Node(conv(4, 4, 1, 1), (2,)),
+        Node(Add(), (3, 4)),
+        Node(Add(), (5, 2)),
+        Node(Relu(0.5), (6,)),
+    )
+    strided = (
+        Node(conv(4, 3, 3, 3, padding=(1, 1), stride=(2, 2)), (0,)),
+        Node(conv(4, 3, 1, 1, stride=(2, 2)), (0,)),
+        Node(Add(), (1, 2)),
+    )
+    unread = (Node(Flatten(), (0,)), Node(Linear(floats(rng, 5, 12), floats(rng, 5)), (1,)), Node(Relu(), (1,)))
+    return {
+        "only images": chain((3, 2, 2), Flatten()),
+        "one pixel": ended(chain((3, 1, 1), conv(4, 3, 3, 3, padding=(1, 1)), Relu(), conv(4, 4, 1, 1))),
+        "one pixel strided": ended(chain((3, 1, 1), conv(4, 3, 3, 3, padding=(1, 1), stride=(2, 2), density=1))),
+        "one column": ended(chain((2, 9, 1), conv(4, 2, 3, 3, padding=(1, 1)), MaxPool((2, 1), (2, 1)))),
+        "kernel beyond the image": ended(chain((2, 3, 2), conv(4, 2, 9, 11, padding=(4, 5)), conv(3, 4, 3, 1))),
+        "dilated beyond the image": ended(
+            chain((2, 4, 4), conv(4, 2, 3, 3, padding=(6, 6), dilation=(6, 6), density=1))
+        ),
+        "padding beyond the kernel": ended(chain((2, 4, 3), conv(4, 2, 1, 3, padding=(3, 4), density=1), Relu())),
+        "stride beyond the kernel": ended(chain((2, 13, 14), conv(4, 2, 2, 1, stride=(5, 4), density=1))),
+        "depthwise": ended(chain((6, 9, 9), conv(6, 1, 3, 3, density=1, padding=(1, 1), groups=6), Relu(6.0))),
+        "empty rows": ended(chain((3, 8, 8), hollow, Relu(), conv(5, 6, 3, 3))),
+        "all zero": ended(chain((3, 8, 8), conv(5, 3, 3, 3, density=0, padding=(2, 2)), conv(5, 5, 3, 3))),
+        "all zero linear": chain((1, 2, 2), Flatten(), Linear(np.zeros((3, 4), np.float32), floats(rng, 3))),
+        "normalized": ended(chain((3, 8, 8), Affine(floats(rng, 3), floats(rng, 3)), conv(4, 3, 3, 3, padding=(1, 1)))),
+        "activated flatten": chain((2, 3, 3), conv(4, 2, 3, 3, density=1), Flatten(), Relu(), Relu(0.1)),
+        "fork": ended(Graph((3, 7, 6), fork)),
+        "strided fork": ended(Graph((3, 7, 6), strided)),
+        "ends in an unread value's neighbour": Graph((3, 2, 2), (*unread, Node(Relu(), (2,)))),
+        "global average of a large image": ended(chain((2, 70, 61), GlobalAvgPool(), Relu())),
+        "dense, an odd number of outputs": ended(
+            chain((3, 8, 8), conv(7, 3, 3, 3, density=1), conv(9, 7, 3, 3, density=1))
+        ),
+        "long streams": ended(chain((2, 60, 60), conv(3, 2, 3, 3, padding=(1, 1)), MaxPool((2, 2), (2, 2)))),
+        "wide rows": ended(
+            chain((2, 3, 90), MaxPool((2, 2), (2, 2)), conv(3, 2, 1, 3), MaxPool((3, 3), (1, 1), (1, 1)))
+        ),
+    }
+
+
+EXTREMES = _extremes()
+
+
+def _pair(values: np.ndarray) -> tuple[int, int]:
+    return int(values[0]), int(values[1])
