@@ -32,6 +32,7 @@ from atmc.experiment.bench_inputs import BATCH, Inputs, file_bytes, inputs_of, m
 from atmc.experiment.bench_worker import KINDS, OURS, Files, Kind, work
 from atmc.files import write_beside
 
+REFERENCE = "PyTorch"
 ROUND_SECONDS, MOST_CALLS = 0.05, 500
 VERSIONS = ("atmc", "torch", "onnxruntime", "openvino")
 
@@ -135,7 +136,8 @@ def bench(request: Request) -> Iterator[Progress | Benched]:
         for engine in engines:
             engine.figures["file_bytes"] = file_bytes(engine.kind, files, model)
     macs = {"dense": raw.graph.macs(dense=True), "left": engines[0].figures.pop("macs")}
-    rows = [engine.row(engines[1].logits, inputs.labels) for engine in _left(engines, left_out)]
+    expected = next((engine.logits for engine in engines if engine.kind.name == REFERENCE), None)
+    rows = [engine.row(expected, inputs.labels) for engine in _left(engines, left_out)]
     figures = _about(request, len(inputs.images)) | {"macs": macs, "engines": rows, "left_out": left_out}
     figures["verdict"] = verdict(figures)
     if request.json_path:
