@@ -4,12 +4,14 @@ import json
 import threading
 from contextlib import contextmanager
 from dataclasses import replace
+from io import StringIO
 from multiprocessing import Pipe
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from rich.console import Console
 
 import atmc
 from atmc import cli
@@ -17,6 +19,7 @@ from atmc.deploy import dense
 from atmc.deploy.graph import evaluate
 from atmc.deploy.simplify import simplify
 from atmc.experiment import bench, bench_inputs, bench_worker
+from atmc.experiment.bench_display import bench_tables
 from atmc.experiment.bench_figures import comparison, milliseconds, summary, times_as, verdict
 from atmc.experiment.bench_worker import KINDS, TINY_SHAPE, Files, Kind, Worker, tiny
 
@@ -129,6 +132,44 @@ def test_the_verdict_says_who_wins_and_by_how_much():
         "50.0% right) and 15.0 times as fast as the fastest of the others in float32 (A, 30.0 ms)."
     ]
     assert "about as long as the fastest of the others (A, 2.05 ms)." in said(row("A", "float32", 2.0, 2.05, 2.2))[0]
+
+
+def test_a_narrow_terminal_gets_whole_words():
+    times = {"threads": 1, "q1_ms": 1.2e-2, "median_ms": 1.21e-2, "q3_ms": 1.22e-2, "images_per_second": 123456.0}
+    shared = {
+        "precision": "float32",
+        "load_bytes": 123456789,
+        "run_bytes": {"1": None, "64": 1},
+        "file_bytes": 44734328,
+    }
+    compared = {"accuracy": 0.9876, "same_top1": 1000, "difference": 1e-7}
+    rows = [
+        {"engine": name, "times": [times | {"batch": batch} for batch in (1, 64)], **shared, **compared}
+        for name in ("atmc", "OpenVINO, its default")
+    ]
+    rows[0]["runs"] = "sparse (native, avx512), 1 thread"
+    figures = {"model": "m.atmc", "data": "digits", "images": 1000, "batches": [1, 64], "threads": [1]}
+    figures |= {
+        "macs": {"dense": 1000, "left": 10},
+        "engines": rows,
+        "left_out": {"A": "not installed"},
+        "verdict": ["V."],
+    }
+    for width in (80, 150):
+        console = Console(width=width, record=True, file=StringIO())
+        for table in bench_tables(figures, narrow=width < 110):
+            console.print(table)
+        printed = console.export_text()
+        for words in (
+            "OpenVINO, its default",
+            "0.0121",
+            "44,734,328",
+            "98.76%",
+            "1,000 dense, 10 left (1.00%)",
+            "left out: A",
+        ):
+            assert words in printed
+        assert ("[0.0120, 0.0122]" in printed) == (width == 150)
 
 
 def test_numbers_have_three_digits():
@@ -265,9 +306,9 @@ def test_the_command_prints_its_tables(file, monkeypatch, capsys):
     monkeypatch.setattr("sys.argv", ["atmc", "bench", str(file), "--batch", "1", "--threads", "1", "--reps", "1"])
     with pytest.raises(SystemExit) as status:
         cli.main()
-    printed = capsys.readouterr().out
+    printed = " ".join(capsys.readouterr().out.split())
     assert status.value.code == 0
-    assert "sparse (" in printed
+    assert "atmc runs sparse (" in printed
     assert "nothing to compare it with" in printed
 
 
