@@ -7,6 +7,7 @@ import statistics
 import threading
 import time
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Literal
 
 import numpy as np
@@ -24,12 +25,20 @@ SURE = 0.25  # a network with at most this share of its multiply-adds left is no
 LARGE = 16  # images: the second batch size at which the two are compared
 
 
+@dataclass(frozen=True, eq=False)
+class Choice:
+    """One way to run the network. name: "sparse (native, avx512), 1 thread"."""
+
+    name: str
+    run: Network
+
+
 class Engine:
     """Logits of a compressed network, by the sparse kernel or, where that is faster, a dense engine.
 
     Args:
         source: a model file, a module, or a simplified graph.
-        threads: how many run one batch together; all of the machine's by default.
+        threads: how many may run one batch together, all of the machine's by default; one where that is faster.
         prefer: ``sparse`` or ``dense`` for one of them; ``auto`` measures both for networks with few zeros.
         factory: builds the model of a file that holds a user's own class, called with num_classes=....
         input_shape: (c, h, w) of the images, where neither file nor module knows it.
@@ -71,36 +80,29 @@ class Engine:
         """
         images = self._checked(images)
         with self._lock:
-            return (self._small if len(images) < LARGE else self._large)(images)
+            return (self._small if len(images) < LARGE else self._large).run(images)
 
     def describe(self) -> str:
         """What runs: "sparse (native, avx512), 1 thread"; both where small batches go elsewhere than large ones."""
-        threads = f"{self.threads} thread" + "s" * (self.threads > 1)
-        small, large = (self._name(network) for network in (self._small, self._large))
-        return f"{small}, {threads}" if small == large else f"{small} below {LARGE} images, else {large}, {threads}"
+        small, large = self._small.name, self._large.name
+        return small if small == large else f"{small} below {LARGE} images, else {large}"
 
-    def _chosen(self, prefer: str) -> tuple[Network, Network]:
-        """For small and for large batches."""
-        if prefer == "dense":
-            dense = self._dense()
-            return dense, dense
-        sparse = SparseNetwork(self.graph, threads=self.threads)
-        if prefer == "sparse" or self.graph.macs() <= SURE * self.graph.macs(dense=True):
-            return sparse, sparse
-        dense, chosen = self._dense(), []
-        for batch in (1, LARGE):
-            images = np.zeros((batch, *self.graph.input_shape), np.float32)
-            chosen.append(sparse if seconds(sparse, images) <= seconds(dense, images) else dense)
-        return chosen[0], chosen[1]
+    def _chosen(self, prefer: str) -> tuple[Choice, Choice]:
+        """For small and for large batches: the fastest there, of those that may win."""
+        rivals = []
+        if prefer != "dense":
+            for threads in sorted({1, self.threads}):
+                network = SparseNetwork(self.graph, threads=threads)
+                rivals.append(Choice(f"sparse ({network.kernel}), {_counted(threads)}", network))
+        if prefer == "dense" or (prefer == "auto" and self.graph.macs() > SURE * self.graph.macs(dense=True)):
+            from atmc.deploy.dense import best_dense
 
-    def _dense(self) -> Network:
-        from atmc.deploy.dense import best_dense
-
-        self._dense_name, network = best_dense(self.graph, self.threads)
-        return network
-
-    def _name(self, network: Network) -> str:
-        return f"sparse ({network.kernel})" if isinstance(network, SparseNetwork) else f"dense ({self._dense_name})"
+            name, run = best_dense(self.graph, self.threads)
+            rivals.append(Choice(f"dense ({name}), {_counted(self.threads)}", run))
+        if len(rivals) == 1:
+            return rivals[0], rivals[0]
+        few, many = (np.zeros((batch, *self.graph.input_shape), np.float32) for batch in (1, LARGE))
+        return min(rivals, key=lambda r: seconds(r.run, few)), min(rivals, key=lambda r: seconds(r.run, many))
 
     def _checked(self, images: Floats) -> Floats:
         if not isinstance(images, np.ndarray) or images.dtype != np.float32:
@@ -139,3 +141,7 @@ def _graph_of(
         return simplify(source, input_shape)
     model, factors = artifact.load_with_factors(source, factory=factory)
     return simplify(model, input_shape or artifact.read(source).metadata.get("input_shape"), factors)
+
+
+def _counted(threads: int) -> str:
+    return f"{threads} thread" + "s" * (threads > 1)

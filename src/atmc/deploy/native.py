@@ -51,18 +51,20 @@ class NativeTeam:
         assert library is not None
         self._library, self._instructions = library, instructions.encode()
         self._team = library.atmc_team(threads)
-        self._known: tuple[Program, Any] | None = None
+        self._known: tuple[Program, Any, Any] | None = None
         if not self._team:
             raise MemoryError(f"cannot start {threads} threads")
 
     def run(self, program: Program, arena: NDArray[Any], images: NDArray[Any], logits: NDArray[Any]) -> None:
         """Write the logits (n, classes) of images (n, c, h, w); all contiguous float32 and of the program's sizes."""
-        if self._known is None or self._known[0] is not program:  # numpy takes a microsecond for each address
+        if (
+            self._known is None or self._known[0] is not program or self._known[1] is not arena
+        ):  # numpy takes a microsecond for each address
             tables = (arena, program.nonzeros, program.starts, program.floats, program.masks)
             addresses = [table.ctypes.data for table in tables]
-            self._known = program, (program.ops.ctypes.data, len(program.ops), *addresses)
+            self._known = program, arena, (program.ops.ctypes.data, len(program.ops), *addresses)
         ends = images.ctypes.data, logits.ctypes.data
-        failed = self._library.atmc_run(self._team, self._instructions, *self._known[1], *ends)
+        failed = self._library.atmc_run(self._team, self._instructions, *self._known[2], *ends)
         assert not failed, f"the kernel has no {self._instructions!r}"
 
     def __del__(self) -> None:

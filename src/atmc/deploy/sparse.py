@@ -7,6 +7,8 @@ package, or where there was no compiler `fallback`, in Numba.
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
 from typing import Protocol
 
 import numpy as np
@@ -33,6 +35,9 @@ class Team(Protocol):
 class SparseNetwork:
     """A graph, ready to run on a kernel; not to be called from two threads at once.
 
+    A batch is run in chunks whose activations fit a core's cache. Several threads share the work of each operation
+    or, where there are chunks enough, take whole chunks.
+
     Args:
         threads: how many run it together.
         kernel: ``native`` or ``numba``; None for native where it was built.
@@ -45,34 +50,55 @@ class SparseNetwork:
     def __init__(
         self, graph: Graph, *, threads: int = 1, kernel: str | None = None, instructions: str | None = None
     ) -> None:
-        self._team, self.kernel = _team(threads, kernel, instructions)
+        team, self.kernel = _team(threads, kernel, instructions)
+        self.threads = threads
         self._steps = steps_of(graph, four_cost=FOUR_COST.get(self.kernel, math.inf))
-        self._ready: dict[int, tuple[Program, Floats]] = {}
         self.classes = self._steps.shapes[self._steps.steps[-1].output][0]
         one = program_of(self._steps, 1).arena_floats
         self.chunk = max(1, min(MOST_IMAGES, CHUNK_FLOATS // one))
+        self._programs: dict[int, Program] = {}
+        self._together = _Worker(team)
+        alone = [_team(1, kernel, instructions)[0] for _ in range(threads)] if threads > 1 else []
+        self._apart = [_Worker(team) for team in alone]
+        self._pool = ThreadPoolExecutor(threads) if threads > 1 else None
 
     @property
     def arena_bytes(self) -> int:
-        """Memory of all activations, of the batch sizes that have been run."""
-        return sum(4 * len(arena) for _, arena in self._ready.values())
+        """Memory of activations, as far as batches have asked for it."""
+        return sum(4 * len(worker.arena) for worker in (self._together, *self._apart))
 
-    def ready(self, batch: int) -> tuple[Program, Floats]:
-        """The program and the memory for so many images at once."""
-        if batch not in self._ready:
-            if len(self._ready) >= 4:  # a caller whose batches are never the same
-                del self._ready[next(iter(self._ready))]
-            program = program_of(self._steps, batch)
-            self._ready[batch] = program, aligned(program.arena_floats)
-        return self._ready[batch]
+    def program(self, batch: int) -> Program:
+        """The program for so many images at once."""
+        if batch not in self._programs:
+            if len(self._programs) >= 4:  # a caller whose batches are never the same
+                del self._programs[next(iter(self._programs))]
+            self._programs[batch] = program_of(self._steps, batch)
+        return self._programs[batch]
 
     def __call__(self, images: Floats) -> Floats:
         """Logits (n, classes) of images (n, c, h, w), contiguous float32 of the graph's shape; n may be 0."""
         logits = np.empty((len(images), self.classes), np.float32)
-        for at in range(0, len(images), self.chunk):
-            part = images[at : at + self.chunk]
-            self._team.run(*self.ready(len(part)), part, logits[at : at + self.chunk])
+        cuts = [slice(at, at + self.chunk) for at in range(0, len(images), self.chunk)]
+        parts = [(self.program(len(images[cut])), images[cut], logits[cut]) for cut in cuts]
+        if self._pool is None or len(parts) < 2 * self.threads:
+            self._together.run(parts)
+        else:
+            shares = [parts[index :: self.threads] for index in range(self.threads)]
+            list(self._pool.map(_Worker.run, self._apart, shares))
         return logits
+
+
+class _Worker:
+    """A team and the memory that it runs programs in."""
+
+    def __init__(self, team: Team) -> None:
+        self.team, self.arena = team, aligned(0)
+
+    def run(self, parts: Sequence[tuple[Program, Floats, Floats]]) -> None:
+        for program, images, logits in parts:
+            if len(self.arena) < program.arena_floats:
+                self.arena = aligned(program.arena_floats)
+            self.team.run(program, self.arena, images, logits)
 
 
 def _team(threads: int, kernel: str | None, instructions: str | None) -> tuple[Team, str]:

@@ -254,12 +254,9 @@ struct Cut {
 static Cut cut(const Op &op, const Instructions &with, int64_t threads) {
     if (op.kind == UNPACK) return {1, 1};
     const int64_t units = op.kind == CONVOLVE_FOURS ? (op.channels + 3) / 4 : op.channels;
-    const int64_t groups = threads == 1 ? 1 : std::min<int64_t>(units, 4 * threads);
-    if (op.kind == CONVOLVE || op.kind == CONVOLVE_FOURS) {
-        const int64_t blocks = with.blocks(op);
-        return {blocks, blocks >= 4 * threads ? 1 : groups};
-    }
-    return {1, groups};
+    const bool stream = op.kind == CONVOLVE || op.kind == CONVOLVE_FOURS;
+    const int64_t blocks = stream ? with.blocks(op) : 1, parts = threads == 1 ? 1 : 2 * threads;
+    return {blocks, std::min(units, (parts + blocks - 1) / blocks)};
 }
 
 static void run_part(const Op &op, const Memory &m, const Instructions &with, const Cut &cut, int64_t part) {
