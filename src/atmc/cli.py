@@ -351,7 +351,7 @@ def bench(
                 figures = event.figures
             else:
                 status.update(event.text)
-    for table in bench_tables(figures):
+    for table in bench_tables(figures, narrow=console.width < NARROW):
         console.print(table)
 
 

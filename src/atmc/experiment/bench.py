@@ -27,11 +27,12 @@ from atmc.deploy.graph import Floats
 from atmc.deploy.simplify import reduced, rounded
 from atmc.deploy.trace import trace
 from atmc.experiment.assess import open_model
-from atmc.experiment.bench_figures import comparison, dense_macs, processor, summary, thread_count, verdict
+from atmc.experiment.bench_figures import comparison, processor, summary, thread_count, verdict
 from atmc.experiment.bench_inputs import BATCH, Inputs, file_bytes, inputs_of, missing, write_forms, write_tiny
 from atmc.experiment.bench_worker import KINDS, OURS, Files, Kind, work
 from atmc.files import write_beside
 
+REFERENCE = "PyTorch"
 ROUND_SECONDS, MOST_CALLS = 0.05, 500
 VERSIONS = ("atmc", "torch", "onnxruntime", "openvino")
 
@@ -134,8 +135,9 @@ def bench(request: Request) -> Iterator[Progress | Benched]:
         yield from _measure(request, engines, left_out, inputs)
         for engine in engines:
             engine.figures["file_bytes"] = file_bytes(engine.kind, files, model)
-    macs = {"dense": dense_macs(raw.graph), "left": engines[0].figures.pop("macs")}
-    rows = [engine.row(engines[1].logits, inputs.labels) for engine in _left(engines, left_out)]
+    macs = {"dense": raw.graph.macs(dense=True), "left": engines[0].figures.pop("macs")}
+    expected = next((engine.logits for engine in engines if engine.kind.name == REFERENCE), None)
+    rows = [engine.row(expected, inputs.labels) for engine in _left(engines, left_out)]
     figures = _about(request, len(inputs.images)) | {"macs": macs, "engines": rows, "left_out": left_out}
     figures["verdict"] = verdict(figures)
     if request.json_path:

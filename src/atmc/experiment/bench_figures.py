@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from atmc.deploy.graph import Conv, Floats, Graph, Linear
+from atmc.deploy.graph import Floats
 from atmc.experiment.bench_worker import OURS
 
 
@@ -31,14 +31,6 @@ def comparison(logits: Floats, expected: Floats | None, labels: NDArray[np.int64
         found["same_top1"] = int((logits.argmax(1) == expected.argmax(1)).sum())
         found["difference"] = float(np.abs(logits - expected).max() / max(float(np.abs(expected).max()), 1e-30))
     return found
-
-
-def dense_macs(graph: Graph) -> int:
-    """Multiply-adds of convolutions and linear layers for one image, zeros among them."""
-    layers = zip(graph.nodes, graph.shapes()[1:], strict=True)
-    return sum(
-        node.op.weight.size * int(np.prod(shape[1:])) for node, shape in layers if isinstance(node.op, Conv | Linear)
-    )
 
 
 def processor() -> str:

@@ -88,7 +88,7 @@ def write_forms(
     Returns:
         the files, and the engines that go without theirs, and why.
     """
-    files = Files(file, folder / "module.pt", folder / "dense.onnx", folder / "int8.onnx", factory)
+    files = Files(file, folder / "module.pt", folder / "dense.onnx", folder / "int8.onnx", graph.input_shape, factory)
     with suppress(AttributeError, TypeError, pickle.PicklingError):  # a class that its name does not lead to
         torch.save(model, files.module)
     if find_spec("onnx") is None:
@@ -110,7 +110,7 @@ def write_forms(
 def write_tiny(folder: Path) -> Files:
     """The network that workers run first, in every form."""
     folder.mkdir()
-    model, file = tiny().eval(), folder / "tiny.atmc"
+    model, file = tiny(), folder / "tiny.atmc"
     artifact.save(model, file, input_shape=TINY_SHAPE)
     images = np.zeros((1, *TINY_SHAPE), np.float32)
     graph, factory = simplify(model, TINY_SHAPE), factory_name(tiny)

@@ -20,12 +20,13 @@ from torch import nn
 
 from atmc import models
 from atmc.deploy import dense
+from atmc.deploy.engine import Engine
 from atmc.deploy.graph import Floats
 from atmc.models.factory import first_line
 from atmc.pack import artifact
 
 WARM_SECONDS, WARM_CALLS = 0.1, 3
-TINY_SHAPE = (1, 4, 4)
+TINY_SHAPE = (1, 8, 8)
 
 
 @dataclass(frozen=True)
@@ -36,6 +37,7 @@ class Files:
     module: Path
     dense: Path
     int8: Path
+    input_shape: tuple[int, int, int]
     factory: str | None = None
 
 
@@ -63,17 +65,7 @@ class Kind:
 
 def _ours(files: Files, threads: int) -> tuple[dense.Runner, dict[str, Any]]:
     factory = models.import_factory(files.factory) if files.factory else None
-    try:
-        from atmc.deploy.engine import Engine
-    except ImportError:  # TEMPORARY
-        from atmc.deploy.simplify import simplify
-        from atmc.deploy.sparse import SparseNetwork
-
-        model, factors = artifact.load_with_factors(files.model, factory=factory)
-        graph = simplify(model, artifact.read(files.model).metadata.get("input_shape"), factors)
-        network = SparseNetwork(graph, threads=threads)
-        return network, {"runs": f"sparse ({network.kernel}), {threads} threads", "macs": graph.macs()}
-    engine = Engine(files.model, threads=threads, factory=factory)
+    engine = Engine(files.model, threads=threads, factory=factory, input_shape=files.input_shape)
     return engine, {"runs": engine.describe(), "macs": engine.graph.macs()}
 
 
@@ -134,10 +126,14 @@ def work(pipe: Connection, name: str, files: Files, smallest: Files) -> None:
             pipe.send((False, first_line(error)))
 
 
-def tiny(num_classes: int = 2) -> nn.Module:
-    """A network for images of `TINY_SHAPE`, to have run one before memory is weighed."""
+def tiny(num_classes: int = 64) -> nn.Module:
+    """A network for images of `TINY_SHAPE` with many zeros and few values, so that its file needs the whole decoder."""
     c, h, w = TINY_SHAPE
-    return nn.Sequential(nn.Conv2d(c, 2, 3, padding=1), nn.ReLU(), nn.Flatten(), nn.Linear(2 * h * w, num_classes))
+    model = nn.Sequential(nn.Conv2d(c, 8, 3, padding=1), nn.ReLU(), nn.Flatten(), nn.Linear(8 * h * w, num_classes))
+    with torch.no_grad():
+        for weight in (model[0].weight, model[3].weight):
+            weight.copy_((3 * weight / weight.abs().max()).round() / 4)
+    return model.eval()
 
 
 class Worker:
