@@ -29,6 +29,7 @@ from atmc.deploy.graph import (
 )
 from atmc.deploy.simplify import reduced, simplify, simplify_report
 from atmc.deploy.trace import trace
+from atmc.models.resnet import BasicBlock, ResNet
 from atmc.pack import artifact, forms
 from atmc.robust.attacks import fgsm
 from atmc.robust.threats import Linf
@@ -90,7 +91,7 @@ def random_graph(seed: int) -> Graph:
     return Graph(graph.input_shape, (*graph.nodes, final))
 
 
-@settings(max_examples=100, deadline=None, derandomize=True)
+@settings(max_examples=60, deadline=None, derandomize=True)
 @given(st.integers(0, 2**32))
 def test_random_graphs_compute_the_same(seed):
     graph = random_graph(seed)
@@ -362,6 +363,9 @@ MODULES = {
     "constants": Calls(lambda self, x: ((3 - x * torch.tensor([2.0, 3.0]).view(2, 1, 1)) / 2 - 0.5).flatten(1)),
     "residual": Calls(lambda self, x: (x - F.relu(x - 0.5) + 2 * x).contiguous().view(x.shape[0], -1)),
     "in place": Calls(twice_in_place, **CONV),
+    "norm in place": nn.Sequential(nn.Conv2d(2, 4, 3), nn.BatchNorm2d(4), nn.ReLU(inplace=True), nn.Flatten()),
+    "addmm": Calls(lambda self, x: torch.addmm(-torch.ones(4), x.flatten(1), torch.arange(512.0).view(128, 4) / 512)),
+    "negative": Calls(lambda self, x: -(F.relu(0.5 - x) / 2 - x).flatten(1)),
     "unflattened": Calls(unflattened, **CONV),
     "masked": Masked(),
     "normalize": nn.Sequential(models.Normalize([0.1, 0.2], [0.3, 0.4]), nn.Flatten(), nn.Identity()),
@@ -409,6 +413,9 @@ def branching(self, x):
         (nn.Sequential(nn.Hardtanh(), nn.Flatten()), r"clips to other bounds than \[0, c\]"),
         (Calls(branching), "torch.export cannot trace the model for images"),
         (nn.Sequential(nn.Conv2d(3, 2, 1), nn.Flatten()), "torch.export cannot trace the model for images"),
+        (Calls(lambda self, x: F.avg_pool2d(x, 2, divisor_override=3).flatten(1)), "it has a divisor_override"),
+        (Calls(lambda self, x: F.conv2d(x, x[:1]).flatten(1)), r"aten\.(slice|select|split|unbind|narrow|index)"),
+        (nn.Sequential(nn.Conv2d(2, 2, 1), nn.Flatten(0, 1)), r"layer 1: it makes"),
         (nn.Conv2d(2, 2, 1), "one tensor of logits"),
         (Calls(lambda self, x: (x.flatten(1), x)), "one tensor of logits"),
     ],
@@ -436,7 +443,11 @@ def test_the_model_is_left_as_it_is():
 def pruned(name: str, images: torch.Tensor) -> nn.Module:
     """A network with most weights zero, some whole channels, random norms, and logits that vary with the image."""
     torch.manual_seed(0)
-    model = models.build(name, 10, input_shape=(1, 28, 28), mean=[0.2], std=[0.3], seed=0)
+    if name == "resnet10":
+        model = ResNet(BasicBlock, (1, 1, 1, 1), 10, 1, normalize=models.Normalize([0.2], [0.3]))
+        model.atmc_spec = {"input_shape": [1, 28, 28]}
+    else:
+        model = models.build(name, 10, input_shape=(1, 28, 28), mean=[0.2], std=[0.3], seed=0)
     with torch.no_grad():
         for module in model.modules():
             if isinstance(module, nn.Conv2d | nn.Linear):
@@ -455,7 +466,7 @@ def pruned(name: str, images: torch.Tensor) -> nn.Module:
     return model.eval()
 
 
-@pytest.mark.parametrize("name", ["lenet", "wrn-10-1", "resnet18", "mobilenetv2"])
+@pytest.mark.parametrize("name", ["lenet", "wrn-10-1", "resnet10", "mobilenetv2"])
 def test_networks_on_real_and_adversarial_images(name, few):
     train, val = few
     images = train.pixels[:16].float() / 255
