@@ -11,10 +11,12 @@ import torch
 
 from atmc import models
 from atmc.deploy import c_tables
+from atmc.deploy.c_model import model_to_c, norms_apart
 from atmc.deploy.c_plan import make_plan
 from atmc.deploy.c_source import to_c
 from atmc.deploy.graph import Add, Affine, AvgPool, Conv, Flatten, GlobalAvgPool, Graph, Linear, MaxPool, Node, Relu
 from atmc.deploy.graph import evaluate as run
+from atmc.deploy.simplify import simplify
 
 CC = shutil.which("cc") or shutil.which("gcc")
 FLAGS = ["-std=c99", "-pedantic", "-O2", "-Wall", "-Wextra", "-Wshadow", "-Wconversion", "-Werror"]
@@ -303,6 +305,29 @@ def test_values_of_every_kind_arrive_exactly(tmp_path):
     for name, scale in graphs.items():
         found = logits_of(library, name, np.ones((1, len(scale), 1, 1), np.float32), len(scale))
         np.testing.assert_array_equal(found[0], scale)
+
+
+def test_batch_norm_stays_apart_where_that_is_smaller():
+    torch.manual_seed(0)
+    net = torch.nn.Sequential(
+        torch.nn.Conv2d(1, 16, 3, padding=1, bias=False),
+        torch.nn.BatchNorm2d(16),
+        torch.nn.ReLU(),
+        torch.nn.Flatten(),
+        torch.nn.Linear(16 * 64, 3),
+    ).eval()
+    with torch.no_grad():
+        for weight in (net[0].weight, net[4].weight):
+            weight.copy_(torch.randint(-1, 2, weight.shape))
+        net[0].weight[:4] = 0  # four dead channels
+        net[1].weight.uniform_(0.5, 1.5)
+    images = torch.rand(4, 1, 8, 8)
+    apart = norms_apart(net, (1, 8, 8))
+    assert apart.nodes[0].op.weight.shape == (12, 1, 3, 3)
+    torch.testing.assert_close(run(apart, images), net(images).detach(), rtol=1e-5, atol=1e-4)
+    made = model_to_c(net, (1, 8, 8))
+    assert made == to_c(apart)
+    assert made.table_bytes < to_c(simplify(net, (1, 8, 8))).table_bytes
 
 
 @pytest.mark.parametrize("name", ["", "2d", "my-model", "é", "a b"])

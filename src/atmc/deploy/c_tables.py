@@ -52,11 +52,9 @@ def encode(matrix: NDArray[np.float32]) -> Table:
     places = np.flatnonzero(flat)
     zeros = np.diff(places, prepend=-1) - 1
     rice = min(range(_MOST_BITS + 1), key=lambda bits: int((zeros >> bits).sum()) + bits * len(zeros))
-    options = []
-    for bits, codes, halves, floats in _values(flat[places]):
-        stream = _pack(zeros, rice, codes, bits)
-        options.append(Table(matrix.shape[1], len(places), stream, rice, bits, halves, floats))
-    return min(options, key=lambda table: table.size)
+    ways = _values(flat[places])
+    bits, codes, halves, floats = min(ways, key=lambda way: way[0] * len(places) + 16 * len(way[2]) + 32 * len(way[3]))
+    return Table(matrix.shape[1], len(places), _pack(zeros, rice, codes, bits), rice, bits, halves, floats)
 
 
 def declare(table: Table, name: str) -> str:
@@ -125,10 +123,6 @@ def _pack(zeros: NDArray[np.int64], rice: int, codes: NDArray[np.int64], bits: i
 
 
 def _lines(items: Iterable[str]) -> str:
-    lines, line = [], ""
-    for item in items:
-        if len(line) + len(item) > _WIDTH:
-            lines.append(line)
-            line = ""
-        line += f" {item},"
-    return "".join(f"   {line}\n" for line in [*lines, line])
+    words = list(items)
+    count = _WIDTH // (max(map(len, words)) + 2)
+    return "".join(f"    {', '.join(words[at : at + count])},\n" for at in range(0, len(words), count))

@@ -257,12 +257,12 @@ def _write_c(
     images: Mapping[str, Tensor],
     class_names: Sequence[str],
 ) -> Exported:
-    from atmc.deploy.c_source import to_c
+    from atmc.deploy.c_model import model_to_c
 
     shape = _shape(images)
     classes = _logits(model, torch.zeros(1, *shape)).shape[1]
     labels = class_names if len(class_names) == classes else None
-    made = to_c(simplify(model, shape, factors), name=_c_name(request), labels=labels)
+    made = model_to_c(model, shape, factors, name=_c_name(request), labels=labels)
     notes, agreements = [f"{made.table_bytes:,} bytes of tables, an arena of {made.arena_bytes:,} bytes"], []
     with tempfile.TemporaryDirectory() as folder:
         run = _compiled(made, Path(folder), classes)
