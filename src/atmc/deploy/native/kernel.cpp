@@ -1,16 +1,15 @@
-// Runs a program of `deploy/plan.py`: a network's inference, operation by operation, in one block of memory.
+// Runs a program of `deploy/program.py`: a network's inference, operation by operation, in one block of memory.
 //
 // An activation is a stream for each channel: all images of the batch one after the other, each its rows from the top,
 // with columns and rows of zeros between them that serve as the padding of both neighbours. So a convolution of stride
 // 1 adds, for every nonzero weight, a shifted copy of a whole input stream to an output stream. What it computes in
-// the padding is masked to zero. The program is trusted: `plan.py` makes every offset, this file checks none.
+// the padding is masked to zero. The program is trusted: `program.py` makes every offset, this file checks none.
 
 #include <algorithm>
 #include <atomic>
 #include <cstdint>
 #include <cstring>
 #include <limits>
-#include <new>
 #include <thread>
 #include <vector>
 
@@ -19,7 +18,7 @@ struct Nonzero {
     int32_t offset;  // in floats, from the position that is computed
 };
 
-// Field for field `plan.OP`. Lengths and offsets are in floats; `vectors` in units of 16 floats.
+// Field for field `program.OP`. Lengths and offsets are in floats; `vectors` in units of 16 floats.
 struct Op {
     int64_t kind, in, other, out, lead, channels, in_stride, out_stride, vectors, mask, rows, bias;
     int64_t batch, height, width, row, image, out_height, out_width, out_row, out_image;
@@ -280,69 +279,73 @@ static void run_part(const Op &op, const Memory &m, const Instructions &with, co
     }
 }
 
-// Threads that run one program together: every operation is cut into parts, which whoever is free takes; nobody
-// begins the next operation before all are done with this one.
+// Threads that run one program together. Every operation is cut into parts, numbered through the program, which whoever
+// is free takes in turn; a part waits until all of the operations before its own are done, but for no thread as such:
+// one that the machine does not run holds nobody up unless it has taken a part.
 struct Team {
     explicit Team(int64_t threads) : threads(threads) {
-        for (int64_t i = 1; i < threads; i++) members.emplace_back([this] { work(); });
+        try {
+            for (int64_t i = 1; i < threads; i++) members.emplace_back([this] { work(); });
+        } catch (...) {
+            stop();
+            throw;
+        }
     }
 
-    ~Team() {
-        ops = nullptr;
+    ~Team() { stop(); }
+
+    void run(const Op *program, int64_t length, const Memory &memory, const Instructions &set) {
+        while (guests.load() != 0) pause();
+        ops = program, m = memory, with = &set;
+        ends.assign(1, 0);
+        for (int64_t i = 0; i < length; i++) {
+            const Cut parts = cut(ops[i], set, threads);
+            ends.push_back(ends.back() + parts.blocks * parts.groups);
+        }
+        next.store(0);
+        done.store(0);
+        if (threads > 1) {
+            open.store(true);
+            started.fetch_add(1);
+            started.notify_all();
+        }
+        take_parts();
+        wait_for(ends.back());
+        open.store(false);
+    }
+
+  private:
+    void stop() {
+        stopped.store(true);
         started.fetch_add(1);
         started.notify_all();
         for (std::thread &member : members) member.join();
     }
 
-    void run(const Op *program, int64_t length, const Memory &memory, const Instructions &set) {
-        ops = program, count = length, m = memory, with = &set;
-        next[0].store(0);
-        next[1].store(0);
-        if (threads > 1) {
-            started.fetch_add(1);
-            started.notify_all();
-        }
-        together();
-    }
-
-  private:
     void work() {
         for (uint64_t seen = 0;;) {
             for (int i = 0; i < 20000 && started.load() == seen; i++) pause();
             started.wait(seen);
-            seen++;
-            if (ops == nullptr) return;
-            together();
+            seen = started.load();
+            if (stopped.load()) return;
+            guests.fetch_add(1);  // from here on the next run waits before it changes anything
+            if (open.load()) take_parts();
+            guests.fetch_sub(1);
         }
     }
 
-    void together() {
-        const Op *const mine = ops;  // once the last operation is met, the next run may change the fields
-        const int64_t length = count;
-        const Memory memory = m;
-        const Instructions &set = *with;
-        for (int64_t i = 0; i < length; i++) {
-            const Cut parts = cut(mine[i], set, threads);
-            for (int64_t part; (part = next[i & 1].fetch_add(1)) < parts.blocks * parts.groups;)
-                run_part(mine[i], memory, set, parts, part);
-            meet(i);
+    void take_parts() {
+        const int64_t all = ends.back();
+        int64_t i = 0;
+        for (int64_t part; (part = next.fetch_add(1)) < all; done.fetch_add(1)) {
+            while (part >= ends[i + 1]) i++;
+            wait_for(ends[i]);
+            run_part(ops[i], m, *with, cut(ops[i], *with, threads), part - ends[i]);
         }
     }
 
-    // The last to come resets this operation's counter, which is next used by the one after the next.
-    void meet(int64_t i) {
-        if (threads == 1) {
-            next[i & 1].store(0);
-            return;
-        }
-        const uint64_t round = met.load();
-        if (arrived.fetch_add(1) + 1 == threads) {
-            arrived.store(0);
-            next[i & 1].store(0);
-            met.fetch_add(1);
-            return;
-        }
-        for (int spins = 0; met.load() == round; spins++)
+    void wait_for(int64_t parts) {
+        for (int spins = 0; done.load() < parts; spins++)
             if (spins < 4000)
                 pause();
             else
@@ -358,11 +361,12 @@ struct Team {
     const int64_t threads;
     std::vector<std::thread> members;
     const Op *ops = nullptr;
-    int64_t count = 0;
     Memory m{};
     const Instructions *with = nullptr;
-    std::atomic<int64_t> next[2] = {{0}, {0}}, arrived{0};
-    std::atomic<uint64_t> started{0}, met{0};
+    std::vector<int64_t> ends;  // parts up to each operation, itself left out
+    std::atomic<int64_t> next{0}, done{0}, guests{0};
+    std::atomic<uint64_t> started{0};
+    std::atomic<bool> open{false}, stopped{false};
 };
 
 extern "C" {
@@ -376,7 +380,14 @@ const char *atmc_instructions(int64_t index) {
     return nullptr;
 }
 
-void *atmc_team(int64_t threads) { return new (std::nothrow) Team(threads); }
+// nullptr where the machine has no room for so many threads.
+void *atmc_team(int64_t threads) {
+    try {
+        return new Team(threads);
+    } catch (...) {
+        return nullptr;
+    }
+}
 
 void atmc_dismiss(void *team) { delete static_cast<Team *>(team); }
 
