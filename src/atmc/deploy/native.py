@@ -5,6 +5,7 @@ from __future__ import annotations
 import ctypes
 from functools import cache
 from importlib.machinery import EXTENSION_SUFFIXES
+from operator import is_not
 from pathlib import Path
 from typing import Any
 
@@ -51,20 +52,18 @@ class NativeTeam:
         assert library is not None
         self._library, self._instructions = library, instructions.encode()
         self._team = library.atmc_team(threads)
-        self._known: tuple[Program, Any, Any] | None = None
+        self._arrays: tuple[Any, ...] = ()
+        self._arguments: tuple[Any, ...] = ()
         if not self._team:
             raise MemoryError(f"cannot start {threads} threads")
 
     def run(self, program: Program, arena: NDArray[Any], images: NDArray[Any], logits: NDArray[Any]) -> None:
         """Write the logits (n, classes) of images (n, c, h, w); all contiguous float32 and of the program's sizes."""
-        if (
-            self._known is None or self._known[0] is not program or self._known[1] is not arena
-        ):  # numpy takes a microsecond for each address
-            tables = (arena, program.nonzeros, program.starts, program.floats, program.masks)
-            addresses = [table.ctypes.data for table in tables]
-            self._known = program, arena, (program.ops.ctypes.data, len(program.ops), *addresses)
-        ends = images.ctypes.data, logits.ctypes.data
-        failed = self._library.atmc_run(self._team, self._instructions, *self._known[2], *ends)
+        arrays = program.ops, arena, program.nonzeros, program.starts, program.floats, program.masks, images, logits
+        if len(self._arrays) != len(arrays) or any(map(is_not, arrays, self._arrays)):  # an address takes a microsecond
+            ops, *tables = (array.ctypes.data for array in arrays)
+            self._arrays, self._arguments = arrays, (ops, len(program.ops), *tables)
+        failed = self._library.atmc_run(self._team, self._instructions, *self._arguments)
         assert not failed, f"the kernel has no {self._instructions!r}"
 
     def __del__(self) -> None:

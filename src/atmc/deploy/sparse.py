@@ -57,6 +57,7 @@ class SparseNetwork:
         one = program_of(self._steps, 1).arena_floats
         self.chunk = max(1, min(MOST_IMAGES, CHUNK_FLOATS // one))
         self._programs: dict[int, Program] = {}
+        self._single: tuple[Program, Floats, Floats] | None = None
         self._together = _Worker(team)
         alone = [_team(1, kernel, instructions)[0] for _ in range(threads)] if threads > 1 else []
         self._apart = [_Worker(team) for team in alone]
@@ -77,6 +78,8 @@ class SparseNetwork:
 
     def __call__(self, images: Floats) -> Floats:
         """Logits (n, classes) of images (n, c, h, w), contiguous float32 of the graph's shape; n may be 0."""
+        if len(images) == 1:
+            return self._of_one(images)
         logits = np.empty((len(images), self.classes), np.float32)
         cuts = [slice(at, at + self.chunk) for at in range(0, len(images), self.chunk)]
         parts = [(self.program(len(images[cut])), images[cut], logits[cut]) for cut in cuts]
@@ -86,6 +89,15 @@ class SparseNetwork:
             shares = [parts[index :: self.threads] for index in range(self.threads)]
             list(self._pool.map(_Worker.run, self._apart, shares))
         return logits
+
+    def _of_one(self, image: Floats) -> Floats:
+        """Through arrays whose addresses the team knows already."""
+        if self._single is None:
+            self._single = self.program(1), np.empty_like(image), np.empty((1, self.classes), np.float32)
+        _, images, logits = self._single
+        np.copyto(images, image)
+        self._together.run((self._single,))
+        return logits.copy()
 
 
 class _Worker:

@@ -40,7 +40,7 @@ enum Kind { PACK, CONVOLVE, CONVOLVE_FOURS, DOT, PHASES, ELEMENTWISE, MAX_POOL, 
 
 #if defined(__x86_64__) || defined(_M_X64)
 #define LANES 16
-#define MOST 12
+#define MOST 8
 #define MOST_FOURS 6
 #define SUFFIX avx512
 #define TARGET __attribute__((target("avx512f,avx512dq,avx512bw,avx512vl,avx2,fma")))
@@ -74,16 +74,17 @@ struct Instructions {
     int64_t (*blocks)(const Op &);
     void (*convolve_block)(const Op &, const Memory &, int64_t, int64_t, int64_t);
     void (*elementwise)(const Op &, const Memory &, int64_t, int64_t);
-    void (*max_row)(const Op &, const float *, const float *, float *, int64_t);
+    void (*max_pairs)(const Op &, const float *, float *, int64_t);
+    void (*every_second)(const Op &, const float *, float *, int64_t, int64_t, int64_t);
     float (*sum)(const float *, int64_t);
 };
 
 static const Instructions SETS[] = {
 #if defined(__x86_64__) || defined(_M_X64)
-    {"avx512", avx512::blocks, avx512::convolve_block, avx512::elementwise, avx512::max_row, avx512::sum},
-    {"avx2", avx2::blocks, avx2::convolve_block, avx2::elementwise, avx2::max_row, avx2::sum},
+    {"avx512", avx512::blocks, avx512::convolve_block, avx512::elementwise, avx512::max_pairs, avx512::every_second, avx512::sum},
+    {"avx2", avx2::blocks, avx2::convolve_block, avx2::elementwise, avx2::max_pairs, avx2::every_second, avx2::sum},
 #endif
-    {"portable", portable::blocks, portable::convolve_block, portable::elementwise, portable::max_row, portable::sum},
+    {"portable", portable::blocks, portable::convolve_block, portable::elementwise, portable::max_pairs, portable::every_second, portable::sum},
 };
 
 static bool runs_here(const char *name) {
@@ -148,21 +149,25 @@ static void dot(const Op &op, const Memory &m, int64_t first, int64_t last) {
 
 // Every stride_y-th row from pad_y and stride_x-th column from pad_x: one phase of each channel of the input.
 // Output channel = input channel * phases + phase, where mask is the phase and kernel_y the number of phases.
-static void phases(const Op &op, const Memory &m, int64_t first, int64_t last) {
+static void phases(const Op &op, const Memory &m, const Instructions &with, int64_t first, int64_t last) {
+    const int64_t rows = (op.height - op.pad_y + op.stride_y - 1) / op.stride_y;
+    const int64_t count = (op.width - op.pad_x + op.stride_x - 1) / op.stride_x;
     for (int64_t channel = first; channel < last; channel++) {
-        const float *in = m.arena + op.in + channel * op.in_stride;
-        float *out = m.arena + op.out + (channel * op.kernel_y + op.mask) * op.out_stride;
+        const float *in = m.arena + op.in + channel * op.in_stride + op.pad_y * op.row + op.pad_x;
+        float *const out = m.arena + op.out + (channel * op.kernel_y + op.mask) * op.out_stride;
+        float *const end = out + op.out_stride;
         std::memset(out, 0, op.out_stride * sizeof(float));
-        for (int64_t n = 0; n < op.batch; n++)
-            for (int64_t y = op.pad_y, oy = 0; y < op.height; y += op.stride_y, oy++) {
-                const float *from = in + n * op.image + y * op.row + op.pad_x;
-                float *to = out + n * op.out_image + oy * op.out_row;
-                const int64_t count = (op.width - op.pad_x + op.stride_x - 1) / op.stride_x;
-                if (op.stride_x == 2)
-                    for (int64_t x = 0; x < count; x++) to[x] = from[2 * x];
-                else
-                    for (int64_t x = 0; x < count; x++) to[x] = from[op.stride_x * x];
+        for (int64_t n = 0; n < op.batch; n++) {
+            const float *from = in + n * op.image;
+            float *to = out + n * op.out_image;
+            if (op.stride_y == 2 && op.stride_x == 2) {
+                with.every_second(op, from, to, rows, count, end - to);
+                continue;
             }
+            for (int64_t y = 0; y < rows; y++)
+                for (int64_t x = 0; x < count; x++)
+                    to[y * op.out_row + x] = from[y * op.stride_y * op.row + x * op.stride_x];
+        }
     }
 }
 
@@ -213,12 +218,13 @@ static void pool(const Op &op, const Memory &m, const Instructions &with, int64_
                 *to = clamped(op, with.sum(in, (op.height - 1) * op.row + op.width) / (float)(op.height * op.width));
                 continue;
             }
+            if (pairs) {
+                with.max_pairs(op, in, to, end - to);
+                continue;
+            }
             for (int64_t y = 0; y < op.out_height; y++, to += op.out_row)
-                if (pairs)
-                    with.max_row(op, in + 2 * y * op.row, in + (2 * y + 1) * op.row, to, end - to);
-                else
-                    for (int64_t x = 0; x < op.out_width; x++)
-                        to[x] = clamped(op, window(op, in, y * op.stride_y - op.pad_y, x * op.stride_x - op.pad_x));
+                for (int64_t x = 0; x < op.out_width; x++)
+                    to[x] = clamped(op, window(op, in, y * op.stride_y - op.pad_y, x * op.stride_x - op.pad_x));
         }
     }
 }
@@ -270,7 +276,7 @@ static void run_part(const Op &op, const Memory &m, const Instructions &with, co
             if (block == 0) zero_tails(op, m, group, cut.groups);
             return with.convolve_block(op, m, block, first, last);
         case DOT: return dot(op, m, first, last);
-        case PHASES: return phases(op, m, first, last);
+        case PHASES: return phases(op, m, with, first, last);
         case ELEMENTWISE: zero_tails(op, m, group, cut.groups); return with.elementwise(op, m, first, last);
         case MAX_POOL:
         case MEAN_POOL: return pool(op, m, with, first, last);
