@@ -57,7 +57,7 @@ def profiled(case: Case) -> dict[str, Any]:
     with tempfile.TemporaryDirectory() as folder:
         file = ROOT / case.file if case.file else Path(folder, "model.atmc")
         if not case.file:
-            atmc.save(sparse(case.network, case.zeros), file)
+            atmc.save(sparse(case), file)
         graph = Engine(file, threads=1, prefer="sparse").graph
     network = SparseNetwork(graph, threads=1)
     program, images = network.program(1), np.random.default_rng(0).random((1, *graph.input_shape), np.float32)

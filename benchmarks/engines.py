@@ -3,7 +3,8 @@
     python benchmarks/engines.py --out results/deploy [--only resnet18-uniform-99 ...]
 
 Adds a session to each case in engines.json: the figures of `atmc bench`, whose engines take turns. Random networks,
-seed 0, have exactly that share of zeros in every convolution and linear layer; the others are files of results/.
+seed 0: `uniform` ones have that share of zeros in every convolution and linear layer, depthwise ones left whole;
+`layerwise` ones, ResNet-34, have the densities of the layers of the trained ResNet-18. `trained`: files of results/.
 """
 
 from __future__ import annotations
@@ -11,6 +12,7 @@ from __future__ import annotations
 import argparse
 import json
 import math
+import re
 import tempfile
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -47,30 +49,45 @@ class Case:
 
 
 RESNETS = [Case(name, "uniform", zeros) for name in ("resnet18", "resnet34") for zeros in (90, 95, 99, 99.5)]
+FILES = {
+    90: "results/cifar10/brief-10/model.atmc",
+    95: "results/cifar10/somebody-elses-checkpoint/model.atmc",
+    99: "results/cifar10/brief-1/model.atmc",
+    99.5: "results/cifar10/brief-05/model.atmc",
+}
 OTHERS = [Case(name, "uniform", zeros) for name in ("wrn-16-8", "mobilenetv2") for zeros in (90, 99)]
-TRAINED = [
-    Case("resnet18", "trained", 90, "results/cifar10/brief-10/model.atmc", CIFAR),
-    Case("resnet18", "trained", 95, "results/cifar10/somebody-elses-checkpoint/model.atmc", CIFAR),
-    Case("resnet18", "trained", 99, "results/cifar10/brief-1/model.atmc", CIFAR),
-    Case("resnet18", "trained", 99.5, "results/cifar10/brief-05/model.atmc", CIFAR),
-    Case("resnet34", "trained", 99, "results/cifar10/proof-resnet34/model.atmc", CIFAR),
-    Case("lenet", "trained", 99.4, "results/mnist/atmc8-006/model.atmc", MNIST),
-]
+TRAINED = [Case("resnet18", "trained", zeros, file, CIFAR) for zeros, file in FILES.items()]
+TRAINED += [Case("resnet34", "layerwise", zeros) for zeros in FILES]
+TRAINED += [Case("lenet", "trained", 99.4, "results/mnist/atmc8-006/model.atmc", MNIST)]
 CASES = {case.name: case for case in [*RESNETS, *TRAINED, *OTHERS]}
 
 
 @torch.no_grad()
-def sparse(name: str, zeros: float) -> nn.Module:
-    """A zoo network with that share of zeros, in percent, placed at random; the others scaled, so that signals live."""
-    model = atmc.models.build(name, 10, input_shape=(3, 32, 32), seed=0).eval()
-    noise = torch.Generator().manual_seed(0)
-    for parameter in model.parameters():
-        if parameter.dim() > 1:
-            kept = max(1, round(parameter.numel() * (1 - zeros / 100)))
+def sparse(case: Case) -> nn.Module:
+    """A zoo network with random weights, zeros placed at random; the others scaled, so that signals live."""
+    model = atmc.models.build(case.network, 10, input_shape=(3, 32, 32), seed=0).eval()
+    noise, densities = torch.Generator().manual_seed(0), layer_densities(case)
+    for name, parameter in model.named_parameters():
+        if parameter.dim() > 1 and "depthwise" not in name:
+            density = densities[counterpart(name)] if densities else 1 - case.zeros / 100
+            kept = max(1, round(parameter.numel() * density))
             mask = torch.zeros(parameter.numel())
             mask[torch.randperm(parameter.numel(), generator=noise)[:kept]] = math.sqrt(parameter.numel() / kept)
             parameter.mul_(mask.view(parameter.shape))
     return model
+
+
+def layer_densities(case: Case) -> dict[str, float]:
+    """Of `layerwise` cases: those of the ResNet-18 that was trained for this share of zeros."""
+    if case.pattern != "layerwise":
+        return {}
+    trained = atmc.load(ROOT / FILES[case.zeros])
+    return {name: float(p.count_nonzero()) / p.numel() for name, p in trained.named_parameters() if p.dim() > 1}
+
+
+def counterpart(name: str) -> str:
+    """The layer of a ResNet-18 for one of a ResNet-34: blocks beyond the second are like the second."""
+    return re.sub(r"^(layer\d)\.\d+", lambda found: f"{found[1]}.{min(int(found[0][-1]), 1)}", name)
 
 
 def measured(case: Case, *, reps: int, n: int) -> dict[str, Any]:
@@ -78,9 +95,9 @@ def measured(case: Case, *, reps: int, n: int) -> dict[str, Any]:
     with tempfile.TemporaryDirectory() as folder:
         file = ROOT / case.file if case.file else Path(folder, "model.atmc")
         if not case.file:
-            atmc.save(sparse(case.network, case.zeros), file)
+            atmc.save(sparse(case), file)
         data = str(case.data) if case.data else None
-        request = Request(file, data, threads=(1,), batches=BATCHES, reps=reps, n=n)
+        request = Request(file, data, threads=(1,), batches=BATCHES, reps=reps, n=n, unsimplified=bool(case.file))
         for event in bench(request):
             if isinstance(event, Benched):
                 figures = event.figures

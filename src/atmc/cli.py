@@ -322,6 +322,9 @@ def bench(
     batch: Annotated[str, typer.Option(help="Batch sizes, separated by commas.")] = "1,8,64",
     reps: Annotated[int, typer.Option(help="Rounds of measuring, in which the engines take turns.")] = 11,
     n: Annotated[int, typer.Option(help="Test images for the accuracies, the first ones.")] = 1000,
+    unsimplified: Annotated[
+        bool, typer.Option("--unsimplified", help="Dense engines on the network as it is, too.")
+    ] = False,
     model: Annotated[str | None, typer.Option(help="package.module:factory for your own class.")] = None,
     image_column: Annotated[str | None, typer.Option(help="Where the data has several.")] = None,
     label_column: Annotated[str | None, typer.Option(help="If not label or fine_label.")] = None,
@@ -344,6 +347,7 @@ def bench(
         label_column=label_column,
         json_path=json_path,
         overwrite=overwrite,
+        unsimplified=unsimplified,
     )
     with console.status("") as status:
         for event in benches.bench(request):

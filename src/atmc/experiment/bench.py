@@ -24,12 +24,11 @@ import numpy as np
 from numpy.typing import NDArray
 
 from atmc.deploy.graph import Floats
-from atmc.deploy.simplify import reduced, rounded
 from atmc.deploy.trace import trace
 from atmc.experiment.assess import open_model
 from atmc.experiment.bench_figures import comparison, processor, summary, thread_count, verdict
 from atmc.experiment.bench_inputs import BATCH, Inputs, file_bytes, inputs_of, missing, write_forms, write_tiny
-from atmc.experiment.bench_worker import KINDS, OURS, Files, Kind, work
+from atmc.experiment.bench_worker import KINDS, OURS, PLAIN, Files, Kind, work
 from atmc.files import write_beside
 
 REFERENCE = "PyTorch"
@@ -52,6 +51,7 @@ class Request:
     label_column: str | None = None
     json_path: Path | None = None
     overwrite: bool = False
+    unsimplified: bool = False
 
     @property
     def thread_counts(self) -> tuple[int, ...]:
@@ -125,12 +125,15 @@ def bench(request: Request) -> Iterator[Progress | Benched]:
     factory = request.model if request.model and ":" in request.model else None
     with tempfile.TemporaryDirectory() as folder, ExitStack() as workers:
         yield Progress("making the dense models")
-        graph, place = rounded(reduced(raw.graph)), Path(folder)
+        place = Path(folder)
         files, left_out = write_forms(
-            place, request.file, model, graph, calibration=inputs.calibration, factory=factory
+            place, request.file, model, raw.graph, calibration=inputs.calibration, factory=factory
         )
-        left_out, smallest = left_out | missing(), write_tiny(place / "tiny")
-        kinds = [kind for kind in KINDS if kind.name not in left_out]
+        smallest = write_tiny(place / "tiny")
+        wanted = [kind for kind in KINDS if request.unsimplified or kind.form != PLAIN]
+        left_out |= missing()
+        left_out = {kind.name: left_out[kind.name] for kind in wanted if kind.name in left_out}
+        kinds = [kind for kind in wanted if kind.name not in left_out]
         engines = [_Engine(kind, workers.enter_context(_worker(kind, files, smallest))) for kind in kinds]
         yield from _measure(request, engines, left_out, inputs)
         for engine in engines:

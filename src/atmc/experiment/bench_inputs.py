@@ -17,9 +17,10 @@ from torch import nn
 from atmc.data import Images, load_data
 from atmc.deploy import dense, onnx
 from atmc.deploy.graph import Floats, Graph
-from atmc.deploy.simplify import simplify
+from atmc.deploy.simplify import reduced, rounded
+from atmc.deploy.trace import trace
 from atmc.experiment.assess import check_size
-from atmc.experiment.bench_worker import KINDS, TINY_SHAPE, Files, Kind, tiny
+from atmc.experiment.bench_worker import KINDS, PLAIN, TINY_SHAPE, Files, Kind, tiny
 from atmc.judge import check_model
 from atmc.models.factory import factory_name, first_line
 from atmc.pack import artifact
@@ -81,20 +82,32 @@ def missing() -> dict[str, str]:
 
 
 def write_forms(
-    folder: Path, file: Path, model: nn.Module, graph: Graph, *, calibration: Floats, factory: str | None = None
+    folder: Path,
+    file: Path,
+    model: nn.Module,
+    plain: Graph,
+    *,
+    calibration: Floats,
+    factory: str | None = None,
 ) -> tuple[Files, dict[str, str]]:
-    """Write the model for PyTorch and, as far as the packages for it are there, as ONNX and in int8.
+    """Write the model for PyTorch and, as far as the packages for it are there, as ONNX in its three forms.
+
+    Args:
+        plain: the model as it was traced.
+        calibration: images (n, c, h, w) for int8.
 
     Returns:
         the files, and the engines that go without theirs, and why.
     """
-    files = Files(file, folder / "module.pt", folder / "dense.onnx", folder / "int8.onnx", graph.input_shape, factory)
+    dense_file, int8_file, plain_file = (folder / f"{form}.onnx" for form in ("dense", "int8", PLAIN))
+    files = Files(file, folder / "module.pt", dense_file, int8_file, plain_file, plain.input_shape, factory)
     with suppress(AttributeError, TypeError, pickle.PicklingError):  # a class that its name does not lead to
         torch.save(model, files.module)
     if find_spec("onnx") is None:
         return files, {}
     try:
-        data = onnx.to_bytes(graph)
+        data = onnx.to_bytes(rounded(reduced(plain)))
+        onnx.to_onnx(rounded(plain), files.plain)
     except ValueError as error:
         return files, {kind.name: f"no ONNX model: {error}" for kind in KINDS if "onnx" in kind.packages}
     files.dense.write_bytes(data)
@@ -113,8 +126,8 @@ def write_tiny(folder: Path) -> Files:
     model, file = tiny(), folder / "tiny.atmc"
     artifact.save(model, file, input_shape=TINY_SHAPE)
     images = np.zeros((1, *TINY_SHAPE), np.float32)
-    graph, factory = simplify(model, TINY_SHAPE), factory_name(tiny)
-    return write_forms(folder, file, model, graph, calibration=images, factory=factory)[0]
+    plain = trace(model, TINY_SHAPE).graph
+    return write_forms(folder, file, model, plain, calibration=images, factory=factory_name(tiny))[0]
 
 
 def file_bytes(kind: Kind, files: Files, model: nn.Module) -> int:

@@ -31,12 +31,16 @@ TINY_SHAPE = (1, 8, 8)
 
 @dataclass(frozen=True)
 class Files:
-    """Where the model lies: our file, a pickled module, ONNX in float32 and in int8. factory: of a user's own class."""
+    """Where the model lies: our file, a pickled module, and ONNX: simplified, in int8, and as the module is.
+
+    factory: of a user's own class.
+    """
 
     model: Path
     module: Path
     dense: Path
     int8: Path
+    plain: Path
     input_shape: tuple[int, int, int]
     factory: str | None = None
 
@@ -97,7 +101,7 @@ def _openvino_default(files: Files, threads: int) -> tuple[dense.Runner, dict[st
     return dense.run_openvino(files.dense.read_bytes(), threads), {"precision": PRECISIONS.get(precision, precision)}
 
 
-OURS = "atmc"
+OURS, PLAIN = "atmc", "plain"
 _RUNTIME, _VINO = ("onnx", "onnxruntime"), ("onnx", "openvino")
 KINDS = (
     Kind(OURS, "float32", (), "model", _ours),
@@ -106,6 +110,8 @@ KINDS = (
     Kind("ONNX Runtime", "float32", _RUNTIME, "dense", _onnxruntime("dense")),
     Kind("OpenVINO", "float32", _VINO, "dense", _openvino("dense", "f32")),
     Kind("OpenVINO, its default", None, _VINO, "dense", _openvino_default),
+    Kind("ONNX Runtime, unsimplified", "float32", _RUNTIME, PLAIN, _onnxruntime(PLAIN)),
+    Kind("OpenVINO, unsimplified", "float32", _VINO, PLAIN, _openvino(PLAIN, "f32")),
     Kind("ONNX Runtime int8", "int8", _RUNTIME, "int8", _onnxruntime("int8")),
     Kind("OpenVINO int8", "int8", (*_VINO, "onnxruntime"), "int8", _openvino("int8")),
 )
@@ -129,11 +135,11 @@ def work(pipe: Connection, name: str, files: Files, smallest: Files) -> None:
 def tiny(num_classes: int = 64) -> nn.Module:
     """A network for images of `TINY_SHAPE` with many zeros and few values, so that its file needs the whole decoder."""
     c, h, w = TINY_SHAPE
-    model = nn.Sequential(nn.Conv2d(c, 8, 3, padding=1), nn.ReLU(), nn.Flatten(), nn.Linear(8 * h * w, num_classes))
+    layers = nn.Conv2d(c, 8, 3, padding=1), nn.Linear(8 * h * w, num_classes)
     with torch.no_grad():
-        for weight in (model[0].weight, model[3].weight):
-            weight.copy_((3 * weight / weight.abs().max()).round() / 4)
-    return model.eval()
+        for layer in layers:
+            layer.weight.copy_((3 * layer.weight / layer.weight.abs().max()).round() / 4)
+    return nn.Sequential(layers[0], nn.ReLU(), nn.Flatten(), layers[1]).eval()
 
 
 class Worker:
