@@ -36,7 +36,7 @@ def seconds(network: SparseNetwork, program: Program, count: int, images: np.nda
     for _ in range(ROUNDS):
         start = time.perf_counter()
         for _ in range(RUNS):
-            team.run(part, arena, images, logits)
+            team.bind(part, arena, images, logits)()
         found.append((time.perf_counter() - start) / RUNS)
     return statistics.median(found)
 

@@ -160,7 +160,7 @@ def test_a_team_may_change_its_program_and_its_memory(kernel):
             assert distance(network(images[:n]), expected[:n]) < 1e-5
     program, logits = network.program(5), np.empty_like(expected, np.float32)
     for _ in range(2):
-        network._together.team.run(program, sparse.aligned(program.arena_floats), images, logits)
+        network._together.team.bind(program, sparse.aligned(program.arena_floats), images, logits)()
         assert distance(logits, expected) < 1e-5
 
 

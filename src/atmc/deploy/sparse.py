@@ -7,7 +7,7 @@ package, or where there was no compiler `fallback`, in Numba.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Protocol
 
@@ -28,8 +28,8 @@ FOUR_COST = {"native, avx512": 2.0, "native, avx2": 3.0}  # see `steps.in_fours`
 class Team(Protocol):
     """What runs programs."""
 
-    def run(self, program: Program, arena: Floats, images: Floats, logits: Floats) -> None:
-        """Write the logits (n, classes) of images (n, c, h, w)."""
+    def bind(self, program: Program, arena: Floats, images: Floats, logits: Floats) -> Callable[[], None]:
+        """What writes the logits (n, classes) of images (n, c, h, w) whenever it is called."""
 
 
 class SparseNetwork:
@@ -57,7 +57,7 @@ class SparseNetwork:
         one = program_of(self._steps, 1).arena_floats
         self.chunk = max(1, min(MOST_IMAGES, CHUNK_FLOATS // one))
         self._programs: dict[int, Program] = {}
-        self._single: tuple[Program, Floats, Floats] | None = None
+        self._single: tuple[Floats, Floats, Callable[[], None]] | None = None
         self._together = _Worker(team)
         alone = [_team(1, kernel, instructions)[0] for _ in range(threads)] if threads > 1 else []
         self._apart = [_Worker(team) for team in alone]
@@ -91,12 +91,13 @@ class SparseNetwork:
         return logits
 
     def _of_one(self, image: Floats) -> Floats:
-        """Through arrays whose addresses the team knows already."""
+        """Through arrays that the kernel knows already."""
         if self._single is None:
-            self._single = self.program(1), np.empty_like(image), np.empty((1, self.classes), np.float32)
-        _, images, logits = self._single
-        np.copyto(images, image)
-        self._together.run((self._single,))
+            known, logits = np.empty_like(image), np.empty((1, self.classes), np.float32)
+            self._single = known, logits, self._together.bind(self.program(1), known, logits)
+        known, logits, call = self._single
+        np.copyto(known, image)
+        call()
         return logits.copy()
 
 
@@ -106,11 +107,14 @@ class _Worker:
     def __init__(self, team: Team) -> None:
         self.team, self.arena = team, aligned(0)
 
+    def bind(self, program: Program, images: Floats, logits: Floats) -> Callable[[], None]:
+        if len(self.arena) < program.arena_floats:
+            self.arena = aligned(program.arena_floats)
+        return self.team.bind(program, self.arena, images, logits)
+
     def run(self, parts: Sequence[tuple[Program, Floats, Floats]]) -> None:
-        for program, images, logits in parts:
-            if len(self.arena) < program.arena_floats:
-                self.arena = aligned(program.arena_floats)
-            self.team.run(program, self.arena, images, logits)
+        for part in parts:
+            self.bind(*part)()
 
 
 def _team(threads: int, kernel: str | None, instructions: str | None) -> tuple[Team, str]:
