@@ -1,4 +1,4 @@
-"""The kernel under AddressSanitizer and UndefinedBehaviorSanitizer, in memory of exactly the sizes that programs say."""
+"""The kernel under AddressSanitizer and UndefinedBehaviorSanitizer, in memory of just the sizes that programs say."""
 
 import os
 import shutil

@@ -209,7 +209,7 @@ def _layouts(steps: Sequence[Step], shapes: dict[int, Shape], entries: dict[int,
     for value in parent:
         layout = found.setdefault(find(value), Layout())
         layout.rows, layout.row = max(layout.rows, shapes[value][1]), max(layout.row, shapes[value][2])
-    reach: dict[int, tuple[int, int, int, int]] = {}
+    reach: dict[int, list[tuple[Pair, Pair]]] = {}
     for step in steps:
         if isinstance(step.op, Conv):
             taps = entries[step.output]
@@ -218,13 +218,9 @@ def _layouts(steps: Sequence[Step], shapes: dict[int, Shape], entries: dict[int,
             layout = found[find(step.source)]
             layout.rows = max(layout.rows, ho + down[1], hi - down[0])
             layout.row = max(layout.row, wo + across[1], wi - across[0])
-            old = reach.get(find(step.source), (0, 0, 0, 0))
-            firsts, lasts = (
-                (min(old[0], down[0]), min(old[1], across[0])),
-                (max(old[2], down[1]), max(old[3], across[1])),
-            )
-            reach[find(step.source)] = *firsts, *lasts
-    for root, (top, left, bottom, right) in reach.items():
-        found[root].lead = -top * found[root].row - left
-        found[root].tail = bottom * found[root].row + right
+            reach.setdefault(find(step.source), []).append((down, across))
+    for root, pairs in reach.items():
+        row = found[root].row
+        found[root].lead = max(-down[0] * row - across[0] for down, across in pairs)
+        found[root].tail = max(down[1] * row + across[1] for down, across in pairs)
     return {value: found[find(value)] for value in parent}
