@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from networks import EXTREMES, distance, images_of, logits_of, random_graph
 
-from atmc.deploy import native
+from atmc.deploy import compiled
 from atmc.deploy.graph import Graph
 from atmc.deploy.program import NONZERO, OP, Program, program_of
 from atmc.deploy.steps import steps_of
@@ -24,7 +24,7 @@ def driver(tmp_path_factory) -> Path:
     if COMPILER is None:
         pytest.skip("there is no C++ compiler")
     path = tmp_path_factory.mktemp("driver") / "driver"
-    sources = [f"-I{Path(native.__file__).parent / 'native'}", str(TESTS / "kernel_driver.cpp")]
+    sources = [f"-I{Path(compiled.__file__).parent / 'native'}", str(TESTS / "kernel_driver.cpp")]
     built = subprocess.run([COMPILER, *OPTIONS, *sources, "-o", str(path)], capture_output=True, text=True)
     if built.returncode and ("lasan" in built.stderr or "lubsan" in built.stderr or "-fsanitize" in built.stderr):
         pytest.skip("the compiler has no sanitizers")

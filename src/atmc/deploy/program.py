@@ -32,7 +32,7 @@ NONZERO = np.dtype([("weight", np.float32), ("offset", np.int32)])
 
 @dataclass(frozen=True, eq=False)
 class Program:
-    """What `native` and `fallback` run: see kernel.cpp. arena_floats: how much memory activations take."""
+    """What `compiled` and `fallback` run: see kernel.cpp. arena_floats: how much memory activations take."""
 
     ops: NDArray[np.void]
     nonzeros: NDArray[np.void]

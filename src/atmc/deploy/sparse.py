@@ -1,7 +1,7 @@
 """The sparse engine: a compressed network on the CPU, at a cost that its nonzeros decide.
 
-`steps` fuses and lays out, `program` makes numbers of it, and the kernel runs them: `native`, compiled with the
-package, or where there was no compiler `fallback`, in Numba.
+`steps` fuses and lays out, `program` makes numbers of it, and the kernel runs them: `compiled`
+with the package, or where there was no compiler `fallback`, in Numba.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from typing import Protocol
 import numpy as np
 from numpy.typing import NDArray
 
-from atmc.deploy import native
+from atmc.deploy import compiled
 from atmc.deploy.graph import Graph
 from atmc.deploy.program import Program, program_of
 from atmc.deploy.steps import steps_of
@@ -41,7 +41,7 @@ class SparseNetwork:
     Args:
         threads: how many run it together.
         kernel: ``native`` or ``numba``; None for native where it was built.
-        instructions: of `native.instruction_sets()`; None for the fastest. Ignored by ``numba``.
+        instructions: of `compiled.instruction_sets()`; None for the fastest. Ignored by ``numba``.
 
     Raises:
         ValueError: the graph cannot be run, or there is no such kernel, or less than one thread.
@@ -118,7 +118,7 @@ class _Worker:
 
 
 def _team(threads: int, kernel: str | None, instructions: str | None) -> tuple[Team, str]:
-    sets = native.instruction_sets()
+    sets = compiled.instruction_sets()
     if threads < 1:
         raise ValueError(f"expected at least one thread, got {threads}")
     kernel = kernel or ("native" if sets else "numba")
@@ -127,7 +127,7 @@ def _team(threads: int, kernel: str | None, instructions: str | None) -> tuple[T
             raise ValueError("the native kernel was not built: there was no C++ compiler when atmc was installed")
         if instructions is not None and instructions not in sets:
             raise ValueError(f"no instructions {instructions!r} on this machine: expected one of {', '.join(sets)}")
-        return native.NativeTeam(threads, instructions or sets[0]), f"native, {instructions or sets[0]}"
+        return compiled.NativeTeam(threads, instructions or sets[0]), f"native, {instructions or sets[0]}"
     if kernel == "numba":
         from atmc.deploy.fallback import NumbaTeam
 
