@@ -115,7 +115,7 @@ class Engine:
         zeros = self._zeros
         if zeros.size != images.size:
             self._zeros = zeros = np.zeros(images.size, np.float32)
-        if images.reshape(-1).dot(zeros) != 0:  # nan, of nan or of infinity times 0
+        if np.vdot(images, zeros) != 0:  # nan, of nan or of infinity times 0
             raise ValueError("expected finite images, got nan or infinity")
         return images
 
