@@ -3,7 +3,7 @@
     python benchmarks/engine_profile.py --out results/deploy [--only resnet18-trained-99 ...]
 
 The cases are those of engines.py. An operation's time is that of the program up to it less that of the program
-before it: medians of 9 times 50 runs. Adds to profile.json, by kind of operation and side of its output: how many,
+before it: medians of 15 times 20 runs. Adds to profile.json, by kind of operation and side of its output: how many,
 microseconds, multiply-adds, and those done: with a layer's padding to whole registers, and where four outputs are
 taken together with the zeros among them.
 """
@@ -26,19 +26,27 @@ from atmc.deploy.engine import Engine
 from atmc.deploy.program import KINDS, VECTOR, Program
 from atmc.deploy.sparse import SparseNetwork, aligned
 
-ROUNDS, RUNS = 9, 50
+ROUNDS, RUNS = 15, 20
 
 
-def seconds(network: SparseNetwork, program: Program, count: int, images: np.ndarray) -> float:
-    """Of the first `count` operations."""
-    part, logits = replace(program, ops=program.ops[:count].copy()), np.empty((1, program.classes), np.float32)
-    arena, team, found = aligned(program.arena_floats), network._together.team, []
+def seconds(network: SparseNetwork, program: Program, images: np.ndarray) -> list[float]:
+    """Of the first k operations, k = 0, 1, ...; they take turns."""
+    parts = [replace(program, ops=program.ops[:count].copy()) for count in range(len(program.ops) + 1)]
+    arena, team, logits = (
+        aligned(program.arena_floats),
+        network._together.team,
+        np.empty((1, program.classes), np.float32),
+    )
+    found: list[list[float]] = [[] for _ in parts]
     for _ in range(ROUNDS):
-        start = time.perf_counter()
-        for _ in range(RUNS):
-            team.bind(part, arena, images, logits)()
-        found.append((time.perf_counter() - start) / RUNS)
-    return statistics.median(found)
+        for part, times in zip(parts, found, strict=True):
+            call = team.bind(part, arena, images, logits)
+            call()
+            start = time.perf_counter()
+            for _ in range(RUNS):
+                call()
+            times.append((time.perf_counter() - start) / RUNS)
+    return [statistics.median(times) for times in found]
 
 
 def work(program: Program, op: Any) -> tuple[int, int]:
@@ -62,16 +70,15 @@ def profiled(case: Case) -> dict[str, Any]:
     network = SparseNetwork(graph, threads=1)
     program, images = network.program(1), np.random.default_rng(0).random((1, *graph.input_shape), np.float32)
     rows: dict[tuple[str, int], dict[str, Any]] = {}
-    start = last = seconds(network, program, 0, images)
-    for count, op in enumerate(program.ops, start=1):
-        now = seconds(network, program, count, images)
+    times = seconds(network, program, images)
+    for op, last, now in zip(program.ops, times, times[1:], strict=False):
         key = KINDS[op["kind"]], int(op["out_height"])
         row = rows.setdefault(key, {"kind": key[0], "side": key[1], "ops": 0, "us": 0.0, "macs": 0, "done": 0})
         macs, done = work(program, op)
         for name, value in (("ops", 1), ("us", 1e6 * (now - last)), ("macs", macs), ("done", done)):
             row[name] += value
-        last = now
-    return {"kernel": network.kernel, "call_us": 1e6 * start, "total_us": 1e6 * last, "rows": list(rows.values())}
+    ends = {"call_us": 1e6 * times[0], "total_us": 1e6 * times[-1]}
+    return {"kernel": network.kernel, **ends, "rows": list(rows.values())}
 
 
 def main() -> None:

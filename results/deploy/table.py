@@ -55,7 +55,7 @@ def matches(row: dict[str, Any], kind: str) -> bool:
 
 def target(case: dict[str, Any], batch: int, precision: str) -> float | None:
     """What the issue asks for, if it does."""
-    if precision == "as it is":
+    if precision in ("as it is", "bfloat16"):
         return None
     if precision == "int8":
         return INT8_TARGETS.get(case["zeros"]) if case["network"].startswith("resnet") else None
