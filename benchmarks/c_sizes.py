@@ -1,9 +1,10 @@
 """Sizes of the C sources of committed model files, and whether they compute what PyTorch computes.
 
-    python benchmarks/c_sizes.py --data ../shared/data --out results/deploy
+    python benchmarks/c_sizes.py [results/mnist/atmc8-006/model.atmc ...] --data ../shared/data --out results/deploy
 
-Writes c_sizes.json and c_sizes.md. Needs cc; the columns of the Cortex-M4 need arm-none-eabi-gcc, its instructions also
-newlib (Debian: gcc-arm-none-eabi, libnewlib-arm-none-eabi) and qemu-system-arm. Each is left out where it is missing.
+Writes c_sizes.json and c_sizes.md; where files are named, the other rows stay as they are. Needs cc; the columns of the
+Cortex-M4 need arm-none-eabi-gcc, its instructions also newlib (Debian: gcc-arm-none-eabi, libnewlib-arm-none-eabi) and
+qemu-system-arm. Each is left out where it is missing.
 """
 
 from __future__ import annotations
@@ -40,6 +41,10 @@ STRICT = ["-std=c99", "-pedantic", "-Wall", "-Wextra", "-Werror"]
 CORTEX_M4 = ["-mcpu=cortex-m4", "-mthumb", "-mfpu=fpv4-sp-d16", "-mfloat-abi=hard"]
 STEPS = 20  # of PGD, each eps / 8 long
 FEW = 100  # images of CIFAR-10
+JOBS: tuple[tuple[str, str, float, int | None, int], ...] = (  # data, files, eps, clean images, attacked images
+    ("mnist", "results/mnist/*/model.atmc", 76 / 255, None, 500),
+    ("cifar10-jpeg", "results/cifar10/brief-*/model.atmc", 8 / 255, FEW, FEW),
+)
 
 STARTUP = """
 extern void _start(void);
@@ -221,25 +226,27 @@ def machine() -> str:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description="Sizes and agreement of the C sources of committed files.")
+    parser.add_argument("files", nargs="*", type=lambda text: Path(text).resolve(), help="all, if there are none")
     parser.add_argument("--data", type=Path, default=ROOT.parent / "shared" / "data")
     parser.add_argument("--out", type=Path, default=ROOT / "results" / "deploy")
     arguments = parser.parse_args()
     torch.set_num_threads(1)
     tools = {tool for tool in ("cc", "arm-none-eabi-gcc", "qemu-system-arm") if shutil.which(tool)}
     compilers = {tool: call(tool, "--version", folder=ROOT).splitlines()[0] for tool in sorted(tools)}
-    report: dict[str, Any] = {"machine": machine(), "compilers": compilers, "files": []}
-    jobs: list[tuple[str, str, float, int | None, int]] = [("mnist", "results/mnist/*/model.atmc", 76 / 255, None, 500)]
-    jobs += [("cifar10-jpeg", "results/cifar10/brief-*/model.atmc", 8 / 255, FEW, FEW)]
-    for data, pattern, eps, limit, attacked in jobs:
-        loaded = load_data(str(arguments.data / data))
-        test, classes = loaded.test.take(slice(0, limit)), loaded.num_classes
-        for path in sorted(ROOT.glob(pattern)):
-            row = of_file(path, test, classes, eps, attacked, tools)
-            report["files"].append(row)
-            print(json.dumps(row), flush=True)
+    saved = arguments.out / "c_sizes.json"
+    rows = {row["file"]: row for row in json.loads(saved.read_text())["files"]} if arguments.files else {}
     arguments.out.mkdir(parents=True, exist_ok=True)
-    (arguments.out / "c_sizes.json").write_text(json.dumps(report, indent=1) + "\n")
-    (arguments.out / "c_sizes.md").write_text(table(report))
+    for data, pattern, eps, limit, attacked in JOBS:
+        paths = [path for path in sorted(ROOT.glob(pattern)) if not arguments.files or path in arguments.files]
+        loaded = load_data(str(arguments.data / data)) if paths else None
+        for path in paths:
+            assert loaded is not None
+            row = of_file(path, loaded.test.take(slice(0, limit)), loaded.num_classes, eps, attacked, tools)
+            rows[row["file"]] = row
+            print(json.dumps(row), flush=True)
+            report = {"machine": machine(), "compilers": compilers, "files": list(rows.values())}
+            saved.write_text(json.dumps(report, indent=1) + "\n")
+            (arguments.out / "c_sizes.md").write_text(table(report))
 
 
 if __name__ == "__main__":

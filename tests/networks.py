@@ -103,21 +103,31 @@ def random_graph(seed: int) -> Graph:
                 x = add(random_pool(rng, shape(x)), x)
     if rng.random() < 0.3:
         x = add(GlobalAvgPool(), x)
-    x = add(Flatten(), x)
+    trunk = Graph(input_shape, (*nodes, Node(Flatten(), (x,))))
+    return _with_features(trunk, rng)
+
+
+def _with_features(trunk: Graph, rng: Rng) -> Graph:
+    """With linear layers and the like behind it."""
+    nodes, x, width = list(trunk.nodes), len(trunk.nodes), trunk.shapes()[-1][0]
+
+    def add(op: Op, *values: int) -> int:
+        nodes.append(Node(op, values))
+        return len(nodes)
+
     for part in rng.choice(["linear", "affine", "relu", "sum"], rng.integers(0, 4)):
-        width = shape(x)[0]
         square = Linear(floats(rng, width, width, density=4 / width), floats(rng, width))
         match part:
             case "linear":
-                x = add(Linear(floats(rng, 12, width, density=0.3), floats(rng, 12)), x)
+                x, width = add(Linear(floats(rng, 12, width, density=0.3), floats(rng, 12)), x), 12
             case "affine":
                 x = add(Affine(floats(rng, width), floats(rng, width)), x)
             case "relu":
                 x = add(Relu(), x)
             case "sum":
                 x = add(Add(), x, add(square, x))
-    add(Linear(floats(rng, 5, shape(x)[0]), floats(rng, 5)), x)
-    return Graph(input_shape, tuple(nodes))
+    add(Linear(floats(rng, 5, width), floats(rng, 5)), x)
+    return Graph(trunk.input_shape, tuple(nodes))
 
 
 def images_of(graph: Graph, n: int, seed: int = 0) -> np.ndarray:
@@ -135,14 +145,12 @@ def distance(found: np.ndarray, expected: np.ndarray) -> float:
     return float(np.abs(found - expected).max() / np.abs(expected).max())
 
 
-def _extremes() -> dict[str, Graph]:
-    rng = np.random.default_rng(0)
+def conv(outputs: int, inputs: int, *kernel: int, density: float = 0.3, **rest: object) -> Conv:
+    rng = np.random.default_rng(outputs)
+    return Conv(floats(rng, outputs, inputs, *kernel, density=density), floats(rng, outputs), **rest)
 
-    def conv(outputs: int, inputs: int, *kernel: int, density: float = 0.3, **rest: object) -> Conv:
-        return Conv(floats(rng, outputs, inputs, *kernel, density=density), floats(rng, outputs), **rest)
 
-    hollow = conv(6, 3, 3, 3, padding=(1, 1))
-    hollow.weight[[0, 3, 5]] = 0
+def _branches() -> dict[str, Graph]:
     fork = (
         Node(conv(4, 3, 3, 3, padding=(1, 1)), (0,)),
         Node(Relu(), (1,)),
@@ -157,39 +165,50 @@ def _extremes() -> dict[str, Graph]:
         Node(conv(4, 3, 1, 1, stride=(2, 2)), (0,)),
         Node(Add(), (1, 2)),
     )
-    unread = (Node(Flatten(), (0,)), Node(Linear(floats(rng, 5, 12), floats(rng, 5)), (1,)), Node(Relu(), (1,)))
+    linear = Linear(floats(np.random.default_rng(0), 5, 12), np.ones(5, np.float32))
+    unread = Node(Flatten(), (0,)), Node(linear, (1,)), Node(Relu(), (1,)), Node(Relu(), (2,))
     return {
-        "only images": chain((3, 2, 2), Flatten()),
+        "fork": ended(Graph((3, 7, 6), fork)),
+        "strided fork": ended(Graph((3, 7, 6), strided)),
+        "an operation that nobody reads": Graph((3, 2, 2), unread),
+    }
+
+
+def _geometries() -> dict[str, Graph]:
+    pairs, overlapping = MaxPool((2, 2), (2, 2)), MaxPool((3, 3), (1, 1), (1, 1))
+    dilated = conv(4, 2, 3, 3, padding=(6, 6), dilation=(6, 6), density=1)
+    return {
         "one pixel": ended(chain((3, 1, 1), conv(4, 3, 3, 3, padding=(1, 1)), Relu(), conv(4, 4, 1, 1))),
         "one pixel strided": ended(chain((3, 1, 1), conv(4, 3, 3, 3, padding=(1, 1), stride=(2, 2), density=1))),
         "one column": ended(chain((2, 9, 1), conv(4, 2, 3, 3, padding=(1, 1)), MaxPool((2, 1), (2, 1)))),
         "kernel beyond the image": ended(chain((2, 3, 2), conv(4, 2, 9, 11, padding=(4, 5)), conv(3, 4, 3, 1))),
-        "dilated beyond the image": ended(
-            chain((2, 4, 4), conv(4, 2, 3, 3, padding=(6, 6), dilation=(6, 6), density=1))
-        ),
+        "dilated beyond the image": ended(chain((2, 4, 4), dilated)),
         "padding beyond the kernel": ended(chain((2, 4, 3), conv(4, 2, 1, 3, padding=(3, 4), density=1), Relu())),
         "stride beyond the kernel": ended(chain((2, 13, 14), conv(4, 2, 2, 1, stride=(5, 4), density=1))),
         "depthwise": ended(chain((6, 9, 9), conv(6, 1, 3, 3, density=1, padding=(1, 1), groups=6), Relu(6.0))),
-        "empty rows": ended(chain((3, 8, 8), hollow, Relu(), conv(5, 6, 3, 3))),
-        "all zero": ended(chain((3, 8, 8), conv(5, 3, 3, 3, density=0, padding=(2, 2)), conv(5, 5, 3, 3))),
-        "all zero linear": chain((1, 2, 2), Flatten(), Linear(np.zeros((3, 4), np.float32), floats(rng, 3))),
-        "normalized": ended(chain((3, 8, 8), Affine(floats(rng, 3), floats(rng, 3)), conv(4, 3, 3, 3, padding=(1, 1)))),
-        "activated flatten": chain((2, 3, 3), conv(4, 2, 3, 3, density=1), Flatten(), Relu(), Relu(0.1)),
-        "fork": ended(Graph((3, 7, 6), fork)),
-        "strided fork": ended(Graph((3, 7, 6), strided)),
-        "ends in an unread value's neighbour": Graph((3, 2, 2), (*unread, Node(Relu(), (2,)))),
         "global average of a large image": ended(chain((2, 70, 61), GlobalAvgPool(), Relu())),
-        "dense, an odd number of outputs": ended(
-            chain((3, 8, 8), conv(7, 3, 3, 3, density=1), conv(9, 7, 3, 3, density=1))
-        ),
-        "long streams": ended(chain((2, 60, 60), conv(3, 2, 3, 3, padding=(1, 1)), MaxPool((2, 2), (2, 2)))),
-        "wide rows": ended(
-            chain((2, 3, 90), MaxPool((2, 2), (2, 2)), conv(3, 2, 1, 3), MaxPool((3, 3), (1, 1), (1, 1)))
-        ),
+        "long streams": ended(chain((2, 60, 60), conv(3, 2, 3, 3, padding=(1, 1)), pairs)),
+        "wide rows": ended(chain((2, 3, 90), pairs, conv(3, 2, 1, 3), overlapping)),
     }
 
 
-EXTREMES = _extremes()
+def _values() -> dict[str, Graph]:
+    rng = np.random.default_rng(0)
+    hollow, normalization = conv(6, 3, 3, 3, padding=(1, 1)), Affine(floats(rng, 3), floats(rng, 3))
+    hollow.weight[[0, 3, 5]] = 0
+    odd = chain((3, 8, 8), conv(7, 3, 3, 3, density=1), conv(9, 7, 3, 3, density=1))
+    return {
+        "only images": chain((3, 2, 2), Flatten()),
+        "empty rows": ended(chain((3, 8, 8), hollow, Relu(), conv(5, 6, 3, 3))),
+        "all zero": ended(chain((3, 8, 8), conv(5, 3, 3, 3, density=0, padding=(2, 2)), conv(5, 5, 3, 3))),
+        "all zero linear": chain((1, 2, 2), Flatten(), Linear(np.zeros((3, 4), np.float32), floats(rng, 3))),
+        "normalized": ended(chain((3, 8, 8), normalization, conv(4, 3, 3, 3, padding=(1, 1)))),
+        "activated flatten": chain((2, 3, 3), conv(4, 2, 3, 3, density=1), Flatten(), Relu(), Relu(0.1)),
+        "dense, an odd number of outputs": ended(odd),
+    }
+
+
+EXTREMES = {**_branches(), **_geometries(), **_values()}
 
 
 def _pair(values: np.ndarray) -> tuple[int, int]:

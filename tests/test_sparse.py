@@ -9,14 +9,14 @@ import numpy as np
 import pytest
 from networks import EXTREMES, chain, distance, ended, floats, images_of, logits_of, random_graph
 
-from atmc.deploy import fallback, native, sparse
+from atmc.deploy import compiled, fallback, sparse
 from atmc.deploy.graph import AvgPool, Conv, Flatten, Graph, Linear, MaxPool, Node, Relu
 from atmc.deploy.program import KINDS, program_of
 from atmc.deploy.sparse import SparseNetwork
 from atmc.deploy.steps import steps_of
 
 ABSENT = pytest.mark.skip(reason="the native kernel was not built: there is no C++ compiler")
-NATIVE = [("native", name, threads) for name in native.instruction_sets() for threads in (1, 2)]
+NATIVE = [("native", name, threads) for name in compiled.instruction_sets() for threads in (1, 2)]
 KERNELS = [*(NATIVE or [pytest.param("native", None, 1, marks=ABSENT)]), ("numba", None, 1)]
 BATCHES = (1, 2, 5, 17)
 
@@ -58,8 +58,8 @@ def test_the_kernel_is_built_where_there_is_a_compiler():
     compilers = [name for name in (os.environ.get("CXX"), "c++", "g++", "clang++") if name and shutil.which(name)]
     if not compilers:
         pytest.skip("there is no C++ compiler")
-    assert native.instruction_sets(), f"there is {compilers[0]} but no kernel of this version: pip install -e ."
-    assert "portable" in native.instruction_sets()
+    assert compiled.instruction_sets(), f"there is {compilers[0]} but no kernel of this version: pip install -e ."
+    assert "portable" in compiled.instruction_sets()
 
 
 def test_the_fallback_runs_every_kind_of_operation():
@@ -98,7 +98,7 @@ def test_pools(kernel, ceil_mode):
 
 @pytest.mark.parametrize("seed", range(4))
 def test_outputs_four_at_a_time(kernel, seed, monkeypatch):
-    every = dict.fromkeys((*(f"native, {name}" for name in native.instruction_sets()), "numba"), 0.0)
+    every = dict.fromkeys((*(f"native, {name}" for name in compiled.instruction_sets()), "numba"), 0.0)
     monkeypatch.setattr(sparse, "FOUR_COST", every)
     for each in range(5 * seed, 5 * seed + 5):
         graph, _, _ = expected_of(each, 1)
@@ -143,7 +143,7 @@ def test_what_was_in_memory_does_not_matter(kernel, key, garbage):
 
 
 @pytest.mark.skipif(not NATIVE, reason="the native kernel was not built")
-@pytest.mark.parametrize("instructions", native.instruction_sets())
+@pytest.mark.parametrize("instructions", compiled.instruction_sets())
 def test_results_do_not_depend_on_the_number_of_threads(instructions):
     for seed in range(20):
         graph, images, _ = expected_of(seed, 5)
@@ -160,7 +160,7 @@ def test_a_team_may_change_its_program_and_its_memory(kernel):
             assert distance(network(images[:n]), expected[:n]) < 1e-5
     program, logits = network.program(5), np.empty_like(expected, np.float32)
     for _ in range(2):
-        network._together.team.run(program, sparse.aligned(program.arena_floats), images, logits)
+        network._together.team.bind(program, sparse.aligned(program.arena_floats), images, logits)()
         assert distance(logits, expected) < 1e-5
 
 
@@ -179,7 +179,7 @@ def test_what_cannot_be_run_is_refused():
 
 
 def test_without_the_native_kernel_numba_serves(monkeypatch):
-    monkeypatch.setattr(native, "instruction_sets", list)
+    monkeypatch.setattr(compiled, "instruction_sets", list)
     graph, images, expected = expected_of(0, 2)
     network = SparseNetwork(graph)
     assert network.kernel == "numba"

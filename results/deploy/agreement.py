@@ -1,4 +1,4 @@
-"""The engine against PyTorch on the same files: logits, predictions, and robust accuracy replayed. Writes agreement.json.
+"""The engine against PyTorch on the same files: logits, predictions, robust accuracy replayed; writes agreement.json.
 
 python results/deploy/agreement.py [--mnist ../shared/data/mnist] [--cifar ../shared/data/cifar10-jpeg] [--n 1000]
 
@@ -22,7 +22,7 @@ from torch import nn
 
 import atmc
 from atmc.data import Images, load_data
-from atmc.deploy import native
+from atmc.deploy import compiled
 from atmc.deploy.sparse import SparseNetwork
 from atmc.robust import examples
 from atmc.robust.evaluate import Verdicts, attacked, judged
@@ -61,7 +61,7 @@ def engines(file: Path, lenet: bool) -> Iterator[tuple[str, Network]]:
         engine = atmc.Engine(file, threads=threads)
         yield f"Engine, {threads} allowed: {engine.describe()}", engine
     if lenet:
-        for name in native.instruction_sets():
+        for name in compiled.instruction_sets():
             yield f"native, {name}", SparseNetwork(engine.graph, instructions=name)
         yield "numba", SparseNetwork(engine.graph, kernel="numba")
 

@@ -1,6 +1,6 @@
 """`pgd`, `pgd-strong` and AutoAttack on the files of results/mnist; resumable, one JSON a file in mnist/.
 
-python results/evaluation/mnist.py [--models ../mnist_v1] [--data ../shared/data/mnist] [--n 1000] [--state /tmp/states]
+python results/evaluation/mnist.py [RUN ...] [--models results/mnist] [--data ../shared/data/mnist] [--n 1000] [--state /tmp/states]
 
 An interrupted call goes on where it was. The states stay in the folder --state: `checks.py` reads the verdicts there.
 """
@@ -22,8 +22,8 @@ from atmc.robust import resume
 from atmc.robust.evaluate import Verdicts, attacked, clean_accuracy, judged
 from atmc.robust.protocols import protocol_of
 
-ORDER = ["atmc8-0015", "dense", "atmc32-0015", "atmc4-006", "atmc8-006", "atmc8-01", "atmc32-006", "atmc8-05"]
-ORDER += ["atmc32-01", "atmc32-05"]
+ORDER = ["atmc8-0015", "dense", "bytes-1528", "bytes-4519", "atmc8-006", "atmc4-006", "atmc8-01", "atmc8-05"]
+ORDER += ["atmc32-0015", "atmc32-006", "atmc32-01", "atmc32-05"]
 
 
 def evaluate(run: str, attack: str, options: argparse.Namespace) -> None:
@@ -66,6 +66,7 @@ def evaluate(run: str, attack: str, options: argparse.Namespace) -> None:
 def main() -> None:
     """Every file, in an order that answers first what is asked most."""
     parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("runs", nargs="*", default=ORDER)
     parser.add_argument("--models", default="results/mnist")
     parser.add_argument("--data", default="../shared/data/mnist")
     parser.add_argument("--state", default="/tmp/atmc-evaluation")
@@ -75,7 +76,7 @@ def main() -> None:
     torch.set_num_threads(1)
     Path(options.state).mkdir(parents=True, exist_ok=True)
     for attacks in (("pgd", "pgd-strong"), ("autoattack",)):
-        for run in ORDER:
+        for run in options.runs:
             for attack in attacks:
                 evaluate(run, attack, options)
 

@@ -49,6 +49,16 @@ def rows() -> list[dict[str, Any]]:
             "pgd_strong_high": strong["ci95"][1],
         }
         row |= {"n": strong["n"], "seed": metrics["seed"], "minutes": round(metrics["seconds"] / 60, 1)}
+        before, after = metrics["validation"]["before_rounding"], metrics["validation"]
+        for name in ("clean", "pgd"):
+            row[f"{name}_rounding"] = round(after[name]["accuracy"] - before[name]["accuracy"], 6)
+        stored = HERE.parent / "evaluation" / "mnist" / f"{path.parent.name}.json"
+        attacks = json.loads(stored.read_text())["attacks"] if stored.exists() else {}
+        if auto := attacks.get("autoattack"):
+            low, high = auto["ci95"]
+            row |= {"autoattack": auto["accuracy"], "autoattack_low": low, "autoattack_high": high}
+        else:
+            row |= dict.fromkeys(("autoattack", "autoattack_low", "autoattack_high"))
         held = inspection(path.with_name("model.atmc"))
         terms = [held["factorized"].get(name, {"components": 0})["components"] for name in held["dead_channels"]]
         row["live_terms"] = "–" if metrics["method"] == "da" else " ".join(map(str, terms))
@@ -58,6 +68,8 @@ def rows() -> list[dict[str, Any]]:
 
 def percent(row: dict[str, Any], name: str) -> str:
     """'89.40 [88.78, 89.99]'."""
+    if row[name] is None:
+        return "not yet"
     return f"{row[name]:.2%} [{row[name + '_low']:.2%}, {row[name + '_high']:.2%}]".replace("%", "")
 
 
@@ -101,14 +113,16 @@ def main() -> None:
 
     head = (HERE / "about.md").read_text()
     lines = [
-        "| run | k / N | bits | nominal ratio | file, bytes | clean | paper | pgd | paper | pgd-strong | terms of U V |"
+        "| run | k / N | bits | nominal ratio | file, bytes | clean | paper | pgd | paper | pgd-strong | AutoAttack "
+        "| rounding: clean, pgd | terms of U V |"
     ]
-    lines.append("|---|---|---|---|---|---|---|---|---|---|---|")
+    lines.append("|---|---|---|---|---|---|---|---|---|---|---|---|---|")
     for row in table:
         lines.append(
             f"| `{row['run']}` | {row['k_ratio']} | {row['bits']} | {row['nominal_ratio']} | {row['file_bytes']:,} "
             f"| {percent(row, 'clean')} | {theirs(row, 'clean')} "
             f"| {percent(row, 'pgd')} | {theirs(row, 'pgd')} | {percent(row, 'pgd_strong')} "
+            f"| {percent(row, 'autoattack')} | {100 * row['clean_rounding']:+.2f}, {100 * row['pgd_rounding']:+.2f} "
             f"| {row['live_terms']} |"
         )
     (HERE / "README.md").write_text(head + "\n".join(lines) + "\n")

@@ -310,7 +310,7 @@ def compose(form: Form, u: np.ndarray, v: np.ndarray, c: np.ndarray | None) -> n
 
 def product_cost(u: np.ndarray, v: np.ndarray) -> int:
     """About how long `compose` takes for these factors, in multiply-adds of dense ones."""
-    return min(u.shape[0] * u.shape[1] * v.shape[1], SPARSE_COST * _products(u, v))
+    return min(u.size * int(v.shape[1]), SPARSE_COST * _products(u, v))
 
 
 def _products(u: np.ndarray, v: np.ndarray) -> int:

@@ -112,9 +112,10 @@ class Engine:
             expected = ", ".join(map(str, self.graph.input_shape))
             raise ValueError(f"expected images of shape (n, {expected}), got {images.shape}")
         images = np.ascontiguousarray(images)
-        if len(self._zeros) < images.size:
-            self._zeros = np.zeros(images.size, np.float32)
-        if images.reshape(-1) @ self._zeros[: images.size] != 0:  # nan, of nan or of infinity times 0
+        zeros = self._zeros
+        if zeros.size != images.size:
+            self._zeros = zeros = np.zeros(images.size, np.float32)
+        if np.vdot(images, zeros) != 0:  # nan, of nan or of infinity times 0
             raise ValueError("expected finite images, got nan or infinity")
         return images
 

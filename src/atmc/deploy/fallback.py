@@ -6,6 +6,7 @@ What the operations do is told in native/kernel.cpp, with which this agrees to r
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import numba
@@ -38,6 +39,10 @@ class NumbaTeam:
 
     def __init__(self, threads: int) -> None:
         self._known: tuple[Program, Integers] | None = None
+
+    def bind(self, program: Program, arena: Floats, images: Floats, logits: Floats) -> Callable[[], None]:
+        """What writes the logits (n, classes) of images (n, c, h, w) whenever it is called."""
+        return partial(self.run, program, arena, images, logits)
 
     def run(self, program: Program, arena: Floats, images: Floats, logits: Floats) -> None:
         """Write the logits (n, classes) of images (n, c, h, w); all contiguous float32 and of the program's sizes."""

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 from numpy.typing import NDArray
@@ -32,7 +32,7 @@ NONZERO = np.dtype([("weight", np.float32), ("offset", np.int32)])
 
 @dataclass(frozen=True, eq=False)
 class Program:
-    """What `native` and `fallback` run: see kernel.cpp. arena_floats: how much memory activations take."""
+    """What `compiled` and `fallback` run: see kernel.cpp. arena_floats: how much memory activations take."""
 
     ops: NDArray[np.void]
     nonzeros: NDArray[np.void]
@@ -73,12 +73,13 @@ class _Place:
     image: int
     stride: int
     lead: int
+    tail: int = 0
     at: int = -1
 
     @property
     def floats(self) -> int:
-        """Memory that it takes, its lead included."""
-        return self.lead + self.shape[0] * self.stride
+        """Memory that it takes, with what is read before and behind it."""
+        return self.lead + self.shape[0] * self.stride + self.tail
 
     @property
     def vectors(self) -> int:
@@ -128,7 +129,8 @@ def _place(steps: Steps, value: int, batch: int) -> _Place:
     image = layout.row * layout.rows
     stride = _round(batch * image)
     stride += VECTOR if stride % 256 == 0 else 0  # channels a power of two apart would share their places in the cache
-    return _Place(shape, batch, layout.row, image, stride, _round(layout.lead))
+    # a pool reads up to two registers behind its last window
+    return _Place(shape, batch, layout.row, image, stride, _round(layout.lead), _round(layout.tail) + 2 * VECTOR)
 
 
 def _placed(steps: Steps, batch: int) -> tuple[dict[int, _Place], int]:
@@ -147,21 +149,8 @@ def _placed(steps: Steps, batch: int) -> tuple[dict[int, _Place], int]:
         rivals = (other for other in taken if born[other] <= until and born[value] <= dies.get(other, born[other]))
         at = _lowest(places[value].floats, (taken[other] for other in rivals))
         taken[value] = at, at + _round(places[value].floats)
-    end = max(end for _, end in taken.values())
-    slack = max((abs(_offsets(entries, 0, steps, value)) for value, entries in steps.entries.items()), default=0)
-    moved = {value: _moved(places[value], taken[value][0]) for value in born}
-    return moved, end + _round(slack) + 16 * VECTOR
-
-
-def _offsets(entries: Entries, stride: int, steps: Steps, value: int) -> int:
-    """The greatest shift of a layer's streams."""
-    if value not in steps.layouts or not len(entries.down):
-        return 0
-    return int((entries.down * steps.layouts[value].row + entries.across).max()) + stride
-
-
-def _moved(place: _Place, at: int) -> _Place:
-    return _Place(place.shape, place.batch, place.row, place.image, place.stride, place.lead, at + place.lead)
+    moved = {value: replace(places[value], at=taken[value][0] + places[value].lead) for value in born}
+    return moved, max(end for _, end in taken.values())
 
 
 def _lowest(length: int, taken: Iterable[tuple[int, int]]) -> int:

@@ -1,20 +1,20 @@
 """The sparse engine: a compressed network on the CPU, at a cost that its nonzeros decide.
 
-`steps` fuses and lays out, `program` makes numbers of it, and the kernel runs them: `native`, compiled with the
-package, or where there was no compiler `fallback`, in Numba.
+`steps` fuses and lays out, `program` makes numbers of it, and the kernel runs them: `compiled`
+with the package, or where there was no compiler `fallback`, in Numba.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Protocol
 
 import numpy as np
 from numpy.typing import NDArray
 
-from atmc.deploy import native
+from atmc.deploy import compiled
 from atmc.deploy.graph import Graph
 from atmc.deploy.program import Program, program_of
 from atmc.deploy.steps import steps_of
@@ -28,8 +28,8 @@ FOUR_COST = {"native, avx512": 2.0, "native, avx2": 3.0}  # see `steps.in_fours`
 class Team(Protocol):
     """What runs programs."""
 
-    def run(self, program: Program, arena: Floats, images: Floats, logits: Floats) -> None:
-        """Write the logits (n, classes) of images (n, c, h, w)."""
+    def bind(self, program: Program, arena: Floats, images: Floats, logits: Floats) -> Callable[[], None]:
+        """What writes the logits (n, classes) of images (n, c, h, w) whenever it is called."""
 
 
 class SparseNetwork:
@@ -41,7 +41,7 @@ class SparseNetwork:
     Args:
         threads: how many run it together.
         kernel: ``native`` or ``numba``; None for native where it was built.
-        instructions: of `native.instruction_sets()`; None for the fastest. Ignored by ``numba``.
+        instructions: of `compiled.instruction_sets()`; None for the fastest. Ignored by ``numba``.
 
     Raises:
         ValueError: the graph cannot be run, or there is no such kernel, or less than one thread.
@@ -57,7 +57,7 @@ class SparseNetwork:
         one = program_of(self._steps, 1).arena_floats
         self.chunk = max(1, min(MOST_IMAGES, CHUNK_FLOATS // one))
         self._programs: dict[int, Program] = {}
-        self._single: tuple[Program, Floats, Floats] | None = None
+        self._single: tuple[Floats, Floats, Callable[[], None]] | None = None
         self._together = _Worker(team)
         alone = [_team(1, kernel, instructions)[0] for _ in range(threads)] if threads > 1 else []
         self._apart = [_Worker(team) for team in alone]
@@ -91,12 +91,13 @@ class SparseNetwork:
         return logits
 
     def _of_one(self, image: Floats) -> Floats:
-        """Through arrays whose addresses the team knows already."""
+        """Through arrays that the kernel knows already."""
         if self._single is None:
-            self._single = self.program(1), np.empty_like(image), np.empty((1, self.classes), np.float32)
-        _, images, logits = self._single
-        np.copyto(images, image)
-        self._together.run((self._single,))
+            known, logits = np.empty_like(image), np.empty((1, self.classes), np.float32)
+            self._single = known, logits, self._together.bind(self.program(1), known, logits)
+        known, logits, call = self._single
+        np.copyto(known, image)
+        call()
         return logits.copy()
 
 
@@ -106,15 +107,18 @@ class _Worker:
     def __init__(self, team: Team) -> None:
         self.team, self.arena = team, aligned(0)
 
+    def bind(self, program: Program, images: Floats, logits: Floats) -> Callable[[], None]:
+        if len(self.arena) < program.arena_floats:
+            self.arena = aligned(program.arena_floats)
+        return self.team.bind(program, self.arena, images, logits)
+
     def run(self, parts: Sequence[tuple[Program, Floats, Floats]]) -> None:
-        for program, images, logits in parts:
-            if len(self.arena) < program.arena_floats:
-                self.arena = aligned(program.arena_floats)
-            self.team.run(program, self.arena, images, logits)
+        for part in parts:
+            self.bind(*part)()
 
 
 def _team(threads: int, kernel: str | None, instructions: str | None) -> tuple[Team, str]:
-    sets = native.instruction_sets()
+    sets = compiled.instruction_sets()
     if threads < 1:
         raise ValueError(f"expected at least one thread, got {threads}")
     kernel = kernel or ("native" if sets else "numba")
@@ -123,7 +127,7 @@ def _team(threads: int, kernel: str | None, instructions: str | None) -> tuple[T
             raise ValueError("the native kernel was not built: there was no C++ compiler when atmc was installed")
         if instructions is not None and instructions not in sets:
             raise ValueError(f"no instructions {instructions!r} on this machine: expected one of {', '.join(sets)}")
-        return native.NativeTeam(threads, instructions or sets[0]), f"native, {instructions or sets[0]}"
+        return compiled.NativeTeam(threads, instructions or sets[0]), f"native, {instructions or sets[0]}"
     if kernel == "numba":
         from atmc.deploy.fallback import NumbaTeam
 

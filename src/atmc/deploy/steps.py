@@ -42,11 +42,12 @@ class Step:
 
 @dataclass
 class Layout:
-    """Of the streams that share one: floats a row, rows an image, and how far before a stream somebody reads."""
+    """Of the streams that share one: floats a row, rows an image, and how far before and behind them somebody reads."""
 
     row: int = 1
     rows: int = 1
     lead: int = 0
+    tail: int = 0
 
 
 @dataclass(frozen=True, eq=False)
@@ -208,7 +209,7 @@ def _layouts(steps: Sequence[Step], shapes: dict[int, Shape], entries: dict[int,
     for value in parent:
         layout = found.setdefault(find(value), Layout())
         layout.rows, layout.row = max(layout.rows, shapes[value][1]), max(layout.row, shapes[value][2])
-    reach: dict[int, tuple[int, int]] = {}
+    reach: dict[int, list[tuple[Pair, Pair]]] = {}
     for step in steps:
         if isinstance(step.op, Conv):
             taps = entries[step.output]
@@ -217,8 +218,9 @@ def _layouts(steps: Sequence[Step], shapes: dict[int, Shape], entries: dict[int,
             layout = found[find(step.source)]
             layout.rows = max(layout.rows, ho + down[1], hi - down[0])
             layout.row = max(layout.row, wo + across[1], wi - across[0])
-            old = reach.get(find(step.source), (0, 0))
-            reach[find(step.source)] = min(old[0], down[0]), min(old[1], across[0])
-    for root, (down_first, across_first) in reach.items():
-        found[root].lead = -down_first * found[root].row - across_first
+            reach.setdefault(find(step.source), []).append((down, across))
+    for root, pairs in reach.items():
+        row = found[root].row
+        found[root].lead = max(-down[0] * row - across[0] for down, across in pairs)
+        found[root].tail = max(down[1] * row + across[1] for down, across in pairs)
     return {value: found[find(value)] for value in parent}

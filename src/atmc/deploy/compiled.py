@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import ctypes
+from collections.abc import Callable
 from functools import cache
 from importlib.machinery import EXTENSION_SUFFIXES
-from operator import is_not
 from pathlib import Path
 from typing import Any
 
@@ -52,19 +52,26 @@ class NativeTeam:
         assert library is not None
         self._library, self._instructions = library, instructions.encode()
         self._team = library.atmc_team(threads)
-        self._arrays: tuple[Any, ...] = ()
-        self._arguments: tuple[Any, ...] = ()
         if not self._team:
             raise MemoryError(f"cannot start {threads} threads")
 
-    def run(self, program: Program, arena: NDArray[Any], images: NDArray[Any], logits: NDArray[Any]) -> None:
-        """Write the logits (n, classes) of images (n, c, h, w); all contiguous float32 and of the program's sizes."""
+    def bind(
+        self, program: Program, arena: NDArray[Any], images: NDArray[Any], logits: NDArray[Any]
+    ) -> Callable[[], None]:
+        """What writes the logits (n, classes) of images (n, c, h, w) whenever it is called.
+
+        All arrays are contiguous float32 and of the program's sizes. It takes their addresses once: numpy needs a
+        microsecond for each.
+        """
         arrays = program.ops, arena, program.nonzeros, program.starts, program.floats, program.masks, images, logits
-        if len(self._arrays) != len(arrays) or any(map(is_not, arrays, self._arrays)):  # an address takes a microsecond
-            ops, *tables = (array.ctypes.data for array in arrays)
-            self._arrays, self._arguments = arrays, (ops, len(program.ops), *tables)
-        failed = self._library.atmc_run(self._team, self._instructions, *self._arguments)
-        assert not failed, f"the kernel has no {self._instructions!r}"
+        ops, *tables = (array.ctypes.data for array in arrays)
+        run, arguments = self._library.atmc_run, (self._team, self._instructions, ops, len(program.ops), *tables)
+
+        def call(_: object = (self, arrays)) -> None:  # which must live as long as it does
+            failed = run(*arguments)
+            assert not failed, "the kernel lacks an instruction set that it had"
+
+        return call
 
     def __del__(self) -> None:
         if getattr(self, "_team", None):
