@@ -32,11 +32,8 @@ ROUNDS, RUNS = 15, 20
 def seconds(network: SparseNetwork, program: Program, images: np.ndarray) -> list[float]:
     """Of the first k operations, k = 0, 1, ...; they take turns."""
     parts = [replace(program, ops=program.ops[:count].copy()) for count in range(len(program.ops) + 1)]
-    arena, team, logits = (
-        aligned(program.arena_floats),
-        network._together.team,
-        np.empty((1, program.classes), np.float32),
-    )
+    arena, logits = aligned(program.arena_floats), np.empty((1, program.classes), np.float32)
+    team = network._together.team
     found: list[list[float]] = [[] for _ in parts]
     for _ in range(ROUNDS):
         for part, times in zip(parts, found, strict=True):

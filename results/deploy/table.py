@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import statistics
 from pathlib import Path
 from typing import Any
@@ -116,7 +117,12 @@ def middle(case: dict[str, Any], batch: int) -> dict[str, Any]:
 
 def spread(row: dict[str, Any]) -> str:
     """'1.23 ±0.04'."""
-    return f"{row['median_ms']:.3g} ±{(row['q3_ms'] - row['q1_ms']) / 2:.1g}"
+    return f"{digits(row['median_ms'], 3)} ±{digits((row['q3_ms'] - row['q1_ms']) / 2, 1)}"
+
+
+def digits(value: float, count: int) -> str:
+    """So many significant digits, never as a power of ten."""
+    return f"{float(f'{value:.{count}g}'):,.{max(0, count - 1 - math.floor(math.log10(value)))}f}" if value else "0"
 
 
 def memory(cases: dict[str, Any]) -> list[str]:
