@@ -8,6 +8,7 @@ import subprocess
 import numpy as np
 import pytest
 import torch
+from torch import nn
 
 from atmc import models
 from atmc.deploy import c_tables
@@ -17,6 +18,7 @@ from atmc.deploy.c_source import to_c
 from atmc.deploy.graph import Add, Affine, AvgPool, Conv, Flatten, GlobalAvgPool, Graph, Linear, MaxPool, Node, Relu
 from atmc.deploy.graph import evaluate as run
 from atmc.deploy.simplify import simplify
+from atmc.pack.forms import Weight
 
 CC = shutil.which("cc") or shutil.which("gcc")
 FLAGS = ["-std=c99", "-pedantic", "-O2", "-Wall", "-Wextra", "-Wshadow", "-Wconversion", "-Werror"]
@@ -344,3 +346,16 @@ def test_what_cannot_be_written():
         to_c(Graph((2, 1, 1), ()))
     with pytest.raises(ValueError, match="expected weights to be finite"):
         to_c(chain((2, 1, 1), Affine(np.array([1, np.nan], np.float32), np.zeros(2, np.float32))))
+
+
+def test_factors_are_used_where_they_make_smaller_tables():
+    u, v, c = np.zeros((64, 1), np.float32), np.zeros((1, 64), np.float32), np.zeros((64, 64), np.float32)
+    rng = np.random.default_rng(0)
+    u[:12, 0], v[0, :12], c[0, 63] = rng.random(12), rng.random(12), 0.5  # 144 nonzeros of W, 25 of the factors
+    model = nn.Sequential(nn.Flatten(), nn.Linear(64, 64)).eval()
+    weight = Weight("svd", (64, 64), {"U": u, "V": v, "C": c})
+    with torch.no_grad():
+        model[1].weight.copy_(torch.from_numpy(weight.value()))
+    made = model_to_c(model, (1, 8, 8), {"1.weight": weight})
+    assert len(simplify(model, (1, 8, 8), {"1.weight": weight}).nodes) == 2  # in Python W is less work
+    assert made.table_bytes < model_to_c(model, (1, 8, 8)).table_bytes

@@ -8,7 +8,7 @@ from torch import nn
 
 from atmc.deploy.c_source import CSource, to_c
 from atmc.deploy.channels import simplify_channels
-from atmc.deploy.factored import expand
+from atmc.deploy.factored import VALUE_COST, expand
 from atmc.deploy.graph import Graph
 from atmc.deploy.simplify import rounded, simplify
 from atmc.deploy.trace import trace
@@ -23,7 +23,10 @@ def model_to_c(
     name: str = "model",
     labels: Sequence[str] | None = None,
 ) -> CSource:
-    """`to_c` of a module: its batch norms multiplied in or kept apart, whichever takes the fewest bytes of tables.
+    """`to_c` of a module, in the form that takes the fewest bytes of tables.
+
+    Batch norms are multiplied in or kept apart; layers that are held as factors run as the fewest multiply-adds would
+    have it, or as the fewest nonzeros.
 
     Args:
         model, input_shape, factors: see `simplify`.
@@ -36,7 +39,10 @@ def model_to_c(
     >>> model_to_c(models.build("lenet", 10, seed=0)).arena_bytes
     14976
     """
-    graphs = (simplify(model, input_shape, factors), norms_apart(model, input_shape, factors))
+    factors = forms.weights(model) if factors is None else factors
+    graphs = [simplify(model, input_shape, factors), norms_apart(model, input_shape, factors)]
+    if factors:
+        graphs.append(norms_apart(model, input_shape, factors, value_cost=0))
     return min((to_c(graph, name=name, labels=labels) for graph in graphs), key=lambda made: made.table_bytes)
 
 
@@ -44,9 +50,12 @@ def norms_apart(
     model: nn.Module,
     input_shape: Sequence[int] | None = None,
     factors: Mapping[str, forms.Weight] | None = None,
+    *,
+    value_cost: int = VALUE_COST,
 ) -> Graph:
     """`simplify` without its folding: dead channels are gone, affines and with them the weights' codebooks stay."""
-    graph = expand(trace(model, input_shape), forms.weights(model) if factors is None else factors)
+    factors = forms.weights(model) if factors is None else factors
+    graph = expand(trace(model, input_shape), factors, value_cost=value_cost)
     size = None
     while size != (size := (len(graph.nodes), sum(shape[0] for shape in graph.shapes()), graph.macs())):
         graph = simplify_channels(graph)

@@ -22,8 +22,11 @@ VALUE_COST = 4  # multiply-adds that pass while a value of an extra layer is sto
 Factors = tuple[Floats, Floats, Floats]  # U (out, rank), V (rank, columns), C (out, columns)
 
 
-def expand(raw: Raw, factors: Mapping[str, Weight]) -> Graph:
+def expand(raw: Raw, factors: Mapping[str, Weight], *, value_cost: int = VALUE_COST) -> Graph:
     """The graph with every layer of which factors are given in its cheapest form.
+
+    Args:
+        value_cost: multiply-adds that an extra value costs; 0 for the fewest nonzeros.
 
     Raises:
         ValueError: the factors are not those of the layer's weight.
@@ -36,7 +39,7 @@ def expand(raw: Raw, factors: Mapping[str, Weight]) -> Graph:
         cheapest = None
         if isinstance(node.op, Conv | Linear) and found is not None and found.form != PLAIN:
             _expect_same(found, node.op, raw.names[node.op])
-            cheapest = _cheapest(node.op, found, int(np.prod(shape[1:])))
+            cheapest = _cheapest(node.op, found, int(np.prod(shape[1:])), value_cost)
         if cheapest is None:
             nodes.append(Node(node.op, read, node.name))
         else:
@@ -53,13 +56,13 @@ def _expect_same(factors: Weight, layer: Layer, name: str) -> None:
         raise ValueError(f"the factors of {name} are not those of the model's weight")
 
 
-def _cheapest(layer: Layer, weight: Weight, positions: int) -> Factors | None:
+def _cheapest(layer: Layer, weight: Weight, positions: int, value_cost: int) -> Factors | None:
     """The factors of least work for one image, None for W itself."""
 
     def work(parts: Factors) -> int:
         _, v, c = parts
         extra = len(v) + (2 * len(c) if c.any() else 0)
-        return positions * (sum(map(np.count_nonzero, parts)) + VALUE_COST * extra)
+        return positions * (sum(map(np.count_nonzero, parts)) + value_cost * extra)
 
     best = min(_alternatives(weight), key=work, default=None)
     if best is None or work(best) >= positions * np.count_nonzero(layer.weight):
