@@ -1,8 +1,9 @@
 """The engine against PyTorch on the same files: logits, predictions, robust accuracy replayed; writes agreement.json.
 
-python results/deploy/agreement.py [--mnist ../shared/data/mnist] [--cifar ../shared/data/cifar10-jpeg] [--n 1000]
+python results/deploy/agreement.py [FOLDER ...] [--mnist ../shared/data/mnist] [--cifar ../shared/data/cifar10-jpeg]
+    [--n 1000]
 
-Clean: every test image of MNIST, the first --n of CIFAR-10. Adversarial: `pgd-strong` on the first --n of MNIST (100 of
+Clean: every test image of MNIST, the first --n of CIFAR-10. Adversarial: `pgd-strong` on the first --n of MNIST (20 of
 CIFAR-10), made on the decoded model in PyTorch, saved, read back and shown to the engine. For the LeNets the same with
 every kernel: each instruction set of this machine, and Numba.
 """
@@ -69,16 +70,20 @@ def engines(file: Path, lenet: bool) -> Iterator[tuple[str, Network]]:
 def main() -> None:
     """Every file of results/mnist, and the briefly trained ResNet-18s of results/cifar10."""
     parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("folders", nargs="*", default=["mnist", "cifar10"])
     parser.add_argument("--mnist", default="../shared/data/mnist")
     parser.add_argument("--cifar", default="../shared/data/cifar10-jpeg")
     parser.add_argument("--n", type=int, default=1000)
     options = parser.parse_args()
     torch.set_num_threads(1)
-    found: dict[str, Any] = {}
+    written = HERE / "agreement.json"
+    found: dict[str, Any] = json.loads(written.read_text()) if written.exists() else {}
     for folder, data, threat, attack_n in (
         ("mnist", options.mnist, atmc.Linf(76 / 255), options.n),
-        ("cifar10", options.cifar, atmc.Linf(8 / 255), 100),
+        ("cifar10", options.cifar, atmc.Linf(8 / 255), 20),
     ):
+        if folder not in options.folders:
+            continue
         test = load_data(data).test
         clean = test.float_pixels(torch.arange(len(test) if folder == "mnist" else options.n))
         for file in sorted(RESULTS.glob(f"{folder}/{'*' if folder == 'mnist' else 'brief-*'}/model.atmc")):
@@ -96,7 +101,7 @@ def main() -> None:
                     }
                     print(file.parent.name, name, json.dumps(rows[name]), flush=True)
             found[str(file.relative_to(RESULTS.parent))] = {"threat": str(threat), "engines": rows}
-            (HERE / "agreement.json").write_text(json.dumps(found, indent=1) + "\n")
+            written.write_text(json.dumps(found, indent=1) + "\n")
 
 
 if __name__ == "__main__":
