@@ -1,6 +1,7 @@
 """`pgd`, `pgd-strong` and AutoAttack on the files of results/mnist; resumable, one JSON a file in mnist/.
 
-python results/evaluation/mnist.py [RUN ...] [--models results/mnist] [--data ../shared/data/mnist] [--n 1000] [--state /tmp/states]
+python results/evaluation/mnist.py [RUN ...] [--models results/mnist] [--data ../shared/data/mnist] [--n 1000]
+    [--state /tmp/states]
 
 An interrupted call goes on where it was. The states stay in the folder --state: `checks.py` reads the verdicts there.
 """
