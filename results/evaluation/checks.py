@@ -1,6 +1,7 @@
 """What the checks say of the files of results/mnist; writes mnist/RUN-checks.json.
 
-python results/evaluation/checks.py [--models results/mnist] [--data ../shared/data/mnist] [--state /tmp/states]
+python results/evaluation/checks.py [RUN ...] [--models results/mnist] [--data ../shared/data/mnist]
+    [--state /tmp/states]
 
 The verdicts of the attacks are those that mnist.py left in the folder --state, as far as it has come; the first 100
 images are looked at. The dense model's images are tried on every other (`transfer`).
@@ -30,6 +31,7 @@ from atmc.robust.suspect import suspect
 def main() -> None:
     """Every run, once for each set of attacks that is there: pgd alone, with pgd-strong, with AutoAttack."""
     parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("runs", nargs="*", default=RUNS)
     parser.add_argument("--models", default="results/mnist")
     parser.add_argument("--data", default="../shared/data/mnist")
     parser.add_argument("--state", default="/tmp/atmc-evaluation")
@@ -37,7 +39,7 @@ def main() -> None:
     torch.set_num_threads(1)
     threat, data = atmc.Linf(76 / 255), load_data(options.data).test
     dense, _ = prepared(lenet(Path(options.models) / "dense"), data)
-    for run in RUNS:
+    for run in options.runs:
         model, test = prepared(lenet(Path(options.models) / run), data)
         clean, attacks, found = clean_accuracy(model, test), {}, {}
         for attack in ("pgd", "pgd-strong", "autoattack"):
