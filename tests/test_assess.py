@@ -8,9 +8,11 @@ import sys
 import time
 from pathlib import Path
 
+import commands
 import numpy as np
 import pytest
 import torch
+from commands import call
 from PIL import Image
 from safetensors.torch import save_file
 from torch import nn
@@ -72,23 +74,18 @@ def here(tmp_path_factory):
     sys.modules.pop("assess_models", None)
 
 
-def call(*arguments: object) -> int:
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(sys, "argv", ["atmc", *map(str, arguments)])
-        with pytest.raises(SystemExit) as stopped:
-            cli.main()
-    return stopped.value.code or 0
+def command_of(
+    file: object, *options: object, threat: str = "linf:0.05", model: str = "assess_models:build"
+) -> list[object]:
+    return ["evaluate", file, "--data", "digits", "--threat", threat, "--model", model, *options]
 
 
 def evaluate(file: object, *options: object, threat: str = "linf:0.05", model: str = "assess_models:build") -> int:
-    return call("evaluate", file, "--data", "digits", "--threat", threat, "--model", model, *options)
+    return call(*command_of(file, *options, threat=threat, model=model))
 
 
 def refused(capsys: pytest.CaptureFixture[str], *arguments: object, **options: str) -> str:
-    capsys.readouterr()
-    assert evaluate(*arguments, **options) == 2
-    (line,) = capsys.readouterr().err.splitlines()
-    return line
+    return commands.refused(capsys, *command_of(*arguments, **options))
 
 
 def figures(path: str) -> dict:

@@ -64,9 +64,9 @@ def test_onnxruntime_in_float32_and_in_int8(pruned, expected):
     onnx = pytest.importorskip("onnx")
     pytest.importorskip("onnxruntime")
     model = dense.onnx.to_bytes(simplify(pruned))
-    assert error(dense.run_onnxruntime(model, 1)(IMAGES), expected) < 1e-5
+    assert error(dense.onnx.runner(model, 1)(IMAGES), expected) < 1e-5
     int8 = dense.quantized(model, IMAGES)
-    assert 1e-4 < error(dense.run_onnxruntime(int8, 1)(IMAGES), expected) < 0.1
+    assert 1e-4 < error(dense.onnx.runner(int8, 1)(IMAGES), expected) < 0.1
     weights = [tensor.data_type for tensor in onnx.load_from_string(int8).graph.initializer if len(tensor.dims) > 1]
     assert weights == [onnx.TensorProto.INT8] * 4
 
@@ -203,7 +203,6 @@ def test_an_onnx_model_that_cannot_be_made_leaves_its_engines_out(pruned, tmp_pa
     assert set(left_out) == {kind.name for kind in KINDS if "onnx" in kind.packages}
 
 
-@pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="memory is known on Linux only")
 def test_a_worker_weighs_what_its_engine_takes(monkeypatch, tmp_path):
     megabytes = 1 << 18
 
@@ -214,8 +213,12 @@ def test_a_worker_weighs_what_its_engine_takes(monkeypatch, tmp_path):
     monkeypatch.setattr(bench_worker, "KINDS", (Kind("heavy", "float32", (), "model", load),))
     files = Files(*[tmp_path] * 5, TINY_SHAPE)
     worker = Worker("heavy", files, replace(files, factory="tiny"))
-    assert 95e6 < worker.load(1)["load_bytes"] < 140e6
-    assert 145e6 < worker.warm(IMAGES)["run_bytes"] < 200e6
+    loaded, run = worker.load(1)["load_bytes"], worker.warm(IMAGES)["run_bytes"]
+    if not Path("/proc/self/clear_refs").exists():  # elsewhere than on Linux
+        assert (loaded, run) == (None, None)
+        return
+    assert 95e6 < loaded < 140e6
+    assert 145e6 < run < 200e6
 
 
 def test_a_worker_says_why_it_cannot(monkeypatch, tmp_path):
@@ -232,6 +235,27 @@ def test_a_worker_says_why_it_cannot(monkeypatch, tmp_path):
     here.close()
     thread.join(timeout=10)
     assert not thread.is_alive()
+
+
+def test_an_error_of_nobody_ends_a_worker(monkeypatch, tmp_path):
+    class Unheard(Exception):
+        pass
+
+    def load(files, threads):
+        raise Unheard
+
+    monkeypatch.setattr(bench_worker, "KINDS", (Kind("broken", "float32", (), "model", load),))
+    files = Files(*[tmp_path] * 5, TINY_SHAPE)
+    here, there = Pipe()
+    here.send(("load", (1,)))
+    with pytest.raises(Unheard):
+        bench_worker.work(there, "broken", files, files)
+
+
+def test_a_failing_onnxruntime_is_a_sentence():
+    pytest.importorskip("onnxruntime")
+    with pytest.raises(RuntimeError, match="onnxruntime cannot load the model: "):
+        dense.onnx.runner(b"no model")
 
 
 def test_a_tiny_network_needs_the_whole_decoder():

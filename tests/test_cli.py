@@ -12,6 +12,7 @@ import sys
 
 import pytest
 import torch
+from commands import call, refused
 from PIL import Image
 from safetensors.torch import save_file
 from torch import nn
@@ -90,26 +91,6 @@ attack_steps = 1
 val_n = 10
 batch_size = 30
 """
-
-
-def call(*arguments: object) -> int:
-    """The exit status of a command line."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(sys, "argv", ["atmc", *map(str, arguments)])
-        with pytest.raises(SystemExit) as stopped:
-            cli.main()
-    return stopped.value.code or 0
-
-
-def ended(capsys: pytest.CaptureFixture[str], status: int, *arguments: object) -> str:
-    """What a command that ends with this status says in one line on stderr."""
-    capsys.readouterr()
-    assert call(*arguments) == status
-    lines = capsys.readouterr().err.splitlines()
-    assert len(lines) == 1, lines
-    assert lines[0].startswith("atmc: ")
-    assert "Traceback" not in lines[0]
-    return lines[0]
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -202,7 +183,7 @@ class TestDone:
         assert figures["threat"] == "linf:0.1"
         assert f"{figures['clean']['accuracy']:.2%}" in text
         path.write_text("mine")
-        assert "exists: add --overwrite" in ended(capsys, 2, *command)
+        assert "exists: add --overwrite" in refused(capsys, *command)
         assert path.read_text() == "mine"
         assert call(*command, "--overwrite") == 0
         assert {**json.loads(path.read_text()), "seconds": 0} == {**figures, "seconds": 0}
@@ -297,19 +278,19 @@ class TestRefused:
     )
     def test_compress(self, tmp_path, capsys, options, message):
         out = tmp_path / "out"
-        assert message in ended(capsys, 2, "compress", "--config", "run.toml", "--out", out, *options.split(" "))
+        assert message in refused(capsys, "compress", "--config", "run.toml", "--out", out, *options.split(" "))
         assert not out.exists()
 
     def test_a_phase_that_is_not(self, tmp_path, capsys):
         options = ["--config", "run.toml", "--out", tmp_path / "out", "--epochs", "dens=1"]
-        message = ended(capsys, 2, "compress", *options)
+        message = refused(capsys, "compress", *options)
         assert "'dense'" in message
         assert "literal[" not in message  # the checking library's own words
 
     def test_a_budget_larger_than_the_model(self, tmp_path, capsys):
         (tmp_path / "run.toml").write_text(CONFIG.replace("ratio = 0.3", "nonzeros = 3000"))
         options = ["--config", tmp_path / "run.toml", "--out", tmp_path / "out"]
-        assert "larger than the model: 2,660 weights" in ended(capsys, 2, "compress", *options)
+        assert "larger than the model: 2,660 weights" in refused(capsys, "compress", *options)
 
     @pytest.mark.parametrize(
         ("line", "message"),
@@ -325,7 +306,7 @@ class TestRefused:
     def test_configurations(self, tmp_path, capsys, line, message):
         (tmp_path / "bad.toml").write_text(f"{CONFIG}{line}\n")
         options = ["--config", tmp_path / "bad.toml", "--out", tmp_path / "out"]
-        assert message in ended(capsys, 2, "compress", *options)
+        assert message in refused(capsys, "compress", *options)
         assert not (tmp_path / "out").exists()
 
     @pytest.mark.parametrize(
@@ -341,16 +322,16 @@ class TestRefused:
         ids=["command", "no out", "no number", "option", "no threat", "no file"],
     )
     def test_usage(self, capsys, arguments):
-        ended(capsys, 2, *arguments)
+        refused(capsys, *arguments)
 
     def test_cuda_asked_for_and_absent(self, done, tmp_path, capsys, monkeypatch):
         monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
         options = ["--config", "run.toml", "--out", tmp_path / "out", "--device", "cuda"]
-        assert "no CUDA device" in ended(capsys, 2, "compress", *options)
+        assert "no CUDA device" in refused(capsys, "compress", *options)
         options = [done / "model.atmc", "--data", "digits", "--threat", "linf:0.1", "--model", "cli_models:build"]
         monkeypatch.setattr(torch.cuda, "device_count", lambda: 0)
-        assert "no such CUDA device here" in ended(capsys, 2, "evaluate", *options, "--device", "cuda")
-        assert "expected a device such as" in ended(capsys, 2, "evaluate", *options, "--device", "gpu")
+        assert "no such CUDA device here" in refused(capsys, "evaluate", *options, "--device", "cuda")
+        assert "expected a device such as" in refused(capsys, "evaluate", *options, "--device", "gpu")
 
     @pytest.mark.parametrize(
         ("content", "message"),
@@ -368,11 +349,11 @@ class TestRefused:
         whole = (done / "model.atmc").read_bytes()
         if content is not None:
             path.write_bytes(whole[content] if isinstance(content, slice) else content)
-        assert message in ended(capsys, 2, "inspect", path)
-        assert message in ended(capsys, 2, "evaluate", path, "--data", "digits", "--threat", "linf:0.1")
+        assert message in refused(capsys, "inspect", path)
+        assert message in refused(capsys, "evaluate", path, "--data", "digits", "--threat", "linf:0.1")
         if content is not None:
             options = ["--config", "run.toml", "--out", tmp_path / "out", "--checkpoint", path]
-            assert message in ended(capsys, 2, "compress", *options)
+            assert message in refused(capsys, "compress", *options)
             assert not (tmp_path / "out").exists()
 
     @pytest.mark.parametrize("name", ["a.pt", "a.safetensors"])
@@ -385,7 +366,7 @@ class TestRefused:
         if isinstance(content, bytes):
             (tmp_path / name).write_bytes(content)
         options = ["--config", "run.toml", "--out", tmp_path / "out", "--checkpoint", tmp_path / name]
-        message = ended(capsys, 2, "compress", *options)
+        message = refused(capsys, "compress", *options)
         expected = f"{name} is of another model: 0.weight is missing" if isinstance(content, str) else "is damaged or"
         assert expected in message
         assert not (tmp_path / "out").exists()
@@ -399,14 +380,14 @@ class TestRefused:
                     Image.new(mode, (size, size)).save(tmp_path / "data" / split / str(label) / f"{number}.png")
         shape = f"does not take images of shape ({3 if mode == 'RGB' else 1}, {size}, {size})"
         options = ["--data", tmp_path / "data", "--model", "cli_models:build"]
-        assert shape in ended(capsys, 2, "evaluate", done / "model.atmc", *options, "--threat", "linf:0.1")
+        assert shape in refused(capsys, "evaluate", done / "model.atmc", *options, "--threat", "linf:0.1")
         options += ["--config", "run.toml", "--out", tmp_path / "out"]
-        assert shape in ended(capsys, 2, "compress", *options)
+        assert shape in refused(capsys, "compress", *options)
         assert not (tmp_path / "out").exists()
 
     def test_a_folder_where_a_file_is_meant(self, done, capsys):
-        assert str(done) in ended(capsys, 2, "inspect", done)
-        assert str(done) in ended(capsys, 2, "evaluate", done, "--data", "digits", "--threat", "linf:0.1")
+        assert str(done) in refused(capsys, "inspect", done)
+        assert str(done) in refused(capsys, "evaluate", done, "--data", "digits", "--threat", "linf:0.1")
 
     @pytest.mark.parametrize(
         ("options", "message"),
@@ -434,11 +415,11 @@ class TestRefused:
     )
     def test_evaluate(self, done, capsys, options, message):
         command = ["evaluate", done / "model.atmc", "--data", "digits", "--model", "cli_models:build"]
-        assert message in ended(capsys, 2, *command, *options.split())
+        assert message in refused(capsys, *command, *options.split())
 
     def test_evaluate_needs_the_factory(self, done, capsys):
         options = ["--data", "digits", "--threat", "linf:0.1"]
-        assert "'cli_models:build'" in ended(capsys, 2, "evaluate", done / "model.atmc", *options)
+        assert "'cli_models:build'" in refused(capsys, "evaluate", done / "model.atmc", *options)
 
     @pytest.mark.parametrize("options", [["--attack", "pgd,pdg"], ["--json", "nowhere/figures.json"]])
     def test_evaluate_checks_before_it_attacks(self, done, capsys, monkeypatch, options):
@@ -447,22 +428,22 @@ class TestRefused:
 
         monkeypatch.setattr(judge, "attacked", attacked)
         command = ["evaluate", done / "model.atmc", "--data", "digits", "--threat", "linf:0.1"]
-        ended(capsys, 2, *command, "--model", "cli_models:build", *options)
+        refused(capsys, *command, "--model", "cli_models:build", *options)
 
 
 class TestFolders:
     def test_a_run_that_is_there_is_left(self, done, capsys):
         before = {path.name: path.read_bytes() for path in done.iterdir()}
         command = ["compress", "--config", "run.toml", "--out", done]
-        assert "add --resume to go on with it or --overwrite" in ended(capsys, 2, *command)
-        assert "seed was 0, is 4" in ended(capsys, 2, *command, "--resume", "--seed", 4)
+        assert "add --resume to go on with it or --overwrite" in refused(capsys, *command)
+        assert "seed was 0, is 4" in refused(capsys, *command, "--resume", "--seed", 4)
         assert {path.name: path.read_bytes() for path in done.iterdir()} == before
 
     def test_a_folder_in_use(self, tmp_path, capsys):
         with open(tmp_path / ".lock", "w") as lock:
             fcntl.flock(lock, fcntl.LOCK_EX)
             command = ["compress", "--config", "run.toml", "--out", tmp_path]
-            assert "in use by another run" in ended(capsys, 2, *command)
+            assert "in use by another run" in refused(capsys, *command)
 
     @pytest.mark.parametrize("option", [None, "--resume", "--overwrite"])
     def test_a_folder_of_something_else(self, tmp_path, capsys, option):
@@ -470,18 +451,18 @@ class TestFolders:
         (tmp_path / "checkpoint" / "epoch90.pt").write_text("years of work")
         (tmp_path / "metrics.json").write_text("mine")
         command = ["compress", "--config", "run.toml", "--out", tmp_path, *([option] if option else [])]
-        assert "holds no run" in ended(capsys, 2, *command)
+        assert "holds no run" in refused(capsys, *command)
         assert (tmp_path / "checkpoint" / "epoch90.pt").read_text() == "years of work"
         assert (tmp_path / "metrics.json").read_text() == "mine"
 
     def test_no_folder_can_be_there(self, tmp_path, capsys):
         (tmp_path / "file").write_text("mine")
         command = ["compress", "--config", "run.toml", "--out"]
-        assert "is a file" in ended(capsys, 2, *command, tmp_path / "file")
-        assert "file" in ended(capsys, 2, *command, tmp_path / "file" / "below")
+        assert "is a file" in refused(capsys, *command, tmp_path / "file")
+        assert "file" in refused(capsys, *command, tmp_path / "file" / "below")
 
     def test_nothing_to_go_on_with(self, tmp_path, capsys):
-        ended(capsys, 2, "compress", "--out", tmp_path / "nowhere", "--resume")
+        refused(capsys, "compress", "--out", tmp_path / "nowhere", "--resume")
         assert not (tmp_path / "nowhere").exists()
 
     @pytest.mark.parametrize("content", [b"", b"\x80\x02rubbish", b"PK\x03\x04rubbish", None], ids=str)
@@ -492,7 +473,7 @@ class TestFolders:
                 break
         state = out / "checkpoint" / "state.pt"
         state.write_bytes(state.read_bytes()[: state.stat().st_size // 2] if content is None else content)
-        assert "state.pt" in ended(capsys, 2, "compress", "--out", out, "--resume")
+        assert "state.pt" in refused(capsys, "compress", "--out", out, "--resume")
 
 
 class TestFailed:
@@ -512,7 +493,7 @@ class TestFailed:
         command = ["compress", "--config", "run.toml", "--out", out]
         with monkeypatch.context() as patch:
             patch.setattr(files.os, "replace", full)
-            message = ended(capsys, 1, *command)
+            message = refused(capsys, *command, status=1)
         assert re.fullmatch(f"atmc: .*{name}: No space left on device", message)
         assert not list(out.rglob("*.tmp"))
         assert not (out / name).exists()
@@ -529,7 +510,7 @@ class TestFailed:
         monkeypatch.setattr("atmc.experiment.run._check_folder", lambda *_, **__: False)
         monkeypatch.setattr("atmc.experiment.run._clear", lambda _: None)
         monkeypatch.setattr("atmc.experiment.run._read_checkpoint", lambda _: (None, 0.0))
-        message = ended(capsys, 1, "compress", "--config", "run.toml", "--out", tmp_path / "out")
+        message = refused(capsys, "compress", "--config", "run.toml", "--out", tmp_path / "out", status=1)
         assert message.endswith("log.jsonl: No space left on device")
 
     def test_a_full_disk_says_how_to_go_on(self, tmp_path, capsys, monkeypatch):
@@ -546,7 +527,9 @@ class TestFailed:
             raise TrainingDiverged("the loss became nan in epoch 3; try a lower learning rate")
 
         monkeypatch.setattr(cli, "run", diverging)
-        assert "lower learning rate" in ended(capsys, 1, "compress", "--config", "run.toml", "--out", tmp_path / "out")
+        assert "lower learning rate" in refused(
+            capsys, "compress", "--config", "run.toml", "--out", tmp_path / "out", status=1
+        )
 
     @pytest.mark.parametrize(
         ("place", "nth"),

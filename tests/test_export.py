@@ -7,10 +7,11 @@ import sys
 import numpy as np
 import pytest
 import torch
+from commands import call, refused
 from safetensors import safe_open
 
 import atmc
-from atmc import cli, files
+from atmc import files
 from atmc.deploy import onnx
 from atmc.experiment import export as exports
 from atmc.experiment.weights import load_weights
@@ -32,24 +33,6 @@ def zeros(num_classes):
         nn.init.zeros_(value)
     return net
 """
-
-
-def call(*arguments: object) -> int:
-    """The exit status of a command line."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(sys, "argv", ["atmc", *map(str, arguments)])
-        with pytest.raises(SystemExit) as stopped:
-            cli.main()
-    return stopped.value.code or 0
-
-
-def refused(capsys: pytest.CaptureFixture[str], *arguments: object, status: int = 2) -> str:
-    """What a command that ends with this status says in one line on stderr."""
-    capsys.readouterr()
-    assert call(*arguments) == status
-    (line,) = capsys.readouterr().err.splitlines()
-    assert line.startswith("atmc: ")
-    return line
 
 
 @pytest.fixture(scope="module")

@@ -68,6 +68,7 @@ def test_a_small_network():
         ((Node(Relu(), (0, 0)),), "Relu has 2 inputs"),
         ((Node(Flatten(), (0,)), Node(MaxPool((2, 2), (2, 2)), (1,))), r"needs an input of shape \(c, h, w\)"),
         ((Node(Flatten(), (0,)), Node(Add(), (0, 1))), r"adds shapes \(1, 4, 4\) and \(16,\)"),
+        ((Node(Flatten(), (0,)), Node(GlobalAvgPool(), (1,), "gap")), r"GlobalAvgPool gap needs an input of shape"),
         ((Node(MaxPool((5, 5), (1, 1)), (0,)),), "a window of 5 does not fit a side of 4"),
     ],
 )

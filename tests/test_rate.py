@@ -7,12 +7,12 @@ import sys
 
 import pytest
 import torch
+from commands import call
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
 
 import atmc
-from atmc import cli
 from atmc.api import Job, default_recipe
 from atmc.compress.budget import Budget, distinct_nonzero, mean_bits, parse_size
 from atmc.compress.constraints import NonzeroBudget
@@ -297,17 +297,10 @@ def here(tmp_path, monkeypatch):
     sys.modules.pop("rate_models", None)
 
 
-def call(monkeypatch, *arguments: object) -> int:
-    monkeypatch.setattr(sys, "argv", ["atmc", *map(str, arguments)])
-    with pytest.raises(SystemExit) as stopped:
-        cli.main()
-    return stopped.value.code or 0
-
-
 @pytest.mark.parametrize("options", [[], ["--bits", 3]])
 def test_on_the_command_line(here, monkeypatch, options):
     command = ["compress", "--config", "run.toml", "--out", "out", "--max-bytes", "0.8kB", *options]
-    assert call(monkeypatch, *command) == 0
+    assert call(*command) == 0
     metrics = json.loads((here / "out" / "metrics.json").read_text())
     assert metrics["file_bytes"] == (here / "out" / "model.atmc").stat().st_size <= 800
     log = [json.loads(line) for line in (here / "out" / "log.jsonl").read_text().splitlines()]
@@ -317,11 +310,11 @@ def test_on_the_command_line(here, monkeypatch, options):
 
 
 def test_too_small_on_the_command_line(here, monkeypatch, capsys):
-    assert call(monkeypatch, "compress", "--config", "run.toml", "--out", "out", "--max-bytes", "40B") == 2
+    assert call("compress", "--config", "run.toml", "--out", "out", "--max-bytes", "40B") == 2
     message = capsys.readouterr().err.splitlines()
     assert len(message) == 1
     assert re.search(r"a budget of 40 bytes is below the smallest file of this model and method, \d+ bytes", message[0])
     assert not (here / "out").exists()
     for wrong in ("4GB", "-1", "much"):
-        assert call(monkeypatch, "compress", "--config", "run.toml", "--out", "out", "--max-bytes", wrong) == 2
+        assert call("compress", "--config", "run.toml", "--out", "out", "--max-bytes", wrong) == 2
         assert "expected a size such as 24kB" in capsys.readouterr().err

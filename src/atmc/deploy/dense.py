@@ -32,7 +32,7 @@ def best_dense(graph: Graph, threads: int) -> tuple[str, Runner]:
     ONNX Runtime where it is installed, else PyTorch. Raises ValueError where the graph does not fit together.
     """
     if all(find_spec(name) for name in ("onnx", "onnxruntime")):
-        return "ONNX Runtime", run_onnxruntime(onnx.to_bytes(graph), threads)
+        return "ONNX Runtime", onnx.runner(onnx.to_bytes(graph), threads)
     return "PyTorch, channels_last", run_torch(lambda x: evaluate(graph, x), threads, channels_last=True)
 
 
@@ -60,21 +60,6 @@ def _torch_threads(threads: int) -> Iterator[None]:
     finally:
         if before != threads:
             torch.set_num_threads(before)
-
-
-def run_onnxruntime(model: bytes, threads: int) -> Runner:
-    """The bytes of an ONNX model with ONNX Runtime's CPU kernels."""
-    runtime = onnx.installed("onnxruntime")
-    options = runtime.SessionOptions()
-    options.intra_op_num_threads, options.inter_op_num_threads = threads, 1
-    options.log_severity_level = 3  # errors only
-    session = runtime.InferenceSession(model, options, providers=["CPUExecutionProvider"])
-
-    def run(images: Floats) -> Floats:
-        logits: Floats = session.run([onnx.OUTPUT], {onnx.INPUT: images})[0]
-        return logits
-
-    return run
 
 
 def run_openvino(model: bytes, threads: int, *, precision: str | None = None) -> Runner:

@@ -200,6 +200,8 @@ def _shape(node: Node, inputs: Sequence[Shape]) -> Shape:
         case AvgPool():
             return first[0], *_windows(node, first[1:], op.kernel, op.stride, op.padding, (1, 1), op.ceil_mode)
         case GlobalAvgPool():
+            if len(first) != 3:
+                raise ValueError(f"{_label(node)} needs an input of shape (c, h, w)")
             return first[0], 1, 1
         case Flatten():
             return (int(np.prod(first)),)

@@ -32,6 +32,7 @@ from atmc.deploy.graph import (
     Shape,
 )
 from atmc.files import write_beside
+from atmc.models.factory import USER_CODE_ERRORS, first_line
 from atmc.version import __version__
 
 if TYPE_CHECKING:
@@ -98,17 +99,40 @@ def _network(graph: Graph) -> GraphProto:
     return helper.make_graph(nodes, "atmc", ends[:1], ends[1:], constants)
 
 
-def runner(data: bytes) -> Callable[[Floats], Floats]:
-    """The function images (n, c, h, w) -> logits of an ONNX model, by onnxruntime on the CPU.
+def runner(data: bytes, threads: int = 0) -> Callable[[Floats], Floats]:
+    """The function images (n, c, h, w) -> logits (n, classes) of an ONNX model, by onnxruntime on the CPU.
+
+    Args:
+        threads: of one call; 0 for as many as onnxruntime likes.
 
     Raises:
-        RuntimeError: onnxruntime is not installed.
+        RuntimeError: onnxruntime is not installed, or fails; so may the function.
     """
-    runtime = installed("onnxruntime")
+    runtime, failures = installed("onnxruntime"), runtime_failures()
     options = runtime.SessionOptions()
+    options.intra_op_num_threads, options.inter_op_num_threads = threads, 1
     options.log_severity_level = 3  # errors only
-    session = runtime.InferenceSession(data, options, providers=["CPUExecutionProvider"])
-    return lambda images: session.run([OUTPUT], {INPUT: images})[0]
+    try:
+        session = runtime.InferenceSession(data, options, providers=["CPUExecutionProvider"])
+    except failures as error:
+        raise RuntimeError(f"onnxruntime cannot load the model: {first_line(error)}") from error
+
+    def run(images: Floats) -> Floats:
+        try:
+            logits: Floats = session.run([OUTPUT], {INPUT: images})[0]
+        except failures as error:
+            raise RuntimeError(f"onnxruntime failed: {first_line(error)}") from error
+        return logits
+
+    return run
+
+
+def runtime_failures() -> tuple[type[Exception], ...]:
+    """What onnxruntime, its quantizer and onnx's checks raise; most of it has no class in common but Exception."""
+    names = ("onnxruntime.capi.onnxruntime_pybind11_state", "onnx.checker", "onnx.shape_inference")
+    found = [value for name in names for value in vars(importlib.import_module(name)).values()]
+    own = [each for each in found if isinstance(each, type) and issubclass(each, Exception)]
+    return *USER_CODE_ERRORS, *own
 
 
 def installed(name: str) -> Any:

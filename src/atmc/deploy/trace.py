@@ -18,7 +18,7 @@ from atmc.compress.factorize import fold
 from atmc.deploy.graph import Conv, Flatten, GlobalAvgPool, Graph, Linear, Node, Op
 from atmc.deploy.operators import KNOWN, OPERATORS, RESHAPES, Arguments, Value
 from atmc.deploy.rewrite import reachable
-from atmc.models.factory import first_line
+from atmc.models.factory import USER_CODE_ERRORS, first_line
 
 BATCH = 2  # of the images that the module is traced with; what depends on the batch is no operation of the graph
 Traced = int | Tensor  # the number of an activation, or a constant
@@ -82,7 +82,7 @@ def _export(model: nn.Module, shape: tuple[int, int, int]) -> ExportedProgram:
             calls = [node.target for node in program.graph.nodes if node.op == "call_function"]
             if any(getattr(getattr(target, "_schema", None), "is_mutable", False) for target in calls):
                 program = program.run_decompositions({})
-    except Exception as error:  # whatever the module's own code raises, too
+    except USER_CODE_ERRORS as error:  # of the module's own code; those of torch.export are among them
         raise ValueError(f"torch.export cannot trace the model for images {shape}: {first_line(error)}") from error
     return program
 

@@ -115,7 +115,7 @@ def write_forms(
         return files, {}
     try:
         files.int8.write_bytes(dense.quantized(data, calibration))
-    except Exception as error:  # of the quantizer, which has its own ideas of what a model may hold
+    except onnx.runtime_failures() as error:  # the quantizer has its own ideas of what a model may hold
         return files, {kind.name: f"not quantized: {first_line(error)}" for kind in KINDS if kind.form == "int8"}
     return files, {}
 

@@ -19,10 +19,10 @@ import torch
 from torch import nn
 
 from atmc import models
-from atmc.deploy import dense
+from atmc.deploy import dense, onnx
 from atmc.deploy.engine import Engine
 from atmc.deploy.graph import Floats
-from atmc.models.factory import first_line
+from atmc.models.factory import USER_CODE_ERRORS, first_line
 from atmc.pack import artifact
 
 WARM_SECONDS, WARM_CALLS = 0.1, 3
@@ -86,7 +86,7 @@ def _torch(channels_last: bool) -> Load:
 
 
 def _onnxruntime(form: str) -> Load:
-    return lambda files, threads: (dense.run_onnxruntime(getattr(files, form).read_bytes(), threads), {})
+    return lambda files, threads: (onnx.runner(getattr(files, form).read_bytes(), threads), {})
 
 
 def _openvino(form: str, precision: str | None = None) -> Load:
@@ -118,7 +118,10 @@ KINDS = (
 
 
 def work(pipe: Connection, name: str, files: Files, smallest: Files) -> None:
-    """Answer (method of `Worker`, arguments) with (True, what it returns) or (False, why not), until the pipe ends."""
+    """Answer (method of `Worker`, arguments) with (True, what it returns) or (False, why not), until the pipe ends.
+
+    An error of any other class ends this process, which is what the report says then.
+    """
     worker = None
     while True:
         try:
@@ -128,7 +131,7 @@ def work(pipe: Connection, name: str, files: Files, smallest: Files) -> None:
         try:
             worker = worker or Worker(name, files, smallest)
             pipe.send((True, getattr(worker, method)(*arguments)))
-        except Exception as error:  # of any package: it stands in the report in place of the engine's figures
+        except USER_CODE_ERRORS as error:  # it stands in the report in place of the engine's figures
             pipe.send((False, first_line(error)))
 
 
