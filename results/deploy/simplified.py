@@ -22,8 +22,9 @@ from atmc.robust.attacks import pgd
 HERE = Path(__file__).parent
 HEAD = """# What the simplification takes out
 
-`python results/deploy/simplified.py`. Channels: outputs of all convolutions and linear layers. Multiply-adds leave zeros
-out, so that they fall only where a weight was used that had no effect, or where the factors are less work. Difference:
+`python results/deploy/simplified.py`. Channels: outputs of all convolutions and linear layers. Multiply-adds leave
+zeros out, so that they fall only where a weight was used that had no effect, or where the factors are less work.
+Difference:
 the largest of any logit between PyTorch and the simplified graph, over the largest |logit|, on the first {n:,} MNIST
 test images and on as many PGD examples of them (4 steps, eps 0.1); "same class" counts both.
 
@@ -35,7 +36,7 @@ test images and on as many PGD examples of them (4 steps, eps 0.1); "same class"
 def row(file: Path, images: torch.Tensor | None, labels: torch.Tensor) -> str:
     """A line of the table; images (n, c, h, w) to compare on, if any."""
     model, factors = artifact.load_with_factors(file)
-    found = simplify_report(model, artifact.read(file).metadata["input_shape"], factors)
+    found = simplify_report(model, artifact.read(file).input_shape, factors)
     before, after = (
         sum(getattr(layer, f"channels_{when}")[0] for layer in found.layers) for when in ("before", "after")
     )

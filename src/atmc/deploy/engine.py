@@ -141,7 +141,7 @@ def _graph_of(
     if isinstance(source, nn.Module):
         return simplify(source, input_shape)
     model, factors = artifact.load_with_factors(source, factory=factory)
-    return simplify(model, input_shape or artifact.read(source).metadata.get("input_shape"), factors)
+    return simplify(model, input_shape or artifact.read(source).input_shape, factors)
 
 
 def _counted(threads: int) -> str:

@@ -145,15 +145,21 @@ def open_model(path: Path, model: str | None, data: Data | None = None) -> nn.Mo
     return network.eval()
 
 
+def known_shape(content: artifact.Content) -> tuple[int, int, int]:
+    """(c, h, w) of the images that a model file is for; ValueError where it does not say."""
+    if content.input_shape is None:
+        raise ValueError(f"{content.source} does not say what images its model takes: add --data")
+    return content.input_shape
+
+
 def check_size(path: Path, data: Data) -> None:
     """ValueError where a model file says that it takes images of another size, or has another number of classes."""
     if path.suffix in WEIGHTS:
         return
-    metadata = artifact.read(path).metadata
-    shape = metadata.get("input_shape") or metadata["model"].get("input_shape")
-    if shape and tuple(shape) != data.input_shape:
+    shape = artifact.read(path).input_shape
+    if shape is not None and shape != data.input_shape:
         raise ValueError(
-            f"{path} is for images of shape {tuple(shape)} and does not take images of shape {data.input_shape}, "
+            f"{path} is for images of shape {shape} and does not take images of shape {data.input_shape}, "
             f"as {data.name} has them"
         )
 

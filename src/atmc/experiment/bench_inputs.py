@@ -19,7 +19,7 @@ from atmc.deploy import dense, onnx
 from atmc.deploy.graph import Floats, Graph
 from atmc.deploy.simplify import reduced, rounded
 from atmc.deploy.trace import trace
-from atmc.experiment.assess import check_size
+from atmc.experiment.assess import check_size, known_shape
 from atmc.experiment.bench_worker import KINDS, PLAIN, TINY_SHAPE, Files, Kind, tiny
 from atmc.judge import check_model
 from atmc.models.factory import factory_name, first_line
@@ -55,10 +55,7 @@ def inputs_of(
 ) -> Inputs:
     """Test images and training images of the data; random ones where there is none. ValueError: they do not fit."""
     if data is None:
-        meta = artifact.read(file).metadata
-        shape = meta.get("input_shape") or meta["model"].get("input_shape")
-        if not shape:
-            raise ValueError(f"{file} does not say what images its model takes: add --data")
+        shape = known_shape(artifact.read(file))
         pixels = torch.rand(max(BATCH, largest), *shape, generator=torch.Generator().manual_seed(SEED))
         check_model(model, Images(pixels, torch.zeros(len(pixels), dtype=torch.int64)), None, probabilities=True)
         return Inputs(pixels.numpy(), None, pixels.numpy())

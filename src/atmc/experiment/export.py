@@ -21,7 +21,7 @@ from atmc import models
 from atmc.data import Data, Images, load_data
 from atmc.deploy import onnx, safetensors
 from atmc.deploy.simplify import simplify
-from atmc.experiment.assess import check_size
+from atmc.experiment.assess import check_size, known_shape
 from atmc.files import write_beside
 from atmc.judge import check_model
 from atmc.pack import artifact
@@ -150,7 +150,7 @@ def _images(request: Request, content: Content, model: nn.Module, data: Data | N
         x, labels = test.float_pixels(slice(None)), test.labels
         check_model(model, test, None, probabilities=True)
     else:
-        shape = _input_shape(request, content)
+        shape = known_shape(content)
         kind, x = "random images", torch.rand(request.n, *shape, generator=torch.Generator().manual_seed(0))
         check_model(model, Images(x, torch.zeros(len(x), dtype=torch.int64)), None, probabilities=True)
         labels = _logits(model, x).argmax(1)
@@ -162,14 +162,6 @@ def _images(request: Request, content: Content, model: nn.Module, data: Data | N
     parts = zip(torch.split(x, 64), torch.split(labels, 64), strict=True)
     adv = torch.cat([pgd(model, a, b, threat, steps=PGD_STEPS, step_size=step) for a, b in parts])
     return {kind: x, f"PGD-{PGD_STEPS} examples of these under {threat}": adv}
-
-
-def _input_shape(request: Request, content: Content) -> tuple[int, int, int]:
-    shape = content.metadata.get("input_shape") or content.metadata["model"].get("input_shape")
-    if not shape:
-        raise ValueError(f"{request.file} does not say what images its model takes: add --data")
-    c, h, w = shape
-    return c, h, w
 
 
 def _stored_threat(content: Content) -> Threat | None:
@@ -189,7 +181,7 @@ def _logits(model: nn.Module, x: Tensor) -> Tensor:
 def _about(metadata: Mapping[str, Any]) -> dict[str, str]:
     """What an exported file says of its model: strings."""
     spec = metadata["model"]
-    shape = metadata.get("input_shape") or spec.get("input_shape")
+    shape = metadata.get("input_shape")
     found = {
         "model": spec.get("name") or "own class",
         "classes": metadata.get("classes") or spec.get("num_classes"),
