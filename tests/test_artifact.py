@@ -55,7 +55,7 @@ def parts_of(data: bytes) -> list[bytes]:
 
 def sealed(parts: list[bytes]) -> bytes:
     """A file of these parts with checksums that hold, as a malicious author would make it."""
-    data = b"ATMC\x02\x00"
+    data = b"ATMC\x03\x00"
     check = zlib.crc32(data)
     for part in parts:
         check = zlib.crc32(part, check)
@@ -148,8 +148,8 @@ class TestWrongFiles:
                 artifact.unpack(other)
 
     def test_versions_are_named(self):
-        for version in (1, 9):
-            with pytest.raises(artifact.UnsupportedVersion, match=f"version {version}; this release reads version 2"):
+        for version in (1, 2, 9):
+            with pytest.raises(artifact.UnsupportedVersion, match=f"version {version}; this release reads version 3"):
                 artifact.unpack(b"ATMC" + bytes([version, 0]) + self.data[6:])
 
     @pytest.mark.parametrize("name", SMALL)
@@ -204,7 +204,7 @@ class TestWrongFiles:
     def test_lengths(self):
         for part in (b"\xff" * 6, varint(10**9) + b"1234"):
             with pytest.raises(artifact.ChecksumMismatch, match=r"more than 5 bytes|1000000000 bytes expected, 4 left"):
-                artifact.unpack(b"ATMC\x02\x00" + part)
+                artifact.unpack(b"ATMC\x03\x00" + part)
 
     @pytest.mark.parametrize(
         ("part", "message"),

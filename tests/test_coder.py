@@ -204,6 +204,52 @@ def test_dead_inputs_are_known_from_the_weight_before():
     assert hinted < plain - 60
 
 
+class TestSurroundings:
+    """Contexts of a value's row, input channel and neighbours, where they tell something."""
+
+    def sizes(self, values: np.ndarray, monkeypatch: pytest.MonkeyPatch) -> tuple[float, float]:
+        """Bits of the values as they are coded, and without the contexts; both come back as they were."""
+        lengths = []
+        matrix = Matrix.of(values.shape)
+        for most in (coder.MAX_NEAR, 0):
+            monkeypatch.setattr(coder, "MAX_NEAR", most)
+            data, spent = coder.write_weight(values, matrix)
+            assert np.array_equal(coder.read_weight(data, matrix)[0], values.reshape(-1))
+            lengths.append(spent.values)
+        return lengths[0], lengths[1]
+
+    @pytest.mark.parametrize("plain", [False, True])
+    def test_signs_shared_in_a_kernel(self, plain, monkeypatch):
+        rng = np.random.default_rng(0)
+        sign = np.where(rng.random((30, 30, 1, 1)) < 0.5, -1.0, 1.0)
+        size = 1 + rng.random((30, 30, 3, 3)) if plain else rng.integers(1, 5, (30, 30, 3, 3))
+        there = rng.random((30, 30, 3, 3)) < 0.7
+        near, alone = self.sizes((sign * size * there).astype(np.float32), monkeypatch)
+        assert near < alone - 0.4 * there.sum()  # of the bit that a sign takes
+
+    @pytest.mark.parametrize("axis", [0, 1])
+    def test_signs_of_rows_and_columns(self, axis, monkeypatch):
+        rng = np.random.default_rng(1)
+        sign = (
+            np.where(rng.random((60, 60)) < 0.5, -1.0, 1.0)[:1] if axis else np.where(rng.random((60, 1)) < 0.5, -1, 1)
+        )
+        there = rng.random((60, 60)) < 0.5
+        near, alone = self.sizes((sign * rng.integers(1, 3, (60, 60)) * there).astype(np.float32), monkeypatch)
+        assert near < alone - 0.5 * there.sum()
+
+    def test_sizes_of_neighbours(self, monkeypatch):
+        rng = np.random.default_rng(2)
+        large = np.repeat(rng.random((40, 40, 1)) < 0.5, 9, axis=2).reshape(40, 40, 3, 3)
+        values = (np.where(large, 3, 1) + rng.integers(0, 2, large.shape)) * rng.choice([-1, 1], large.shape)
+        near, alone = self.sizes(values.astype(np.float32), monkeypatch)
+        assert near < alone - 0.4 * values.size
+
+    def test_nothing_to_learn_costs_next_to_nothing(self, monkeypatch):
+        values = uniform((50, 60, 3, 3), 3000, 16, seed=3)
+        near, alone = self.sizes(values, monkeypatch)
+        assert near <= alone + 1
+
+
 class TestStrangers:
     """Any bytes whatever: an error with a name, or finite values of the right shape."""
 
@@ -256,12 +302,17 @@ class TestStrangers:
         ("numbers", "message"),
         [
             ([(1, 0), (2, 3)], "unknown layout 3"),
-            ([(1, 0), (2, 0), (1, 0), (1, 0), (3, 0)], "cut off"),
+            ([(1, 0), (2, 0), (1, 0), (1, 0), (1, 0), (3, 0)], "cut off"),
         ],
     )
     def test_headers_that_make_no_sense(self, numbers, message):
         with pytest.raises(CodingError, match=message):
             coder.read_weight(self.code(*numbers), Matrix(2, 3))
+
+    def test_contexts_for_more_sides_than_are_allowed(self):
+        wide = Matrix(1, coder.MAX_NEAR)
+        with pytest.raises(CodingError, match="too many rows and channels"):
+            coder.read_weight(self.code((1, 0), (2, 0), (1, 0), (1, 0), (1, 1), (3, 0)), wide)
 
     def test_values_that_are_not_finite(self, monkeypatch):
         monkeypatch.setattr(coder, "_clean", lambda values: values.reshape(-1))
@@ -272,7 +323,7 @@ class TestStrangers:
 
     def test_a_codebook_value_that_no_float16_has(self):
         writer = Stream(ENCODE, room=100)
-        for width, number in ((1, 0), (2, 0), (1, 1), (1, 1), (8, 0), (3, 0)):
+        for width, number in ((1, 0), (2, 0), (1, 1), (1, 1), (8, 0), (1, 0), (3, 0)):
             writer.number(width, number)
         writer.ascending(np.array([70_000]))
         with pytest.raises(CodingError, match="codebook value is out of range"):

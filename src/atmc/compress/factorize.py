@@ -296,7 +296,7 @@ def compose(form: Form, u: np.ndarray, v: np.ndarray, c: np.ndarray | None) -> n
     """W (out, columns) float32 from its factors, the same on every machine.
 
     Each entry is summed in float64 in a fixed order - the products U[i, j] V[j, :] by rising j where both are nonzero,
-    then the identity's term, then C - and rounded once.
+    then the identity's term, then C - and rounded once. Beyond float32's range it is infinite.
     """
     total = _product(u, v)
     if form == "left":
@@ -305,7 +305,8 @@ def compose(form: Form, u: np.ndarray, v: np.ndarray, c: np.ndarray | None) -> n
         total += u
     if c is not None:
         total += c.reshape(total.shape)
-    return total.astype(np.float32)
+    with np.errstate(over="ignore"):
+        return total.astype(np.float32)
 
 
 def product_cost(u: np.ndarray, v: np.ndarray) -> int:

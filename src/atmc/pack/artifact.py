@@ -1,10 +1,10 @@
-"""The model file, version 2.
+"""The model file, version 3.
 
 All numbers are little-endian, a varint is LEB128 of at most 5 bytes; the same values give the same bytes.
 
     bytes        content
     4            "ATMC"
-    u16          version, 2
+    u16          version, 3
     part         metadata: JSON (UTF-8, sorted keys), deflated (raw, with DICTIONARY as preset dictionary)
     part each    a weight: every float32 tensor of two or more dimensions, in the order of `fields`
     part         everything else: biases, norms, buffers, in the order of `fields` (`coder.write_small`)
@@ -20,11 +20,12 @@ A weight's part:
 
 Arithmetic code (`bits`, all in integers): first one bit, 1 for all zero; two bits for the group size of the positions
 (0: no entry is zero, no positions; else an index into `Matrix.groups`) and three for their prior's scale; one for
-float16 or float32 values, one for a codebook, eight for its size less 1, three for the prior's scale of the values;
-then the positions, the codebook's values ascending, and codes or plain values in row-major order. Zeros at the end
-are cut off. Everything else is one such code: of a float32 tensor one bit for a single repeated value, one for float16,
-and where values differ one for zeros among them, whose places follow as flags; then plain values, under statistics that
-tensors of one role, the last part of their names, share. Other types follow byte by byte.
+float16 or float32 values, one for a codebook, eight for its size less 1, one for contexts of the values' surroundings,
+three for the prior's scale of the values; then the positions, the codebook's values ascending, and codes or plain
+values in row-major order. Zeros at the end are cut off. Everything else is one such code: of a float32 tensor one bit
+for a single repeated value, one for float16, and where values differ one for zeros among them, whose places follow as
+flags; then plain values, under statistics that tensors of one role, the last part of their names, share. Other types
+follow byte by byte.
 
 W of a factorized weight is defined: summed in float64 in a fixed order and rounded once (`factorize.compose`).
 

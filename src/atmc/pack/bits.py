@@ -212,33 +212,123 @@ def code_positions(
             left = seen
 
 
-def code_symbols(
-    coder: Any, data: Any, tables: Any, symbols: Any, depth: int, modelled: int, model: Any, contexts: Any
-) -> None:
-    """Symbols of `depth` bits below symbols[-1], which is their number and not one of them: a binary tree of decisions.
+def code_symbol(
+    coder: Any,
+    data: Any,
+    tables: Any,
+    symbol: int,
+    levels: int,
+    depth: int,
+    modelled: int,
+    model: Any,
+    contexts: Any,
+    near: int,
+    row: int,
+    column: int,
+) -> int:
+    """A symbol of `depth` bits below levels: a binary tree of decisions; the symbol.
 
     The first `modelled` bits are decided with a context for each node of the tree, the others are taken as equally
     likely (and levels is 2^depth then). Where the upper half of a node lies beyond the number of symbols there is
     nothing to decide.
+
+    Args:
+        near, row, column: where further contexts begin: a tree of them for what is near, and the first three bits of
+            it for the row and for the group of columns; near is 0 where there are none.
     """
-    levels = symbols[len(symbols) - 1]
     rest = depth - modelled
+    node = 1
+    for shift in range(depth - 1, rest - 1, -1):
+        bit = (symbol >> shift) & 1
+        if (((node << 1) | 1) << shift) - (1 << depth) >= levels:
+            bit = 0
+        else:
+            contexts[0] = node
+            count = 1
+            if near:
+                contexts[1] = near + node
+                count = 2
+                if node < 8:
+                    contexts[2] = row + node
+                    contexts[3] = column + node
+                    count = 4
+            bit = decide(coder, data, tables, model, contexts, count, bit)
+        node = (node << 1) | bit
+    if rest:
+        node = (node << rest) | code_number(coder, data, tables[1], rest, symbol & ((1 << rest) - 1))
+    return node - (1 << depth)
+
+
+def code_symbols(
+    coder: Any, data: Any, tables: Any, symbols: Any, depth: int, modelled: int, model: Any, contexts: Any
+) -> None:
+    """Symbols below symbols[-1], which is their number and not one of them, each as `code_symbol` does it."""
+    levels = symbols[len(symbols) - 1]
     for i in range(len(symbols) - 1):
-        symbol = symbols[i]
-        node = 1
         if coder[MODE] == DECODE and coder[AT] > len(data) + PAST_END:
             return
-        for shift in range(depth - 1, rest - 1, -1):
-            bit = (symbol >> shift) & 1
-            if (((node << 1) | 1) << shift) - (1 << depth) >= levels:
-                bit = 0
-            else:
-                contexts[0] = node
-                bit = decide(coder, data, tables, model, contexts, 1, bit)
-            node = (node << 1) | bit
-        if rest:
-            node = (node << rest) | code_number(coder, data, tables[1], rest, symbol & ((1 << rest) - 1))
-        symbols[i] = node - (1 << depth)
+        symbols[i] = code_symbol(
+            coder, data, tables, symbols[i], levels, depth, modelled, model, contexts, 0, 0, 0
+        )  # fmt: skip
+
+
+def code_placed(
+    coder: Any,
+    data: Any,
+    tables: Any,
+    symbols: Any,
+    depth: int,
+    modelled: int,
+    model: Any,
+    contexts: Any,
+    places: Any,
+    shape: Any,
+    kinds: Any,
+    kept: Any,
+) -> None:
+    """Symbols as `code_symbols` does them, of values at places of a matrix, under more contexts.
+
+    A decision is made under its node in the tree, and: the node and the kinds of the values to the left and `across`
+    earlier, of which the second is in the same kernel; for the first three bits the row's nodes, and those of the input
+    channel (or column).
+
+    Args:
+        places: where the values are, ascending, one each; what is no value of the same row's counts as 0.
+        shape: (rows, columns, kernel, width, across), see `coder.Matrix`.
+        kinds: of a symbol's leading bits, as many as it takes to tell so many kinds apart: 1 to 4.
+        model: as `placed_model` gives it.
+        kept: zeros for each column.
+    """
+    rows, columns, kernel, width, across = shape[0], shape[1], shape[2], shape[3], shape[4]
+    levels = symbols[len(symbols) - 1]
+    by_row = 1 << modelled
+    by_column = by_row + 8 * rows
+    by_near = by_column + 8 * (columns // kernel)
+    shift = 0
+    while len(kinds) < levels >> shift:
+        shift += 1
+    begun = 0  # the first place of the row
+    row = 0
+    for i in range(len(symbols) - 1):
+        if coder[MODE] == DECODE and coder[AT] > len(data) + PAST_END:
+            return
+        place = places[i]
+        if place // columns != row:
+            for j in range(begun, i):
+                kept[places[j] % columns] = 0
+            begun = i
+            row = place // columns
+        column = place % columns
+        inside = column % kernel if kernel > 1 else column
+        near = kept[column - 1] if inside % width or (kernel == 1 and column) else 0
+        if inside >= across:
+            near += 5 * kept[column - across]
+        symbol = code_symbol(
+            coder, data, tables, symbols[i], levels, depth, modelled, model, contexts,
+            by_near + (near << modelled), by_row + 8 * row, by_column + 8 * (column // kernel),
+        )  # fmt: skip
+        symbols[i] = symbol
+        kept[column] = kinds[symbol >> shift]
 
 
 def code_ascending(coder: Any, data: Any, tables: Any, numbers: Any, model: Any, contexts: Any) -> None:
@@ -331,6 +421,14 @@ def _hazards(left: int) -> tuple[int, int, int]:
 def tree_model(modelled: int, scale: int) -> Model:
     """The contexts of `code_symbols` and (modelled = 6) `code_ascending` at the start."""
     return _model(np.zeros(1 << modelled, np.int64), np.full(1 << modelled, ONE << scale >> 2, np.int64))
+
+
+def placed_model(rows: int, columns: int, kernel: int, modelled: int, scale: int) -> Model:
+    """The contexts of `code_placed` at the start: those of rows and channels are held to their prior most."""
+    nodes, unit = 1 << modelled, ONE << scale >> 2
+    sides = 8 * (rows + columns // kernel)
+    info = np.concatenate([np.full(nodes, unit), np.full(sides, 4 * unit), np.full(25 * nodes, 2 * unit)])
+    return _model(np.zeros(len(info), np.int64), info)
 
 
 def _model(theta: Integers, info: Integers) -> Model:

@@ -1,15 +1,17 @@
 """Tensors <-> bits: what is written of a tensor, and which of several models says it shortest.
 
 A weight is taken as a matrix: which entries are nonzero (`bits.code_positions`), then their values in that order,
-either as they are or as codes into a codebook of ascending values. Every choice is measured, not guessed; all of them
-stand in the first bits. Small tensors (biases, norms) are written without positions. Decoders treat their input as
-data from a stranger: they read zeros past its end, and nothing in it makes them allocate more than the shape asks for.
+either as they are or as codes into a codebook of ascending values (`bits.code_placed`). Every choice is measured, not
+guessed; all of them stand in the first bits. Small tensors (biases, norms) are written without positions. Decoders
+treat their input as data from a stranger: they read zeros past its end, and nothing in it makes them allocate more than
+the shape asks for.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from functools import cache
 from math import lgamma, log
 from typing import Any
 
@@ -22,10 +24,14 @@ from atmc.pack.stream import Stream
 MAX_LEVELS = 256
 MAX_GROUP = 256
 MAX_SIDES = 1 << 22  # rows and columns together: each has contexts, which take memory
+MAX_NEAR = 1 << 16  # rows and input channels together up to which values have contexts for each
 MAX_ROLES = 256  # roles with statistics of their own; further ones share
-POSITION_SCALES, VALUE_SCALES = (1, 0, 2, 4, 6), (2, 0, 4)
-FULL_SEARCH = 1 << 19  # entries up to which every group is tried, and on which scales are judged
+POSITION_SCALES, VALUE_SCALES = (0, 1, 2, 4, 6), (0, 2, 4)  # searched from the second on
+FULL_SEARCH = 1 << 19  # entries up to which every group is tried
+POSITION_SAMPLE = 1 << 18  # entries on which groups and scales are judged
 VALUE_SAMPLE = 1 << 16  # values on which the scale of their statistics is judged
+SIGNS = np.array([1, 3])  # kinds of plain values, by their first bit
+FLAG_SCALE, SMALL_SCALE = 0, 2  # of tensors that are no weights
 MODELLED = 9  # leading bits of a plain value that are modelled, the others are taken as random
 
 Floats = NDArray[np.float32]
@@ -72,6 +78,11 @@ class Matrix:
         sizes = tuple(size for size in dict.fromkeys(tried) if size <= min(MAX_GROUP, max(self.columns, 1)))
         return sizes if self.rows * self.columns <= FULL_SEARCH else sizes[:1]
 
+    @property
+    def has_near(self) -> bool:
+        """Whether values may be coded under contexts of their surroundings; else these would take too much memory."""
+        return self.rows + self.columns // self.kernel <= MAX_NEAR
+
     def work(self, group: int) -> int:
         """Decisions about groups of that size, at least; a quarter of the entries where there are no positions."""
         return self.rows * -(-self.columns // group) if group else self.rows * self.columns // 4
@@ -98,12 +109,14 @@ class Choice:
         position_scale, value_scale: how strongly contexts are held to their prior, 0 to 7.
         half: values are exact in float16.
         levels: size of the codebook, 0 for plain values.
+        near: values are coded under contexts of their row, their input channel and their neighbours.
     """
 
     group: int = 0
     position_scale: int = 0
     half: bool = False
     levels: int = 0
+    near: bool = False
     value_scale: int = 0
 
 
@@ -152,7 +165,7 @@ def write_weight(values: np.ndarray, matrix: Matrix, hint: Integers | None = Non
     nonzero = flat[flags != 0]
     if not len(nonzero):
         return b"", Spent()
-    choice = _choose_values(nonzero)
+    choice = _choose_values(nonzero, matrix, flags)
     if len(nonzero) < len(flat):
         choice = _choose_positions(flags, matrix, hint, choice)
     work = matrix.work(choice.group) + 16 * len(nonzero)
@@ -203,7 +216,7 @@ def _code_weight(
     else:
         flags = np.ones_like(flags)
     positions = stream.spent
-    nonzero, codebook = _code_values(stream, choice, nonzero, int(flags.sum()))
+    nonzero, codebook = _code_values(stream, matrix, choice, nonzero, flags)
     spent = Spent(header, positions - header, codebook, stream.spent - positions - codebook)
     return flags, nonzero, spent
 
@@ -214,31 +227,47 @@ def _code_choice(stream: Stream, matrix: Matrix, choice: Choice) -> Choice:
     if where >= len(groups):
         raise CodingError(f"unknown layout {where}")
     position_scale = stream.number(3, choice.position_scale) if where else 0
-    return replace(_code_value_choice(stream, choice), group=groups[where], position_scale=position_scale)
-
-
-def _code_value_choice(stream: Stream, choice: Choice) -> Choice:
     half = bool(stream.number(1, choice.half))
     levels = stream.number(8, choice.levels - 1) + 1 if stream.number(1, choice.levels > 0) else 0
-    return Choice(half=half, levels=levels, value_scale=stream.number(3, choice.value_scale))
+    near = bool(stream.number(1, choice.near))
+    if near and not matrix.has_near:
+        raise CodingError("the tensor has too many rows and channels for contexts of each")
+    return Choice(groups[where], position_scale, half, levels, near, stream.number(3, choice.value_scale))
 
 
-def _code_values(stream: Stream, choice: Choice, values: Floats, count: int, model: Any = None) -> tuple[Floats, float]:
-    """Values in order: (those given or read, bits of the codebook). model: contexts of plain values so far."""
+def _code_values(stream: Stream, matrix: Matrix, choice: Choice, values: Floats, flags: Flags) -> tuple[Floats, float]:
+    """The values at the flags, in order: (those given or read, bits of the codebook)."""
     depth = 16 if choice.half else 32
-    numbers = _ordered(values, choice.half)
-    if not choice.levels:
-        model = model or stream.model(MODELLED, choice.value_scale)
-        return _from_ordered(stream.symbols(_room(numbers, count), 1 << depth, depth, MODELLED, model), depth), 0.0
-    before = stream.spent
-    book, codes = np.unique(numbers, return_inverse=True)
-    book = stream.ascending(_room(book, choice.levels))
-    if book[-1] >> depth:
-        raise CodingError("a codebook value is out of range")
-    codebook = stream.spent - before
-    width = (choice.levels - 1).bit_length()
-    codes = stream.symbols(_room(codes, count), choice.levels, width, width, stream.model(width, choice.value_scale))
-    return _from_ordered(book[codes], depth), codebook
+    numbers, levels, kinds, codebook = _ordered(values, choice.half), 1 << depth, SIGNS, 0.0
+    if choice.levels:
+        before = stream.spent
+        book, numbers = np.unique(numbers, return_inverse=True)
+        book = stream.ascending(_room(book, choice.levels))
+        if book[-1] >> depth:
+            raise CodingError("a codebook value is out of range")
+        codebook = stream.spent - before
+        centers = _from_ordered(book, depth)
+        if not np.isfinite(centers).all():
+            raise CodingError("a value is not finite")
+        levels, kinds = choice.levels, _kinds(centers)
+        depth = (levels - 1).bit_length()
+    modelled = min(depth, MODELLED)
+    numbers = _room(numbers, int(flags.sum()))
+    if choice.near:
+        places = np.flatnonzero(flags)
+        shape = (matrix.rows, matrix.columns, matrix.kernel, matrix.width, matrix.across())
+        numbers = stream.placed(numbers, levels, depth, modelled, choice.value_scale, places, shape, kinds)
+    else:
+        numbers = stream.symbols(numbers, levels, depth, modelled, stream.model(modelled, choice.value_scale))
+    return centers[numbers] if choice.levels else _from_ordered(numbers, depth), codebook
+
+
+def _kinds(centers: Floats) -> Integers:
+    """1 to 4 for each value of a codebook: its sign, and whether it is one of the larger half."""
+    size = np.abs(centers)
+    large = size > np.sort(size)[(len(size) - 1) // 2]
+    kinds: Integers = (1 + 2 * (centers > 0) + large).astype(np.int64)
+    return kinds
 
 
 def _room(numbers: Integers, count: int) -> Integers:
@@ -267,28 +296,33 @@ def _from_ordered(numbers: Integers, depth: int) -> Floats:
     return pattern.astype(np.uint32).view(np.float32)
 
 
-def _choose_values(nonzero: Floats) -> Choice:
-    """Codebook or plain values, and how firmly their statistics hold to their prior."""
+def _choose_values(nonzero: Floats, matrix: Matrix, flags: Flags) -> Choice:
+    """Codebook or plain values, under which contexts, and how firmly these hold to their prior."""
     half = _is_half(nonzero)
     few = len(np.unique(nonzero[: 64 * MAX_LEVELS])) <= MAX_LEVELS
     levels = len(np.unique(nonzero)) if few else MAX_LEVELS + 1
     sizes = [0] if levels > MAX_LEVELS else [levels] if len(nonzero) > 8 * levels else [levels, 0]
-    options = [Choice(half=half, levels=size, value_scale=scale) for size in sizes for scale in VALUE_SCALES]
+    contexts = [False, True] if matrix.has_near else [False]
 
     sample = nonzero[:VALUE_SAMPLE]
+    there = flags[: np.flatnonzero(flags)[len(sample) - 1] + 1]
 
+    @cache
     def length(choice: Choice) -> float:
         stream = Stream(MEASURE, work=6 * 16 * len(sample))
-        _code_values(stream, choice, sample, len(sample))
+        _code_values(stream, matrix, choice, sample, there)
         return stream.spent
 
-    return min(options, key=length)
+    start = Choice(half=half, value_scale=VALUE_SCALES[1])
+    best = min((replace(start, levels=size, near=near) for size in sizes for near in contexts), key=length)
+    return _lowest([replace(best, value_scale=scale) for scale in VALUE_SCALES], length)
 
 
 def _choose_positions(flags: Flags, matrix: Matrix, hint: Integers | None, choice: Choice) -> Choice:
-    """The best group size at the first scale, then the best scale for it; of a large matrix by its first rows."""
-    rows = min(matrix.rows, max(FULL_SEARCH // matrix.columns, 1))
+    """The best group size at one scale, then the best scale for it; of a large matrix by its first rows."""
+    rows = min(matrix.rows, max(POSITION_SAMPLE // matrix.columns, 1))
 
+    @cache
     def length(option: Choice) -> float:
         stream = Stream(MEASURE, work=4 * matrix.work(1))
         classes = matrix.classes(option.group, hint)
@@ -296,9 +330,18 @@ def _choose_positions(flags: Flags, matrix: Matrix, hint: Integers | None, choic
         stream.positions(flags[: rows * matrix.columns], *layout, classes, option.position_scale)
         return stream.spent
 
-    groups = [replace(choice, group=group, position_scale=POSITION_SCALES[0]) for group in matrix.groups()]
+    groups = [replace(choice, group=group, position_scale=POSITION_SCALES[1]) for group in matrix.groups()]
     best = min(groups, key=length)
-    return min((replace(best, position_scale=scale) for scale in POSITION_SCALES), key=length)
+    return _lowest([replace(best, position_scale=scale) for scale in POSITION_SCALES], length)
+
+
+def _lowest(options: Sequence[Choice], length: Callable[[Choice], float]) -> Choice:
+    """Downhill from the second option: lengths are taken to fall and then to rise."""
+    at = 1
+    for step in (1, -1):
+        while 0 <= at + step < len(options) and length(options[at + step]) < length(options[at]):
+            at += step
+    return options[at]
 
 
 def write_small(tensors: Sequence[tuple[str, np.ndarray]]) -> tuple[bytes, list[float]]:
@@ -385,5 +428,5 @@ def _shared(stream: Stream, models: dict[tuple[str, int], Any], role: str, depth
     """The statistics so far of a role's zero flags (depth 1), float16 or float32 values."""
     key = (role, depth) if len(models) < MAX_ROLES or (role, depth) in models else ("", depth)
     if key not in models:
-        models[key] = stream.model(1, VALUE_SCALES[1]) if depth == 1 else stream.model(MODELLED, VALUE_SCALES[0])
+        models[key] = stream.model(1, FLAG_SCALE) if depth == 1 else stream.model(MODELLED, SMALL_SCALE)
     return models[key]

@@ -12,7 +12,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-MAGIC, VERSION = b"ATMC", 2
+MAGIC, VERSION = b"ATMC", 3
 MAX_METADATA = 1 << 20  # bytes of JSON
 DICTIONARY = (
     b'"classes":10,"input_shape":[3,224,224],"tensors":[["blocks.0.conv.weight",[64,64,3,3],"float32"],["layers.0.bias",['

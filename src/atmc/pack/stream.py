@@ -19,8 +19,8 @@ from atmc.pack.bits import AT, DECODE, HIGH, LOW, SPENT
 
 CUT_ZEROS = bits.PAST_END - 4
 WORTH_COMPILING = 60_000  # decisions from which on Numba's start is worth its time
-FUNCTIONS = ("settle", "code_bit", "code_number", "decide", "code_positions", "code_symbols", "code_ascending")
-INLINED = ("settle", "code_bit", "code_number", "decide")  # calls and checks of divisors cost more than the work
+INLINED = ("settle", "code_bit", "code_number", "decide", "code_symbol")  # a call costs more than the work
+FUNCTIONS = (*INLINED, "code_positions", "code_symbols", "code_placed", "code_ascending")
 _CONSTANTS = ("PAST_END", "DECODE", "MEASURE", "MODE", "LOW", "HIGH", "CODE", "AT", "SPENT")
 
 
@@ -88,6 +88,27 @@ class Stream:
         """Integers from 0 to levels - 1, of depth bits: see `bits.code_symbols`. Those given or decoded."""
         held = self._run.array(np.append(symbols, levels))
         self._run.code_symbols(self._coder, self._data, self._tables, held, depth, modelled, model, self._contexts)
+        return np.asarray(held[:-1], np.int64)
+
+    def placed(
+        self,
+        symbols: NDArray[np.int64],
+        levels: int,
+        depth: int,
+        modelled: int,
+        scale: int,
+        places: NDArray[np.int64],
+        shape: tuple[int, int, int, int, int],
+        kinds: Sequence[int] | NDArray[np.int64],
+    ) -> NDArray[np.int64]:
+        """Integers as `symbols` codes them, at places of a matrix: see `bits.code_placed`. Those given or decoded."""
+        rows, columns, kernel = shape[:3]
+        model = self._model(bits.placed_model(rows, columns, kernel, modelled, scale))
+        held = self._run.array(np.append(symbols, levels))
+        self._run.code_placed(
+            self._coder, self._data, self._tables, held, depth, modelled, model, self._contexts,
+            self._run.array(places), self._run.array(shape), self._run.array(kinds), self._run.array([0] * columns),
+        )  # fmt: skip
         return np.asarray(held[:-1], np.int64)
 
     def ascending(self, numbers: NDArray[np.int64]) -> NDArray[np.int64]:
