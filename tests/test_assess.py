@@ -19,7 +19,8 @@ from torch import nn
 
 import atmc
 from atmc import cli, judge
-from atmc.robust import examples, resume
+from atmc.experiment import parts
+from atmc.robust import certify, curves, examples, resume
 from atmc.robust.evaluate import Verdicts
 
 MODELS = """
@@ -217,6 +218,49 @@ class TestResume:
         assert one["per_class"] == two["per_class"]
         assert torch.equal(examples.read("whole.npz").adv, examples.read("cut.npz").adv)
         assert not (here / "cut.json.state").exists()
+
+    @pytest.mark.parametrize(
+        ("module", "function", "count"), [(curves, "at_steps", len(curves.STEPS)), (certify, "radius", 12)]
+    )
+    def test_curves_and_certificate_go_on(self, here, monkeypatch, capsys, module, function, count):
+        """Interrupted in the middle of either: nothing that was measured before is measured again."""
+        asked = ["--against", "b.atmc", "--n", 12, "--curves", 10, "--certify", 0.1, "--certify-samples", 200]
+        asked += ["--no-checks", "--json"]
+        monkeypatch.setattr(parts, "SAVE_EVERY", 0.0)
+        assert evaluate("a.atmc", *asked, f"{function}.json", threat="l2:0.3") == 0
+        measure, calls = getattr(module, function), []
+
+        def counted(*arguments, **options):
+            calls.append(arguments)
+            if len(calls) == 4:
+                raise KeyboardInterrupt
+            return measure(*arguments, **options)
+
+        monkeypatch.setattr(module, function, counted)
+        cut = f"{function}-cut.json"
+        assert evaluate("a.atmc", *asked, cut, threat="l2:0.3") == 1
+        assert sorted(path.name for path in here.glob(f"{cut}*")) == [
+            f"{cut}.against.state", f"{cut}.parts.state", f"{cut}.state",
+        ]  # fmt: skip
+        assert "add --resume" in refused(capsys, "a.atmc", *asked, cut, threat="l2:0.3")
+        monkeypatch.setattr(judge, "attacked", lambda *_, **__: iter(()))  # whose verdicts are the state's
+        assert evaluate("a.atmc", *asked, cut, "--resume", threat="l2:0.3") == 0
+        assert {**figures(f"{function}.json"), "seconds": 0} == {**figures(cut), "seconds": 0}
+        assert len(calls) == 4 + count - 3
+        assert list(here.glob(f"{cut}*")) == [here / cut]
+
+    def test_a_state_of_other_curves(self, here, capsys):
+        state = here / "y.json.parts.state"
+        asked = ["a.atmc", "--n", 5, "--curves", 5, "--no-checks", "--json", "y.json", "--resume"]
+        for text, said in (
+            ('{"mark": "another", "parts": {}}', "is of another measurement"),
+            ('{"parts": {}}', "is not the state of a measurement"),
+            ("[]", "is not the state of a measurement"),
+            ("rubbish", "is not the state of a measurement"),
+        ):
+            state.write_text(text)
+            assert said in refused(capsys, *asked)
+            assert not (here / "y.json").exists()
 
     def test_nothing_is_judged_twice(self, here):
         """Going on really goes on: a finished attack in the state is not run again, whatever its verdicts say."""

@@ -7,9 +7,10 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from atmc.pack import coder, stream
+from atmc.pack import coder, small, stream
 from atmc.pack.bits import DECODE, ENCODE
 from atmc.pack.coder import CodingError, Matrix, Spent, entropy_bits, log2_binomial
+from atmc.pack.small import read_small, write_small
 from atmc.pack.stream import Stream
 
 SHAPES = [(1, 1), (1, 40), (40, 1), (7, 30), (30, 45), (4, 3, 3, 3), (5, 4, 1, 5), (3, 2, 7), (2, 3, 20, 20), (60,)]
@@ -78,9 +79,9 @@ def test_compiled_and_plain_bits_are_the_same(weight, seed):
     for name, value in (("WORTH_COMPILING", -1), ("_compiled", stream._plain)):
         with pytest.MonkeyPatch.context() as patch:
             patch.setattr(stream, name, value)
-            data, packed = coder.write_weight(values, matrix, hint), coder.write_small(small)
+            data, packed = coder.write_weight(values, matrix, hint), write_small(small)
             decoded = coder.read_weight(data[0], matrix, hint)[0].tobytes()
-            again = [array.tobytes() for array in coder.read_small(packed[0], kinds)[0]]
+            again = [array.tobytes() for array in read_small(packed[0], kinds)[0]]
             found.append((data, packed, decoded, again))
     assert found[0] == found[1]
 
@@ -110,8 +111,8 @@ def test_small_tensors_round_trip_bit_for_bit(drawn):
                 values.astype(np.int64 if kind is np.uint8 else np.float64).astype(kind),
             )
         )
-    data, lengths = coder.write_small(tensors)
-    found, again = coder.read_small(data, [(role, values.dtype, len(values)) for role, values in tensors])
+    data, lengths = write_small(tensors)
+    found, again = read_small(data, [(role, values.dtype, len(values)) for role, values in tensors])
     assert lengths == again
     assert close(len(data), sum(lengths))
     for (_, values), decoded in zip(tensors, found, strict=True):
@@ -121,16 +122,16 @@ def test_small_tensors_round_trip_bit_for_bit(drawn):
 
 
 def test_small_tensors_of_more_roles_than_have_statistics_of_their_own(monkeypatch):
-    monkeypatch.setattr(coder, "MAX_ROLES", 3)
+    monkeypatch.setattr(small, "MAX_ROLES", 3)
     tensors = [(f"role{i}", np.array([i, 0, 0.1], np.float32)) for i in range(9)]
-    data, _ = coder.write_small(tensors)
-    found, _ = coder.read_small(data, [(role, values.dtype, 3) for role, values in tensors])
+    data, _ = write_small(tensors)
+    found, _ = read_small(data, [(role, values.dtype, 3) for role, values in tensors])
     assert all(np.array_equal(a, b) for a, (_, b) in zip(found, tensors, strict=True))
 
 
 def test_constants_and_zeros_cost_next_to_nothing():
-    assert len(coder.write_small([("bias", np.full(10_000, 0.5, np.float32))])[0]) <= 3
-    assert len(coder.write_small([("bias", np.zeros(10_000, np.float32))])[0]) <= 3
+    assert len(write_small([("bias", np.full(10_000, 0.5, np.float32))])[0]) <= 3
+    assert len(write_small([("bias", np.zeros(10_000, np.float32))])[0]) <= 3
     assert coder.write_weight(np.zeros((100, 100), np.float32), Matrix.of((100, 100))) == (b"", Spent())
     assert len(coder.write_weight(np.full((100, 100), -3, np.float32), Matrix.of((100, 100)))[0]) <= 8
 
@@ -269,7 +270,7 @@ class TestStrangers:
     def test_random_bytes_as_small_tensors(self, data, kinds):
         asked = [("bias", np.dtype(kind), size) for kind, size in kinds]
         try:
-            found, _ = coder.read_small(data, asked)
+            found, _ = read_small(data, asked)
         except CodingError:
             return
         assert [(values.dtype, len(values)) for values in found] == [(dtype, size) for _, dtype, size in asked]
@@ -290,7 +291,7 @@ class TestStrangers:
         with pytest.raises(CodingError, match=r"cut off|out of range"):
             coder.read_weight(data[: len(data) // 2], Matrix.of((20, 2000)))
         with pytest.raises(CodingError, match="the code is cut off"):
-            coder.read_small(b"\x55" * 40, [("ids", np.dtype(np.int64), 100_000_000)])
+            read_small(b"\x55" * 40, [("ids", np.dtype(np.int64), 100_000_000)])
 
     def code(self, *numbers: tuple[int, int]) -> bytes:
         writer = Stream(ENCODE, room=200)
@@ -315,7 +316,7 @@ class TestStrangers:
             coder.read_weight(self.code((1, 0), (2, 0), (1, 0), (1, 0), (1, 1), (3, 0)), wide)
 
     def test_values_that_are_not_finite(self, monkeypatch):
-        monkeypatch.setattr(coder, "_clean", lambda values: values.reshape(-1))
+        monkeypatch.setattr(coder, "cleaned", lambda values: values.reshape(-1))
         for value in (np.nan, np.inf):
             array = np.array([[value, 1]], np.float32)
             with pytest.raises(CodingError, match="not finite"):
@@ -330,9 +331,9 @@ class TestStrangers:
             coder.read_weight(writer.finish(), Matrix(2, 3))
 
     def test_truth_values(self):
-        data = coder.write_small([("flag", np.array([0, 1, 2], np.uint8))])[0]
+        data = write_small([("flag", np.array([0, 1, 2], np.uint8))])[0]
         with pytest.raises(CodingError, match="neither 0 nor 1"):
-            coder.read_small(data, [("flag", np.dtype(np.bool_), 3)])
+            read_small(data, [("flag", np.dtype(np.bool_), 3)])
 
 
 def test_values_that_cannot_be_written():
@@ -341,7 +342,7 @@ def test_values_that_cannot_be_written():
             coder.write_weight(np.array([[value]], np.float32), Matrix.of((1, 1)))
         for kind in (np.float32, np.float64):
             with pytest.raises(ValueError, match="expected finite values"):
-                coder.write_small([("bias", np.array([value], kind))])
+                write_small([("bias", np.array([value], kind))])
     with pytest.raises(CodingError, match="4,194,304 together"):
         Matrix.of((3, 2**22))
 

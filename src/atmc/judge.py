@@ -179,6 +179,8 @@ def evaluate(
     )
     *_, report = evaluation(model, test, threat, options, source=transfer_from)
     assert isinstance(report, Report)
+    if options.state:
+        options.state.unlink(missing_ok=True)
     if report.failed:
         names = "; ".join(f"{check.name}: {check.detail}" for check in report.failed)
         warnings.warn(f"the accuracies under attack are not to be trusted: {names}", EvaluationWarning, stacklevel=2)
@@ -188,7 +190,10 @@ def evaluate(
 def evaluation(
     model: nn.Module, test: Any, threat: Threat | str, options: Options, *, source: nn.Module | None = None
 ) -> Iterator[Attacked | Check | Report]:
-    """`evaluate`, step by step: yields every attacked batch, every check, and at last the report."""
+    """`evaluate`, step by step: yields every attacked batch, every check, and at last the report.
+
+    The state, where one is kept, is left for whoever asked to remove.
+    """
     expect_module(model)
     threat = as_threat(threat)
     images = mixed_order(as_images(test))
@@ -213,8 +218,6 @@ def evaluation(
             checks.append(check)
             yield check
         spent["checks"] = round(time.monotonic() - began, 2)
-    if options.state:
-        options.state.unlink(missing_ok=True)
     yield Report(clean, attacks, tuple(checks), images.labels.cpu(), spent)
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
+from collections.abc import Generator, Iterator
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -14,16 +14,18 @@ from torch import nn
 from atmc import api, models
 from atmc.data import Data, Images, load_data
 from atmc.experiment.gallery import chosen, gallery
+from atmc.experiment.parts import Measured, Parts, measured_certificate, measured_curves
 from atmc.experiment.weights import load_weights
 from atmc.files import write_beside
 from atmc.inputs import as_device
 from atmc.pack import artifact
-from atmc.robust import certify, curves, examples
+from atmc.robust import certify, examples, resume
 from atmc.robust.evaluate import Attacked
 from atmc.robust.suspect import Check
 from atmc.robust.threats import Threat
 from atmc.version import __version__
 
+AGAINST, PARTS = ".against", ".parts"  # states of the other model's attacks, and of curves and certificate
 WEIGHTS = (".pt", ".pth", ".safetensors")
 
 
@@ -51,10 +53,15 @@ class Request:
     resume: bool = False
     overwrite: bool = False
 
+    def state(self, of: str = "") -> Path | None:
+        """Where an evaluation with --json keeps its state while it runs: its attacks', or `of` another part."""
+        return self.json_path.with_name(f"{self.json_path.name}{of}.state") if self.json_path else None
+
     @property
-    def state(self) -> Path | None:
-        """Where an evaluation with --json keeps its state while it runs."""
-        return self.json_path.with_name(f"{self.json_path.name}.state") if self.json_path else None
+    def states(self) -> list[Path]:
+        """All of these files that are there."""
+        paths = [self.state(of) for of in ("", AGAINST, PARTS)]
+        return [path for path in paths if path and path.exists()]
 
 
 @dataclass(frozen=True)
@@ -64,7 +71,7 @@ class Assessed:
     figures: dict[str, Any]
 
 
-def assess(request: Request) -> Iterator[Attacked | Check | api.Report | Assessed]:
+def assess(request: Request) -> Iterator[Attacked | Check | Measured | api.Report | Assessed]:
     """Carry a request out; yields what happens, and at last `Assessed`.
 
     Raises:
@@ -88,7 +95,7 @@ def assess(request: Request) -> Iterator[Attacked | Check | api.Report | Assesse
         raise ValueError(f"{request.replay} holds images of shape {shapes}")
     source = open_model(request.transfer_from, request.model, data) if request.transfer_from else None
     keep = request.save_examples is not None or request.gallery is not None
-    options = replace(request.options, state=request.state, keep=keep)
+    options = replace(request.options, state=request.state(), keep=keep)
     figures: dict[str, Any] = {"model": str(request.file), "data": request.data, "threat": str(request.threat)}
     figures["seed"] = options.seed
     report = None
@@ -99,10 +106,12 @@ def assess(request: Request) -> Iterator[Attacked | Check | api.Report | Assesse
     figures |= report.to_json() | {"per_class": report.per_class(), "seconds": report.seconds}
     if request.against:
         yield from _against(request, report, data, options, figures)
-    figures |= _more(request, model, data.test, report)
+    figures |= yield from _more(request, model, data.test, report)
     figures["versions"] = {"atmc": __version__, "torch": torch.__version__}
     if request.json_path:
         write_beside(request.json_path, (json.dumps(figures, indent=1) + "\n").encode())
+    for path in request.states:
+        path.unlink()
     yield Assessed(figures)
 
 
@@ -115,14 +124,12 @@ def _check_outputs(request: Request) -> None:
             raise ValueError(f"{path} exists: add --overwrite to replace it")
     if request.save_examples and request.save_examples.suffix != ".npz":
         raise ValueError(f"expected a name that ends in .npz for the examples, got {request.save_examples}")
-    if request.resume and not request.state:
+    if request.resume and not request.json_path:
         raise ValueError("--resume needs --json: the state of an evaluation lies beside that file")
-    if request.state and request.state.exists() and not request.resume:
+    for path in () if request.resume else request.states:
         if not request.overwrite:
-            raise ValueError(
-                f"{request.state} holds an unfinished evaluation: add --resume to go on with it or --overwrite"
-            )
-        request.state.unlink()
+            raise ValueError(f"{path} holds an unfinished evaluation: add --resume to go on with it or --overwrite")
+        path.unlink()
 
 
 def open_model(path: Path, model: str | None, data: Data | None = None) -> nn.Module:
@@ -171,8 +178,8 @@ def _against(
     assert request.against is not None
     other = open_model(request.against, request.model, data).to(request.device)
     check_size(request.against, data)
-    second = None
-    for event in api.evaluation(other, data.test, request.threat, replace(options, state=None, keep=False)):
+    second, second_options = None, replace(options, state=request.state(AGAINST), keep=False)
+    for event in api.evaluation(other, data.test, request.threat, second_options):
         if isinstance(event, api.Report):
             second = event
         else:
@@ -182,23 +189,26 @@ def _against(
     figures["against"] = {"model": str(request.against), **second.to_json(), "comparison": tests}
 
 
-def _more(request: Request, model: nn.Module, test: Images, report: api.Report) -> dict[str, Any]:
+def _more(
+    request: Request, model: nn.Module, test: Images, report: api.Report
+) -> Generator[Measured, None, dict[str, Any]]:
     """Curves, replayed and saved examples, the gallery and the certificate, as far as they were asked for."""
     found: dict[str, Any] = {}
-    device = torch.device(request.device)
+    images, seed = test.to(torch.device(request.device)), request.options.seed
+    about = {"threat": str(request.threat), "curves": request.curves, "certify": request.certify, "seed": seed}
+    about["samples"] = request.certify_samples
+    mark = resume.fingerprint(model, images, len(images), **about) if request.json_path else ""
+    parts = Parts(request.state(PARTS), mark)
     if request.curves:
         n = min(request.curves, len(test))
-        found["curves"] = {
-            "eps": curves.against_eps(model, test.to(device), request.threat, n=n),
-            "steps": curves.against_steps(model, test.to(device), request.threat, n=n),
-        }
+        found["curves"] = yield from measured_curves(parts, model, images, request.threat, n)
     if request.replay:
         found["replay"] = {"file": str(request.replay), **examples.replay(request.replay, model).to_json()}
     if request.certify is not None:
         n = request.options.number(request.options.attacks[0]) or len(test)
-        found["certified"] = certify.certified(
-            model, test.to(device), request.certify, n=n, samples=request.certify_samples, seed=request.options.seed
-        ).to_json()
+        found["certified"] = yield from measured_certificate(
+            parts, model, images, request.certify, n, request.certify_samples, seed
+        )
     if request.save_examples or request.gallery:
         about = {"threat": str(request.threat), "seed": request.options.seed, "model": str(request.file)}
         kept = examples.collect(model, report.labels, report.attacks, **about)

@@ -13,6 +13,7 @@ from rich.progress import Progress as Bar
 from rich.table import Table
 from rich.text import Text
 
+from atmc.experiment.parts import Measured
 from atmc.robust.evaluate import Attacked
 from atmc.robust.suspect import Check
 
@@ -53,6 +54,11 @@ class EvaluationDisplay:
                 self._bar.update(self._task, description="attacking", completed=done / queued, note=attack_line(event))
                 self._last = now
             self._stage = stage
+        elif isinstance(event, Measured):
+            line = f"{event.what}: {event.done:,} of {event.total:,}; {event.found}"
+            self._bar.update(self._task, description="measuring", completed=event.done / event.total, note=line)
+            if not self._console.is_terminal and (event.what != "certificate" or not event.done % 100):
+                self._console.print(line, highlight=False, markup=False, soft_wrap=True)
         elif isinstance(event, Check):
             self._bar.update(self._task, description="checking", completed=1.0, note=event.name)
 

@@ -7,7 +7,7 @@ All numbers are little-endian, a varint is LEB128 of at most 5 bytes; the same v
     u16          version, 3
     part         metadata: JSON (UTF-8, sorted keys), deflated (raw, with DICTIONARY as preset dictionary)
     part each    a weight: every float32 tensor of two or more dimensions, in the order of `fields`
-    part         everything else: biases, norms, buffers, in the order of `fields` (`coder.write_small`)
+    part         everything else: biases, norms, buffers, in the order of `fields` (`small.write_small`)
 
 A part is its length as a varint, its bytes, and a u32: the CRC-32 of the bytes, begun from that of the part before and
 for the first from that of the six bytes before it, so that parts cannot change places.
@@ -24,8 +24,7 @@ float16 or float32 values, one for a codebook, eight for its size less 1, one fo
 three for the prior's scale of the values; then the positions, the codebook's values ascending, and codes or plain
 values in row-major order. Zeros at the end are cut off. Everything else is one such code: of a float32 tensor one bit
 for a single repeated value, one for float16, and where values differ one for zeros among them, whose places follow as
-flags; then plain values, under statistics that tensors of one role, the last part of their names, share. Other types
-follow byte by byte.
+flags; then plain values, under statistics that tensors of one role (last part of their names) share; others by bytes.
 
 W of a factorized weight is defined: summed in float64 in a fixed order and rounded once (`factorize.compose`).
 
@@ -52,7 +51,7 @@ from torch.overrides import TorchFunctionMode
 from atmc.files import write_beside
 from atmc.models import build_from_spec, call_factory
 from atmc.models.factory import factory_name
-from atmc.pack import coder, forms, norms, stream
+from atmc.pack import forms, norms, stream
 from atmc.pack.coder import CodingError, Spent, TooManySides
 from atmc.pack.container import (
     VERSION,
@@ -72,7 +71,9 @@ from atmc.pack.container import (
     varint,
 )
 from atmc.pack.fields import MAX_CLASSES, Field, expect_fields, fields, is_zoo, listed, schema
+from atmc.pack.floats import Integers
 from atmc.pack.forms import FORMS, PLAIN, Weight
+from atmc.pack.small import read_small, write_small
 from atmc.version import __version__
 
 __all__ = [
@@ -209,7 +210,7 @@ def pack(
     for field, values in small:
         if values.dtype.kind == "f" and not np.isfinite(values).all():
             raise ValueError(f"tensor {field.name}: expected finite values, got nan or infinity")
-    parts.append(coder.write_small([(field.role, values) for field, values in small])[0])
+    parts.append(write_small([(field.role, values) for field, values in small])[0])
     return pack_parts(metadata, parts)
 
 
@@ -316,7 +317,7 @@ def decode(content: Content, expected: Sequence[Field], *, max_values: int = MAX
         raise TooLarge(f"{content.source}: its factors take over {WORK * max_values:,} multiply-adds to compose")
     kinds = [(field.role, np.dtype(field.dtype), field.size) for field in small]
     try:
-        found, lengths = coder.read_small(content.parts[-1], kinds)
+        found, lengths = read_small(content.parts[-1], kinds)
     except CodingError as error:
         raise content.bad(f"biases and norms: {error}") from error
     named = zip((field.name for field in small), zip(found, lengths, strict=True), strict=True)
@@ -329,9 +330,7 @@ def _expect_room(content: Content, expected: Iterable[Field], max_values: int) -
         raise TooLarge(f"{content.source}: {total:,} values; at most {max_values:,} are read")
 
 
-def _read_weight(
-    part: bytes, field: Field, hint: coder.Integers | None, content: Content
-) -> tuple[Weight, list[Spent]]:
+def _read_weight(part: bytes, field: Field, hint: Integers | None, content: Content) -> tuple[Weight, list[Spent]]:
     reader = Reader(part, f"{content.source}: tensor {field.name}", Malformed)
     (number,) = reader.take(1)
     if number >= len(FORMS):

@@ -16,20 +16,10 @@ probability of a 1, in 2^-16; spent the ideal code length so far, in 2^-16 bits.
 
 from __future__ import annotations
 
-from bisect import bisect_left
-from functools import cache
 from typing import Any
-
-import numpy as np
-from numpy.typing import NDArray
-
-Integers = NDArray[np.int64]
-Model = tuple[Integers, Integers, Integers, Integers]
 
 MEASURE, ENCODE, DECODE = 0, 1, 2
 MODE, LOW, HIGH, CODE, AT, SPENT = range(6)  # slots of a coder's state
-ONE = 1 << 32  # information 1
-STEPS = 11 << 10  # log odds are clamped to +-11 nats, in steps of 1/1024: no decision costs more than 16 bits
 POSITION_CLASSES = 6
 PAST_END = 12  # bytes that a decoder may read past the end: four ahead, and eight zeros that an encoder may cut off
 
@@ -154,7 +144,7 @@ def code_positions(
 
     Args:
         classes: one number below POSITION_CLASSES for each group of columns, what is known of it beforehand.
-        model: as `position_model` gives it.
+        model: as `priors.position_model` gives it.
         contexts, above: room for 5 contexts, and zeros for each group of columns.
     """
     groups = (columns + group - 1) // group
@@ -296,7 +286,7 @@ def code_placed(
         places: where the values are, ascending, one each; what is no value of the same row's counts as 0.
         shape: (rows, columns, kernel, width, across), see `coder.Matrix`.
         kinds: of a symbol's leading bits, as many as it takes to tell so many kinds apart: 1 to 4.
-        model: as `placed_model` gives it.
+        model: as `priors.placed_model` gives it.
         kept: zeros for each column.
     """
     rows, columns, kernel, width, across = shape[0], shape[1], shape[2], shape[3], shape[4]
@@ -352,85 +342,3 @@ def code_ascending(coder: Any, data: Any, tables: Any, numbers: Any, model: Any,
             gap = size
         last += gap + 1
         numbers[i] = last
-
-
-@cache
-def squash_table() -> list[int]:
-    """p at log odds (i - STEPS) / 1024, i = 0 .. 2 STEPS: 65536 / (1 + exp(-x)) rounded, inside 1 .. 65535."""
-    scale = 1 << 96
-    term = step = scale
-    for n in range(1, 12):  # exp(1/1024) by its series, in integers
-        term = term // (1024 * n)
-        step += term
-    power, upper = scale, []
-    for _ in range(STEPS + 1):
-        upper.append(min((65536 * power + (power + scale) // 2) // (power + scale), 65535))
-        power = power * step // scale
-    return [65536 - p for p in reversed(upper[1:])] + upper
-
-
-@cache
-def cost_table() -> list[int]:
-    """-log2(p / 65536) in 2^-16 bits for p = 0 (unused) .. 65536, by repeated squaring of integers."""
-    p = np.arange(1, 65537, dtype=np.int64)
-    whole = np.zeros_like(p)
-    for shift in range(17):
-        whole += (p >> (shift + 1)) > 0
-    mantissa, fraction = p << (30 - whole), np.zeros_like(p)
-    for _ in range(16):
-        mantissa = (mantissa * mantissa) >> 30
-        two = (mantissa >> 31) & 1
-        fraction, mantissa = 2 * fraction + two, mantissa >> two
-    return [0, *(((16 - whole) << 16) - fraction).tolist()]
-
-
-def stretch(p: int) -> int:
-    """The theta at which p (1 .. 65535) is the probability."""
-    return (bisect_left(squash_table(), p) - STEPS) << 22
-
-
-def position_model(rows: int, columns: int, group: int, scale: int) -> Model:
-    """The contexts of `code_positions` at the start; a larger scale holds the contexts nearer to their prior.
-
-    A place starts from the hazard of one nonzero anywhere in what is left of its group.
-    """
-    groups = -(-columns // group)
-    unit = ONE << scale >> 2
-    sections = [  # how many contexts, theta at the start, info at the start
-        (1, [stretch(1200)], ONE >> 6),
-        (rows, None, unit),
-        (groups, None, unit),
-        (9, None, 2 * unit),
-        (POSITION_CLASSES, None, unit >> 1),
-        (3 * group, [t for i in range(group) for t in _hazards(group - i)], unit // 3),
-        (3, None, ONE >> 3),
-        (rows, None, 2 * unit),
-        (columns, None, 2 * unit),
-        (8, None, 2 * unit),
-    ]
-    theta = [np.zeros(count, np.int64) if start is None else np.array(start, np.int64) for count, start, _ in sections]
-    info = [np.full(count, weight, np.int64) for count, _, weight in sections]
-    return _model(np.concatenate(theta), np.concatenate(info))
-
-
-def _hazards(left: int) -> tuple[int, int, int]:
-    """Log odds of an entry with so many places left, when none, one, or more came before it in the group."""
-    return stretch(min(65536 // left, 64000)), stretch(6500), stretch(13000)
-
-
-def tree_model(modelled: int, scale: int) -> Model:
-    """The contexts of `code_symbols` and (modelled = 6) `code_ascending` at the start."""
-    return _model(np.zeros(1 << modelled, np.int64), np.full(1 << modelled, ONE << scale >> 2, np.int64))
-
-
-def placed_model(rows: int, columns: int, kernel: int, modelled: int, scale: int) -> Model:
-    """The contexts of `code_placed` at the start: those of rows and channels are held to their prior most."""
-    nodes, unit = 1 << modelled, ONE << scale >> 2
-    sides = 8 * (rows + columns // kernel)
-    info = np.concatenate([np.full(nodes, unit), np.full(sides, 4 * unit), np.full(25 * nodes, 2 * unit)])
-    return _model(np.zeros(len(info), np.int64), info)
-
-
-def _model(theta: Integers, info: Integers) -> Model:
-    """theta, info, the variance 1 / info in 2^-22, and the info at which to compute it anew."""
-    return theta, info, (1 << 54) // info, info + (info >> 5)

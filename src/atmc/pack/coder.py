@@ -2,9 +2,9 @@
 
 A weight is taken as a matrix: which entries are nonzero (`bits.code_positions`), then their values in that order,
 either as they are or as codes into a codebook of ascending values (`bits.code_placed`). Every choice is measured, not
-guessed; all of them stand in the first bits. Small tensors (biases, norms) are written without positions. Decoders
-treat their input as data from a stranger: they read zeros past its end, and nothing in it makes them allocate more than
-the shape asks for.
+guessed; all of them stand in the first bits. Biases, norms and other small tensors: see `small`. Decoders treat their
+input as data from a stranger: they read zeros past its end, and nothing in it makes them allocate more than the shape
+asks for.
 """
 
 from __future__ import annotations
@@ -13,30 +13,26 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import cache
 from math import lgamma, log
-from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from atmc.pack.bits import DECODE, ENCODE, MEASURE
+from atmc.pack.floats import Floats, Integers, cleaned, from_ordered, is_half, ordered, room_for
 from atmc.pack.stream import Stream
 
 MAX_LEVELS = 256
 MAX_GROUP = 256
 MAX_SIDES = 1 << 22  # rows and columns together: each has contexts, which take memory
 MAX_NEAR = 1 << 16  # rows and input channels together up to which values have contexts for each
-MAX_ROLES = 256  # roles with statistics of their own; further ones share
 POSITION_SCALES, VALUE_SCALES = (0, 1, 2, 4, 6), (0, 2, 4)  # searched from the second on
 FULL_SEARCH = 1 << 19  # entries up to which every group is tried
 POSITION_SAMPLE = 1 << 18  # entries on which groups and scales are judged
 VALUE_SAMPLE = 1 << 16  # values on which the scale of their statistics is judged
 SIGNS = np.array([1, 3])  # kinds of plain values, by their first bit
-FLAG_SCALE, SMALL_SCALE = 0, 2  # of tensors that are no weights
 MODELLED = 9  # leading bits of a plain value that are modelled, the others are taken as random
 
-Floats = NDArray[np.float32]
 Flags = NDArray[np.uint8]
-Integers = NDArray[np.int64]
 
 
 class CodingError(ValueError):
@@ -160,7 +156,7 @@ def write_weight(values: np.ndarray, matrix: Matrix, hint: Integers | None = Non
     Raises:
         ValueError: nan or infinity.
     """
-    flat = _clean(values)
+    flat = cleaned(values)
     flags = (flat != 0).astype(np.uint8)
     nonzero = flat[flags != 0]
     if not len(nonzero):
@@ -192,13 +188,6 @@ def read_weight(data: bytes, matrix: Matrix, hint: Integers | None = None) -> tu
         raise CodingError("a value is not finite")
     values[flags != 0] = nonzero
     return values, spent
-
-
-def _clean(values: np.ndarray) -> Floats:
-    flat: Floats = np.ascontiguousarray(values, np.float32).reshape(-1) + np.float32(0)  # -0.0 becomes 0.0
-    if not np.isfinite(flat).all():
-        raise ValueError("expected finite values, got nan or infinity")
-    return flat
 
 
 def _code_weight(
@@ -238,28 +227,28 @@ def _code_choice(stream: Stream, matrix: Matrix, choice: Choice) -> Choice:
 def _code_values(stream: Stream, matrix: Matrix, choice: Choice, values: Floats, flags: Flags) -> tuple[Floats, float]:
     """The values at the flags, in order: (those given or read, bits of the codebook)."""
     depth = 16 if choice.half else 32
-    numbers, levels, kinds, codebook = _ordered(values, choice.half), 1 << depth, SIGNS, 0.0
+    numbers, levels, kinds, codebook = ordered(values, choice.half), 1 << depth, SIGNS, 0.0
     if choice.levels:
         before = stream.spent
         book, numbers = np.unique(numbers, return_inverse=True)
-        book = stream.ascending(_room(book, choice.levels))
+        book = stream.ascending(room_for(book, choice.levels))
         if book[-1] >> depth:
             raise CodingError("a codebook value is out of range")
         codebook = stream.spent - before
-        centers = _from_ordered(book, depth)
+        centers = from_ordered(book, depth)
         if not np.isfinite(centers).all():
             raise CodingError("a value is not finite")
         levels, kinds = choice.levels, _kinds(centers)
         depth = (levels - 1).bit_length()
     modelled = min(depth, MODELLED)
-    numbers = _room(numbers, int(flags.sum()))
+    numbers = room_for(numbers, int(flags.sum()))
     if choice.near:
         places = np.flatnonzero(flags)
         shape = (matrix.rows, matrix.columns, matrix.kernel, matrix.width, matrix.across())
         numbers = stream.placed(numbers, levels, depth, modelled, choice.value_scale, places, shape, kinds)
     else:
         numbers = stream.symbols(numbers, levels, depth, modelled, stream.model(modelled, choice.value_scale))
-    return centers[numbers] if choice.levels else _from_ordered(numbers, depth), codebook
+    return centers[numbers] if choice.levels else from_ordered(numbers, depth), codebook
 
 
 def _kinds(centers: Floats) -> Integers:
@@ -270,35 +259,9 @@ def _kinds(centers: Floats) -> Integers:
     return kinds
 
 
-def _room(numbers: Integers, count: int) -> Integers:
-    """The numbers to write, or room for those to be read."""
-    return numbers if len(numbers) else np.zeros(count, np.int64)
-
-
-def _is_half(values: Floats) -> bool:
-    """Whether float16 holds every value."""
-    with np.errstate(over="ignore"):
-        return bool(np.array_equal(values.astype(np.float16).astype(np.float32), values))
-
-
-def _ordered(values: Floats, half: bool) -> Integers:
-    """Integers in the order of the values: bit patterns with the negative ones turned round."""
-    kind, top = (np.float16, 0x8000) if half else (np.float32, 0x80000000)
-    pattern = values.astype(kind).view(np.uint16 if half else np.uint32).astype(np.int64)
-    return np.where(pattern >= top, 2 * top - 1 - pattern, pattern + top)
-
-
-def _from_ordered(numbers: Integers, depth: int) -> Floats:
-    top = 1 << (depth - 1)
-    pattern = np.where(numbers < top, 2 * top - 1 - numbers, numbers - top)
-    if depth == 16:
-        return pattern.astype(np.uint16).view(np.float16).astype(np.float32)
-    return pattern.astype(np.uint32).view(np.float32)
-
-
 def _choose_values(nonzero: Floats, matrix: Matrix, flags: Flags) -> Choice:
     """Codebook or plain values, under which contexts, and how firmly these hold to their prior."""
-    half = _is_half(nonzero)
+    half = is_half(nonzero)
     few = len(np.unique(nonzero[: 64 * MAX_LEVELS])) <= MAX_LEVELS
     levels = len(np.unique(nonzero)) if few else MAX_LEVELS + 1
     sizes = [0] if levels > MAX_LEVELS else [levels] if len(nonzero) > 8 * levels else [levels, 0]
@@ -342,91 +305,3 @@ def _lowest(options: Sequence[Choice], length: Callable[[Choice], float]) -> Cho
         while 0 <= at + step < len(options) and length(options[at + step]) < length(options[at]):
             at += step
     return options[at]
-
-
-def write_small(tensors: Sequence[tuple[str, np.ndarray]]) -> tuple[bytes, list[float]]:
-    """Biases, norms and whatever else is no weight, one after the other; and the bits that each takes.
-
-    Args:
-        tensors: (role, values): tensors of one role share statistics, and so do roles after MAX_ROLES. float32
-            values are stored in float16 where that is exact, a single value once, zeros as flags; other types as they
-            are.
-
-    Raises:
-        ValueError: nan or infinity.
-    """
-    flat = [(role, _clean(values) if values.dtype == np.float32 else values.reshape(-1)) for role, values in tensors]
-    for role, values in flat:
-        if values.dtype.kind == "f" and not np.isfinite(values).all():
-            raise ValueError(f"expected finite values, got nan or infinity in {role}")
-    room = 2 * sum(values.nbytes for _, values in flat) + 64 + 4 * len(flat)
-    stream = Stream(ENCODE, room=room, work=sum(8 * values.nbytes for _, values in flat))
-    lengths: list[float] = []
-    models: dict[tuple[str, int], Any] = {}
-    for role, values in flat:
-        before = stream.spent
-        _code_small(stream, models, role, values.dtype, values, len(values))
-        lengths.append(stream.spent - before)
-    return stream.finish(), lengths
-
-
-def read_small(data: bytes, kinds: Sequence[tuple[str, np.dtype[Any], int]]) -> tuple[list[np.ndarray], list[float]]:
-    """What `write_small` was given, from (role, number type, size) of each tensor; and the bits that each takes.
-
-    Raises:
-        CodingError: the bytes are no such encoding.
-    """
-    stream = Stream(DECODE, data=data, work=sum(8 * dtype.itemsize * size for _, dtype, size in kinds))
-    found, lengths = [], []
-    models: dict[tuple[str, int], Any] = {}
-    for role, dtype, size in kinds:
-        before = stream.spent
-        if stream.over_read:
-            raise CodingError("the code is cut off")
-        values = _code_small(stream, models, role, dtype, np.zeros(0, dtype), size)
-        if values.dtype.kind == "f" and not np.isfinite(values).all():
-            raise CodingError("a value is not finite")
-        found.append(values)
-        lengths.append(stream.spent - before)
-    if stream.over_read:
-        raise CodingError("the code is cut off")
-    return found, lengths
-
-
-def _code_small(
-    stream: Stream, models: dict[tuple[str, int], Any], role: str, dtype: np.dtype[Any], values: np.ndarray, size: int
-) -> np.ndarray:
-    """One tensor, written or read: the values given or found."""
-    if dtype != np.float32:
-        octets = values.astype(dtype.newbyteorder("<")).tobytes()
-        read = bytearray()
-        for i in range(size * dtype.itemsize):
-            if stream.over_read:
-                raise CodingError("the code is cut off")
-            read.append(stream.number(8, octets[i] if octets else 0))
-        found = np.frombuffer(read, dtype.newbyteorder("<")).astype(dtype)
-        if dtype == np.bool_ and any(octet > 1 for octet in read):
-            raise CodingError("a truth value is neither 0 nor 1")
-        return found
-    constant = bool(stream.number(1, bool(len(values)) and bool((values == values[0]).all())))
-    half = bool(stream.number(1, _is_half(values)))
-    count = min(size, 1) if constant else size
-    depth = 16 if half else 32
-    held = np.ones(count, np.int64)
-    if not constant and stream.number(1, not values.all()):
-        flags = _room((values != 0).astype(np.int64), count)
-        held = stream.symbols(flags, 2, 1, 1, _shared(stream, models, role, 1))
-    numbers = _ordered(values[:count][held != 0] if len(values) else values, half)
-    model = _shared(stream, models, role, depth)
-    found = np.zeros(count, np.float32)
-    numbers = stream.symbols(_room(numbers, int(held.sum())), 1 << depth, depth, MODELLED, model)
-    found[held != 0] = _from_ordered(numbers, depth)
-    return np.repeat(found, size) if constant and size else found
-
-
-def _shared(stream: Stream, models: dict[tuple[str, int], Any], role: str, depth: int) -> Any:
-    """The statistics so far of a role's zero flags (depth 1), float16 or float32 values."""
-    key = (role, depth) if len(models) < MAX_ROLES or (role, depth) in models else ("", depth)
-    if key not in models:
-        models[key] = stream.model(1, FLAG_SCALE) if depth == 1 else stream.model(MODELLED, SMALL_SCALE)
-    return models[key]

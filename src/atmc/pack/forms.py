@@ -17,7 +17,8 @@ from torch import nn
 
 from atmc.compress.factorize import Form, all_sites, compose, factored, factors_of, product_cost, put_factors, structure
 from atmc.pack import coder
-from atmc.pack.coder import Integers, Matrix, Spent
+from atmc.pack.coder import Matrix, Spent
+from atmc.pack.floats import Integers
 
 PLAIN = "plain"
 FORMS: tuple[str, ...] = (PLAIN, "left", "right", "svd", "rank")  # their numbers in the file

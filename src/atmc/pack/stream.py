@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from atmc.pack import bits
+from atmc.pack import bits, priors
 from atmc.pack.bits import AT, DECODE, HIGH, LOW, SPENT
 
 CUT_ZEROS = bits.PAST_END - 4
@@ -69,7 +69,7 @@ class Stream:
         scale: int,
     ) -> NDArray[np.uint8]:
         """Which entries of a matrix are nonzero: see `bits.code_positions`. The flags, those given or decoded."""
-        model = self._model(bits.position_model(rows, columns, group, scale))
+        model = self._model(priors.position_model(rows, columns, group, scale))
         held = self._run.bytes(flags.tobytes())
         held_classes = self._run.array(classes)
         self._run.code_positions(
@@ -80,7 +80,7 @@ class Stream:
 
     def model(self, modelled: int, scale: int) -> Any:
         """Fresh contexts for `symbols`."""
-        return self._model(bits.tree_model(modelled, scale))
+        return self._model(priors.tree_model(modelled, scale))
 
     def symbols(
         self, symbols: NDArray[np.int64], levels: int, depth: int, modelled: int, model: Any
@@ -103,7 +103,7 @@ class Stream:
     ) -> NDArray[np.int64]:
         """Integers as `symbols` codes them, at places of a matrix: see `bits.code_placed`. Those given or decoded."""
         rows, columns, kernel = shape[:3]
-        model = self._model(bits.placed_model(rows, columns, kernel, modelled, scale))
+        model = self._model(priors.placed_model(rows, columns, kernel, modelled, scale))
         held = self._run.array(np.append(symbols, levels))
         self._run.code_placed(
             self._coder, self._data, self._tables, held, depth, modelled, model, self._contexts,
@@ -130,7 +130,7 @@ class Stream:
         zeros = min(len(data) - len(data.rstrip(b"\0")), CUT_ZEROS)
         return data[: len(data) - zeros]
 
-    def _model(self, parts: bits.Model) -> Any:
+    def _model(self, parts: priors.Model) -> Any:
         return tuple(self._run.array(part) for part in parts)
 
 
@@ -145,7 +145,7 @@ def _plain() -> types.SimpleNamespace:
     """The functions of `bits` as they are, on lists."""
     functions = {name: getattr(bits, name) for name in FUNCTIONS}
     return types.SimpleNamespace(
-        **functions, array=_listed, bytes=bytearray, tables=lambda: (bits.squash_table(), bits.cost_table())
+        **functions, array=_listed, bytes=bytearray, tables=lambda: (priors.squash_table(), priors.cost_table())
     )
 
 
@@ -161,7 +161,7 @@ def _compiled() -> types.SimpleNamespace:
         function = types.FunctionType(getattr(bits, name).__code__, space, name)
         compiler = numba.njit(cache=True, forceinline=name in INLINED, error_model="numpy")
         space[name] = compiler(function)
-    tables = (_integers(bits.squash_table()), _integers(bits.cost_table()))
+    tables = (_integers(priors.squash_table()), _integers(priors.cost_table()))
     functions = {name: space[name] for name in FUNCTIONS}
     return types.SimpleNamespace(**functions, array=_integers, bytes=_octets, tables=lambda: tables)
 

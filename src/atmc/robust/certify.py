@@ -73,7 +73,6 @@ def lower_bound(successes: int, n: int, failure: float = FAILURE) -> float:
     return float(beta.ppf(failure, successes, n - successes + 1)) if successes else 0.0
 
 
-@full_float32()
 def certified(
     model: nn.Module, images: Images, sigma: float, *, n: int, samples: int = 10_000, seed: int = 0
 ) -> Certified:
@@ -84,17 +83,24 @@ def certified(
         sigma: of the noise, pixel units.
         samples: noisy copies of an image that bound the probability, besides 100 that choose the class.
     """
-    radii, abstained = [], 0
-    for i in range(min(n, len(images))):
-        x = images.float_pixels([i])
-        first = _counts(model, x, i, SELECTION, sigma, seed, "smoothing: choice")
-        top = int(first.argmax())
-        hits = int(_counts(model, x, i, samples, sigma, seed, "smoothing: bound", classes=len(first))[top])
-        p = lower_bound(hits, samples)
-        abstained += p <= 0.5
-        radius = sigma * float(norm.ppf(p)) if p > 0.5 else -1.0
-        radii.append(radius if top == int(images.labels[i]) else -1.0)
-    return Certified(torch.tensor(radii, dtype=torch.float64), abstained, sigma, samples)
+    found = [radius(model, images, i, sigma, samples=samples, seed=seed) for i in range(min(n, len(images)))]
+    radii = torch.tensor([each for each, _ in found], dtype=torch.float64)
+    return Certified(radii, sum(not answered for _, answered in found), sigma, samples)
+
+
+@full_float32()
+def radius(
+    model: nn.Module, images: Images, i: int, sigma: float, *, samples: int = 10_000, seed: int = 0
+) -> tuple[float, bool]:
+    """The certified radius of image i, -1 where the smoothed classifier abstains or is wrong; whether it answered."""
+    x = images.float_pixels([i])
+    first = _counts(model, x, i, SELECTION, sigma, seed, "smoothing: choice")
+    top = int(first.argmax())
+    hits = int(_counts(model, x, i, samples, sigma, seed, "smoothing: bound", classes=len(first))[top])
+    p = lower_bound(hits, samples)
+    if p <= 0.5:
+        return -1.0, False
+    return (sigma * float(norm.ppf(p)) if top == int(images.labels[i]) else -1.0), True
 
 
 def _counts(
