@@ -3,7 +3,7 @@
 python results/evaluation/checks.py [RUN ...] [--models results/mnist] [--data ../shared/data/mnist]
     [--state /tmp/states]
 
-The verdicts of the attacks are those that mnist.py left in the folder --state, as far as it has come; the first 100
+The verdicts of the attacks are those that attacks.py left in the folder --state, as far as it has come; the first 100
 images are looked at. The dense model's images are tried on every other (`transfer`).
 """
 
