@@ -1,4 +1,4 @@
-"""`pgd`, `pgd-strong` and AutoAttack on the files of runs; resumable, one JSON a file, in a folder named like the runs'.
+"""`pgd`, `pgd-strong` and AutoAttack on the files of runs; resumable, one JSON a file, in a folder of the same name.
 
 python results/evaluation/attacks.py [results/mnist/RUN ...] [--n 1000] [--state /tmp/states] [--after-pgd]
 

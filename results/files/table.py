@@ -64,7 +64,7 @@ def coders(rows: list[dict[str, Any]]) -> list[str]:
     """Bytes of the weights under each coder."""
     lines = [
         f"| weights of | ours | {' | '.join(EXACT)} | ours over the best of these three | {LOSSY} (its error) "
-        "| ours, exact, over it | ours, 1 % error (its error) | over NNCodec | ours, exact, over the best of all four |",
+        "| ours, exact, over it | ours, 1 % error (its error) | over NNCodec | ours, exact, over the best of all |",
         "|---|---|" + "---|" * (len(EXACT) + 6),
     ]
     for row in rows:
