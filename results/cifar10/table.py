@@ -25,12 +25,20 @@ def percent(figure: dict[str, Any] | None) -> str:
     return f"{100 * figure['accuracy']:.2f} [{100 * low:.2f}, {100 * high:.2f}] of {figure['n']:,}"
 
 
+def rounding(run: dict[str, Any]) -> str:
+    """'-0.02, +0.00': what rounding changed of the validation accuracies, clean and pgd, in points."""
+    after = run["validation"]
+    before = after["before_rounding"]
+    changes = (100 * (after[name]["accuracy"] - before[name]["accuracy"]) for name in ("clean", "pgd"))
+    return ", ".join(f"{change:+.2f}" for change in changes) + ("" if after["fp16"] else " (float32)")
+
+
 def sizes(names: tuple[str, ...]) -> list[str]:
     """One row a run: what the file holds; accuracies last, for the record."""
     lines = [
         "| run | nonzeros | of weights | bits | nominal bits | file, bytes | dense float32, bytes "
-        "| bits of file a nonzero | clean | pgd | minutes |",
-        "|---|---|---|---|---|---|---|---|---|---|---|",
+        "| bits of file a nonzero | clean | pgd | rounding: clean, pgd | minutes |",
+        "|---|---|---|---|---|---|---|---|---|---|---|---|",
     ]
     for name in names:
         if run := read(name):
@@ -38,7 +46,7 @@ def sizes(names: tuple[str, ...]) -> list[str]:
                 f"| `{name}` | {run['nonzeros']:,} | {run['nonzeros'] / run['dense_weights']:.3%} | {run['bits']} "
                 f"| {run['nominal_bits']:,} | {run['file_bytes']:,} | {run['dense_file_bytes']:,} "
                 f"| {8 * run['file_bytes'] / run['nonzeros']:.2f} | {percent(run['clean'])} "
-                f"| {percent(run['attacks']['pgd'])} | {run['seconds'] / 60:.1f} |"
+                f"| {percent(run['attacks']['pgd'])} | {rounding(run)} | {run['seconds'] / 60:.1f} |"
             )
     return lines
 
@@ -46,8 +54,9 @@ def sizes(names: tuple[str, ...]) -> list[str]:
 def proofs() -> list[str]:
     """One row a run of a configuration at small scale."""
     lines = [
-        "| run | threat | nonzeros | of weights | bits | file, bytes | clean | pgd | pgd-strong | minutes |",
-        "|---|---|---|---|---|---|---|---|---|---|",
+        "| run | threat | nonzeros | of weights | bits | file, bytes | clean | pgd | pgd-strong "
+        "| rounding: clean, pgd | minutes |",
+        "|---|---|---|---|---|---|---|---|---|---|---|",
     ]
     for name in PROOFS:
         if run := read(name):
@@ -55,14 +64,14 @@ def proofs() -> list[str]:
             lines.append(
                 f"| `{name}` | {run['threat']} | {run['nonzeros']:,} | {run['nonzeros'] / run['dense_weights']:.3%} "
                 f"| {run['bits']} | {run['file_bytes']:,} | {percent(run['clean'])} | {' | '.join(attacks)} "
-                f"| {run['seconds'] / 60:.1f} |"
+                f"| {rounding(run)} | {run['seconds'] / 60:.1f} |"
             )
     return lines
 
 
 def checkpoint() -> list[str]:
     """Before and after."""
-    lines = ["| model | file, bytes | clean | pgd | pgd-strong |", "|---|---|---|---|---|"]
+    lines = ["| model | file, bytes | clean | pgd | pgd-strong | rounding: clean, pgd |", "|---|---|---|---|---|---|"]
     run, before = read("somebody-elses-checkpoint"), HERE / "natural.json"
     if run and before.exists():
         natural = json.loads(before.read_text())
@@ -72,7 +81,8 @@ def checkpoint() -> list[str]:
         )
         for title, size, figures in rows:
             cells = [figures["clean"], *(figures["attacks"].get(attack) for attack in ("pgd", "pgd-strong"))]
-            lines.append(f"| {title} | {size} | {' | '.join(map(percent, cells))} |")
+            changed = rounding(figures) if figures is run else "–"
+            lines.append(f"| {title} | {size} | {' | '.join(map(percent, cells))} | {changed} |")
     return lines
 
 
