@@ -227,6 +227,16 @@ def test_square_of_the_evaluation_is_used(two_tone, natural, monkeypatch):
     assert f"pgd leave {before} of 60, Square, 301 queries, then {after}" in detail
 
 
+def test_square_is_held_against_all_images_that_both_saw(two_tone, natural, monkeypatch):
+    """More than the 100 that the other checks look at; and AutoAttack's own gradients count among the white box."""
+    monkeypatch.setattr(autoattack, "QUERIES", 301)
+    report = atmc.evaluate(natural, two_tone[1], threat=THREAT, attack=["pgd", "autoattack"])
+    detail = next(check.detail for check in report.checks if check.name == "square")
+    pgd_left, auto = report.attacks["pgd"].right, report.attacks["autoattack"]
+    before, after = int((pgd_left & auto.without("square")).sum()), int((pgd_left & auto.right).sum())
+    assert f"pgd and autoattack leave {before} of 120, Square, 301 queries, then {after}" in detail
+
+
 def test_where_nothing_is_left_there_is_nothing_to_doubt(two_tone, natural):
     """Within a radius that no image withstands, on few images: no alarm by rounding, chance taken over all labels."""
     assert robust_accuracy(natural, two_tone[1], Linf(0.6), "pgd-strong", n=5).accuracy == 0

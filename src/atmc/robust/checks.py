@@ -4,8 +4,9 @@ An accuracy under attack is what the attacks did not manage. Where they were bli
 known ways to be blind (Athalye, Carlini and Wagner 2018; Carlini et al. 2019; Croce and Hein 2020; Croce et al. 2022).
 A check never changes a figure. ok is True, False, or None where it could not be answered.
 
-All look at the first 100 images (`suspect.CHECKED`) at most, which keeps them at about 300 gradients an image. "More
-than the interval" means: below the 95 % interval (Wilson) of the accuracy it is compared with, on those images.
+All look at the first 100 images (`suspect.CHECKED`) at most, which keeps them at about 300 gradients an image; `square`
+at every image where the evaluation ran Square itself. "More than the interval" means: below the 95 % interval (Wilson)
+of the accuracy it is compared with, on those images.
 """
 
 from __future__ import annotations
@@ -23,7 +24,7 @@ from atmc.robust.attacks import LOSSES, attack_mode, fgsm, input_gradient, pgd
 from atmc.robust.evaluate import predictions
 from atmc.robust.figures import at_least, wilson
 from atmc.robust.protocols import STRONG_STEPS
-from atmc.robust.suspect import Check, Suspect, compared, outputs, relative
+from atmc.robust.suspect import NOT_WHITE_BOX, Check, Suspect, compared, outputs, relative
 from atmc.robust.threats import Linf
 
 QUERIES = 300  # of Square, where the evaluation did not run it
@@ -112,8 +113,16 @@ def labels(found: Suspect) -> Check:
 
 
 def square(found: Suspect) -> Check:
-    """Square needs no gradient: where it breaks what the white-box attacks left, their gradients were no good."""
+    """Square needs no gradient: where it breaks what the white-box attacks left, their gradients were no good.
+
+    Where the evaluation ran both, all of its images are looked at.
+    """
+    white = [attack.n for name, attack in found.attacks.items() if name not in NOT_WHITE_BOX]
     for name in ("autoattack", "square"):
+        if name in found.attacks and white and (n := min(found.attacks[name].n, *white)) >= len(found.x):
+            before = found.white_box(n)
+            after = before & found.attacks[name].right[:n].cpu()
+            return compared("square", found, after, f"Square, {autoattack.QUERIES} queries,", before)
         if name in found.attacks and found.attacks[name].n >= len(found.x):
             after = found.standing & found.attacks[name].right[: len(found.x)].to(found.standing.device)
             return compared("square", found, after, f"Square, {autoattack.QUERIES} queries,")

@@ -84,6 +84,14 @@ class Suspect:
             return self.threat.eps / 10
         return self.custom.step_size or 1.25 * self.threat.eps / self.steps
 
+    def white_box(self, n: int) -> Tensor:
+        """(n,) what the evaluation's white-box attacks left of the first n images, on the CPU."""
+        left = torch.ones(n, dtype=torch.bool)
+        for name, found in self.attacks.items():
+            if name not in NOT_WHITE_BOX:
+                left &= found.without("square")[:n].cpu()
+        return left
+
     def noise(self, purpose: str, draw: int = 0) -> Noise:
         """Random numbers for the images, of the checks' own."""
         return Noise(self.index, seed=self.seed, purpose=purpose, epoch=draw)
@@ -148,9 +156,14 @@ def relative(a: Tensor, b: Tensor) -> float:
     return float(apart.amax())
 
 
-def compared(name: str, found: Suspect, after: Tensor, what: str) -> Check:
-    """Fails where fewer withstand than the interval of the white-box accuracy allows."""
-    m, before, left = len(found.x), int(found.standing.sum()), int(after.sum())
+def compared(name: str, found: Suspect, after: Tensor, what: str, standing: Tensor | None = None) -> Check:
+    """Fails where fewer withstand than the interval of the white-box accuracy allows.
+
+    Args:
+        after: (m,) verdicts, or (n,) together with `standing`, those of the white-box attacks on as many images.
+    """
+    held = found.standing if standing is None else standing
+    m, before, left = len(held), int(held.sum()), int(after.sum())
     low = wilson(before, m)[0]
     detail = f"{' and '.join(found.against)} leave {before} of {m}, {what} then {left} (interval from {low:.1%})"
     return Check(name, not before or left / m >= low, detail)
