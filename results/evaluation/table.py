@@ -11,6 +11,13 @@ from typing import Any
 
 from common import HERE, RUNS
 
+OTHERS = [
+    "`python results/evaluation/attacks.py results/precision/*-* results/cifar10/RUN --after-pgd`: the first 1,000",
+    "test images, or as many as are named. The LeNets are short trainings; the runs of cifar10 show sizes, and that",
+    "configurations run: their accuracies mean nothing ([cifar10](../cifar10/README.md)). There AutoAttack had only",
+    "what `pgd-strong` left, and nothing to do where that is nothing. The checks are those of each run's evaluation.",
+]
+
 
 def read(name: str) -> Any:
     """A JSON file beside this one, None where there is none yet."""
@@ -66,6 +73,26 @@ def mnist() -> list[str]:
                 f"| `{run}` | {key} | `{c['name']}` | {c['detail']} |" for c in said["checks"] if c["ok"] is False
             ]
     lines += ["", "What failed, in figures:", "", "| run | attacks | check | figures |", "|---|---|---|---|", *details]
+    return [*lines, ""]
+
+
+def others() -> list[str]:
+    """The other committed files: attacks of attacks.py, and the checks of the runs' own evaluations."""
+    lines = ["## Other files", "", *OTHERS, ""]
+    lines += ["| run | threat | clean | images attacked | pgd | pgd-strong | AutoAttack | failed checks of the run |"]
+    lines += ["|---|---|---|---|---|---|---|---|"]
+    for folder in sorted(path.parent for path in HERE.parent.glob("[pc]*/*/metrics.json")):
+        run = f"{folder.parent.name}/{folder.name}"
+        found, metrics = read(f"{run}.json") or {}, json.loads((folder / "metrics.json").read_text())
+        attacks = found.get("attacks", {})
+        cells = [percent(attacks.get(name)) for name in ("pgd", "pgd-strong", "autoattack")]
+        if "on_those_left_by" in attacks.get("autoattack", {}):
+            cells[-1] += " (after pgd-strong)"
+        failures = [f"`{check['name']}`" for check in metrics["checks"] if check["ok"] is False]
+        said = (", ".join(failures) or "none") if metrics["checks"] else "not run"
+        n = f"{attacks['pgd']['n']:,}" if "pgd" in attacks else "–"
+        cells = [f"`{run}`", metrics["threat"], percent(metrics["clean"]), n, *cells, said]
+        lines.append("| " + " | ".join(cells) + " |")
     return [*lines, ""]
 
 
@@ -151,7 +178,7 @@ def false_alarms() -> list[str]:
 
 def main() -> None:
     """The page."""
-    parts = [(HERE / "about.md").read_text().rstrip(), "", *mnist(), *agreement(), *cost(), *false_alarms()]
+    parts = [(HERE / "about.md").read_text().rstrip(), "", *mnist(), *others(), *agreement(), *cost(), *false_alarms()]
     (HERE / "README.md").write_text("\n".join(parts).rstrip() + "\n")
 
 
