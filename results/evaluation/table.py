@@ -47,7 +47,10 @@ def mnist() -> list[str]:
     lines += [
         "Percent of the first 1,000 test images, with 95 % Wilson intervals. The last columns name the checks that"
     ]
-    lines += ["failed, on the first 100 images, of an evaluation with these attacks.", ""]
+    lines += [
+        "failed, on the first 100 images (`square` beside AutoAttack: on all), of an evaluation with them.",
+        "",
+    ]
     lines += [
         "| run | clean (10,000) | pgd | pgd-strong | after APGD-CE, -T, FAB-T | AutoAttack "
         "| with pgd | +pgd-strong | +autoattack |"

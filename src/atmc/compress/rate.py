@@ -18,7 +18,7 @@ from atmc.compress.projections import keep_largest, zero_kmeans
 EXACT_BELOW = 20_000  # nonzeros up to which a tensor's final codebook is the exact optimum
 FILLED = 0.985  # share of the byte budget from which on a search is content
 BITS_EACH = 12.0  # about what a nonzero takes, position and code
-ROUNDING = 8.0  # how much dearer an error of rounding is than one of pruning, which the other weights make up for
+ROUNDING = 8.0  # how much dearer an error of rounding is than one of pruning, which others make up for (results/rate)
 USUAL_BITS = 4
 MARGINAL = 0.02  # the share of nonzeros, by magnitude, that stand for the marginal one
 
