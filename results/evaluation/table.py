@@ -130,7 +130,7 @@ def cost() -> list[str]:
     same, plain = found["ratio to pyautoattack, same layout"], found["ratio to pyautoattack"]
     lines += [
         "",
-        f"Ratio of the least times: **{same}** to pyautoattack with the model in the same memory layout, {plain} to",
+        f"Ratio of the medians: **{same}** to pyautoattack with the model in the same memory layout, {plain} to",
     ]
     lines += [
         "pyautoattack with the model as it is loaded (atmc converts it to channels_last; it also leaves out the weight"
