@@ -3,6 +3,7 @@
 import json
 import struct
 import zlib
+from pathlib import Path
 
 import golden_files
 import numpy as np
@@ -137,6 +138,23 @@ def test_golden_values():
 
 
 SMALL = {name: (golden_files.FOLDER / f"{name}.atmc").read_bytes() for name in ("ranked", "dense")}
+
+
+def test_the_example_of_the_documentation(capsys):
+    """docs/file-format.md takes a file apart by hand: those are its bytes."""
+    page = (Path(__file__).parents[1] / "docs" / "file-format.md").read_text()
+    section = page[page.index("## An example by hand") :]
+    exec(section.split("```python\n")[1].split("```")[0], {})
+    size, *octets = capsys.readouterr().out.split()
+    assert f"{size} bytes:" in section
+    rows = [line.split("|")[1:3] for line in section.splitlines() if line.startswith("| ") and "`" in line]
+    for start, held in rows:
+        pieces = [piece.split() for piece in held.strip().strip("`").replace("` `", " ").split("...")]
+        if start.strip().isdigit():
+            at = int(start)
+            assert octets[at : at + len(pieces[0])] == pieces[0]
+        for piece in pieces:
+            assert " ".join(piece) in " ".join(octets)
 
 
 class TestWrongFiles:

@@ -249,6 +249,38 @@ class TestResume:
         assert len(calls) == 4 + count - 3
         assert list(here.glob(f"{cut}*")) == [here / cut]
 
+    def test_what_a_kill_left_is_not_thrown_away(self, here, capsys):
+        """Neither by a wrong name beside --overwrite nor by --resume without what it belongs to."""
+        state = here / "z.json.against.state"
+        state.write_bytes(b"dear")
+        asked = ["--n", 5, "--no-checks", "--json", "z.json"]
+        refused(capsys, "missing.atmc", *asked, "--overwrite")
+        said = refused(capsys, "a.atmc", *asked, "--against", "missing.atmc", "--overwrite")
+        assert "missing.atmc" in said
+        assert "is not asked for now" in refused(capsys, "a.atmc", *asked, "--resume")
+        assert state.read_bytes() == b"dear"
+        assert evaluate("a.atmc", *asked, "--overwrite") == 0
+        assert not state.exists()
+
+    def test_more_may_be_asked_for_when_going_on(self, here, monkeypatch):
+        """Certified radii stay where curves come to them; other numbers of samples are measured anew."""
+        asked = ["--n", 3, "--no-checks", "--certify", 0.1, "--json", "w.json"]
+        measure, calls = certify.radius, []
+
+        def cut_off(*arguments, **options):
+            calls.append(arguments)
+            if len(calls) == 3:
+                raise KeyboardInterrupt
+            return measure(*arguments, **options)
+
+        monkeypatch.setattr(parts, "SAVE_EVERY", 0.0)
+        monkeypatch.setattr(certify, "radius", cut_off)
+        assert evaluate("a.atmc", *asked, "--certify-samples", 200, threat="l2:0.3") == 1
+        more = [*asked, "--curves", 5, "--resume", "--certify-samples"]
+        assert evaluate("a.atmc", *more, 200, threat="l2:0.3") == 0
+        assert len(calls) == 3 + 1
+        assert figures("w.json")["certified"]["n"] == 3
+
     def test_a_state_of_other_curves(self, here, capsys):
         state = here / "y.json.parts.state"
         asked = ["a.atmc", "--n", 5, "--curves", 5, "--no-checks", "--json", "y.json", "--resume"]

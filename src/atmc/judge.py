@@ -192,7 +192,7 @@ def evaluation(
 ) -> Iterator[Attacked | Check | Report]:
     """`evaluate`, step by step: yields every attacked batch, every check, and at last the report.
 
-    The state, where one is kept, is left for whoever asked to remove.
+    A state file, where one is kept, stays; the caller removes it.
     """
     expect_module(model)
     threat = as_threat(threat)

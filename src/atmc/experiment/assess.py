@@ -53,15 +53,18 @@ class Request:
     resume: bool = False
     overwrite: bool = False
 
-    def state(self, of: str = "") -> Path | None:
+    def state_path(self, of: str = "") -> Path | None:
         """Where an evaluation with --json keeps its state while it runs: its attacks', or `of` another part."""
         return self.json_path.with_name(f"{self.json_path.name}{of}.state") if self.json_path else None
 
-    @property
-    def states(self) -> list[Path]:
-        """All of these files that are there."""
-        paths = [self.state(of) for of in ("", AGAINST, PARTS)]
-        return [path for path in paths if path and path.exists()]
+    def existing_states(self) -> dict[str, Path]:
+        """Those of these files that are there."""
+        paths = {of: self.state_path(of) for of in ("", AGAINST, PARTS)}
+        return {of: path for of, path in paths.items() if path and path.exists()}
+
+    def uses(self, of: str) -> bool:
+        """Whether what is asked for has such a part."""
+        return {AGAINST: self.against is not None, PARTS: bool(self.curves) or self.certify is not None}.get(of, True)
 
 
 @dataclass(frozen=True)
@@ -94,8 +97,14 @@ def assess(request: Request) -> Iterator[Attacked | Check | Measured | api.Repor
         shapes = f"{tuple(stored.adv.shape[1:])}, the data {tuple(data.test.pixels.shape[1:])}"
         raise ValueError(f"{request.replay} holds images of shape {shapes}")
     source = open_model(request.transfer_from, request.model, data) if request.transfer_from else None
+    other = open_model(request.against, request.model, data).to(request.device) if request.against else None
+    if request.against:
+        check_size(request.against, data)
+    for path in () if request.resume else request.existing_states().values():
+        path.unlink()
+    parts = _parts(request, model, data.test)
     keep = request.save_examples is not None or request.gallery is not None
-    options = replace(request.options, state=request.state(), keep=keep)
+    options = replace(request.options, state=request.state_path(), keep=keep)
     figures: dict[str, Any] = {"model": str(request.file), "data": request.data, "threat": str(request.threat)}
     figures["seed"] = options.seed
     report = None
@@ -104,15 +113,23 @@ def assess(request: Request) -> Iterator[Attacked | Check | Measured | api.Repor
         report = event if isinstance(event, api.Report) else None
     assert report is not None
     figures |= report.to_json() | {"per_class": report.per_class(), "seconds": report.seconds}
-    if request.against:
-        yield from _against(request, report, data, options, figures)
-    figures |= yield from _more(request, model, data.test, report)
+    if other is not None:
+        yield from _against(request, other, report, data, options, figures)
+    figures |= yield from _more(request, model, data.test, report, parts)
     figures["versions"] = {"atmc": __version__, "torch": torch.__version__}
     if request.json_path:
         write_beside(request.json_path, (json.dumps(figures, indent=1) + "\n").encode())
-    for path in request.states:
+    for path in request.existing_states().values():
         path.unlink()
     yield Assessed(figures)
+
+
+def _parts(request: Request, model: nn.Module, test: Images) -> Parts:
+    """What there is of curves and certificate."""
+    if not (request.json_path and request.uses(PARTS)):
+        return Parts(None, "")
+    about = {"threat": str(request.threat), "seed": request.options.seed, "atmc": __version__}
+    return Parts(request.state_path(PARTS), resume.fingerprint(model, test, len(test), **about))
 
 
 def _check_outputs(request: Request) -> None:
@@ -126,10 +143,11 @@ def _check_outputs(request: Request) -> None:
         raise ValueError(f"expected a name that ends in .npz for the examples, got {request.save_examples}")
     if request.resume and not request.json_path:
         raise ValueError("--resume needs --json: the state of an evaluation lies beside that file")
-    for path in () if request.resume else request.states:
-        if not request.overwrite:
+    for of, path in request.existing_states().items():
+        if not (request.resume or request.overwrite):
             raise ValueError(f"{path} holds an unfinished evaluation: add --resume to go on with it or --overwrite")
-        path.unlink()
+        if request.resume and not request.uses(of):
+            raise ValueError(f"{path} holds part of an evaluation that is not asked for now: ask for it, or remove it")
 
 
 def open_model(path: Path, model: str | None, data: Data | None = None) -> nn.Module:
@@ -172,13 +190,10 @@ def check_size(path: Path, data: Data) -> None:
 
 
 def _against(
-    request: Request, report: api.Report, data: Data, options: api.Options, figures: dict[str, Any]
+    request: Request, other: nn.Module, report: api.Report, data: Data, options: api.Options, figures: dict[str, Any]
 ) -> Iterator[Attacked | Check]:
     """The other model through the same, and McNemar's test, put into figures."""
-    assert request.against is not None
-    other = open_model(request.against, request.model, data).to(request.device)
-    check_size(request.against, data)
-    second, second_options = None, replace(options, state=request.state(AGAINST), keep=False)
+    second, second_options = None, replace(options, state=request.state_path(AGAINST), keep=False)
     for event in api.evaluation(other, data.test, request.threat, second_options):
         if isinstance(event, api.Report):
             second = event
@@ -190,15 +205,11 @@ def _against(
 
 
 def _more(
-    request: Request, model: nn.Module, test: Images, report: api.Report
+    request: Request, model: nn.Module, test: Images, report: api.Report, parts: Parts
 ) -> Generator[Measured, None, dict[str, Any]]:
     """Curves, replayed and saved examples, the gallery and the certificate, as far as they were asked for."""
     found: dict[str, Any] = {}
     images, seed = test.to(torch.device(request.device)), request.options.seed
-    about = {"threat": str(request.threat), "curves": request.curves, "certify": request.certify, "seed": seed}
-    about["samples"] = request.certify_samples
-    mark = resume.fingerprint(model, images, len(images), **about) if request.json_path else ""
-    parts = Parts(request.state(PARTS), mark)
     if request.curves:
         n = min(request.curves, len(test))
         found["curves"] = yield from measured_curves(parts, model, images, request.threat, n)

@@ -57,7 +57,9 @@ class EvaluationDisplay:
         elif isinstance(event, Measured):
             line = f"{event.what}: {event.done:,} of {event.total:,}; {event.found}"
             self._bar.update(self._task, description="measuring", completed=event.done / event.total, note=line)
-            if not self._console.is_terminal and (event.what != "certificate" or not event.done % 100):
+            if not self._console.is_terminal and (
+                event.what != "certificate" or not event.done % 100 or event.done == event.total
+            ):
                 self._console.print(line, highlight=False, markup=False, soft_wrap=True)
         elif isinstance(event, Check):
             self._bar.update(self._task, description="checking", completed=1.0, note=event.name)

@@ -36,7 +36,7 @@ class Parts:
 
     Args:
         path: the file that keeps them; None to keep nothing.
-        mark: the fingerprint of all that decides them.
+        mark: the fingerprint of what decides them, besides what their names say.
 
     Raises:
         ValueError: the file is of another measurement, or is none.
@@ -84,7 +84,7 @@ def measured_curves(
     found: dict[str, list[dict[str, Any]]] = {name: [] for name in measures}
     for name, points in measures.items():
         for measure in points:
-            point = parts.part(f"{name} {len(found[name])}", measure)
+            point = parts.part(f"{name} {len(found[name])} of {n} images", measure)
             found[name].append(point)
             share = f"{point['accuracy']:.1%} at {point[name]:.4g}"
             yield Measured(f"accuracy against {name}", len(found[name]), len(points), share)
@@ -100,7 +100,7 @@ def measured_certificate(
     abstained, n = 0, min(n, len(images))
     for i in range(n):
         measure = partial(certify.radius, model, images, i, sigma, samples=samples, seed=seed)
-        radius, answered = parts.part(f"radius {i}", measure)
+        radius, answered = parts.part(f"radius {i} at {sigma!r}, {samples} samples", measure)
         radii.append(radius)
         abstained += not answered
         share = sum(radius >= 0 for radius in radii) / len(radii)

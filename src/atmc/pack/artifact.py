@@ -19,20 +19,20 @@ A weight's part:
     then for U, V, C or for W: the length as a varint, where another follows, and the arithmetic code (`coder`)
 
 Arithmetic code (`bits`, all in integers): first one bit, 1 for all zero; two bits for the group size of the positions
-(0: no entry is zero, no positions; else an index into `Matrix.groups`) and three for their prior's scale; one for
-float16 or float32 values, one for a codebook, eight for its size less 1, one for contexts of the values' surroundings,
-three for the prior's scale of the values; then the positions, the codebook's values ascending, and codes or plain
-values in row-major order. Zeros at the end are cut off. Everything else is one such code: of a float32 tensor one bit
-for a single repeated value, one for float16, and where values differ one for zeros among them, whose places follow as
-flags; then plain values, under statistics that tensors of one role (last part of their names) share; others by bytes.
+(0: no entry is zero, no positions; else an index into `Matrix.groups`) and, with positions, three for their prior's
+scale; one for float16 or float32, one for a codebook, with one eight for its size less 1, one for the values'
+surroundings (`bits.code_placed`; see `coder.MAX_NEAR`), three for the prior's scale of the values; then the positions,
+the codebook's values ascending, and codes or plain values in row-major order. Zeros at the end are cut off. Everything
+else is one such code: of a float32 tensor one bit for a single repeated value, one for float16, and where values differ
+one for zeros among them, whose places follow as flags; then plain values, under statistics that tensors of one role
+(last part of their names) share; other types byte by byte.
 
 W of a factorized weight is defined: summed in float64 in a fixed order and rounded once (`factorize.compose`).
 
 Metadata: {"model", "threat", "method", "tool", "norms"} and, of a zoo model, "schema", the CRC-32 of its fields, or, of
 a user's own model, "tensors", its fields as [name, shape, type], with "classes" and "input_shape" where "model" lacks
 them. "model" is the zoo model's specification (`models.build_from_spec`), or names a user's own factory, which is never
-imported from a file. "norms" says that batch norms are affine and their statistics are not stored (`norms`). No time
-stamps; nothing in a file is executed.
+imported from a file. "norms": batch norms are affine, without statistics (`norms`). Nothing in a file is executed.
 """
 
 from __future__ import annotations

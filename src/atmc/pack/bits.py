@@ -278,14 +278,15 @@ def code_placed(
 ) -> None:
     """Symbols as `code_symbols` does them, of values at places of a matrix, under more contexts.
 
-    A decision is made under its node in the tree, and: the node and the kinds of the values to the left and `across`
-    earlier, of which the second is in the same kernel; for the first three bits the row's nodes, and those of the input
-    channel (or column).
+    A decision is made under its node in the tree, and: the node together with the kinds of the entry to the left (in
+    the same row of the kernel, or in any column where there is no kernel) and of the entry `across` columns back (in
+    the same kernel); for the first three bits the row's nodes, and those of the input channel (or column). A zero, or
+    an entry outside, is of kind 0.
 
     Args:
-        places: where the values are, ascending, one each; what is no value of the same row's counts as 0.
+        places: where the values are, ascending.
         shape: (rows, columns, kernel, width, across), see `coder.Matrix`.
-        kinds: of a symbol's leading bits, as many as it takes to tell so many kinds apart: 1 to 4.
+        kinds: 1 to 4 for each symbol, or for each value of the leading bits where there are fewer.
         model: as `priors.placed_model` gives it.
         kept: zeros for each column.
     """

@@ -5,8 +5,8 @@ known ways to be blind (Athalye, Carlini and Wagner 2018; Carlini et al. 2019; C
 A check never changes a figure. ok is True, False, or None where it could not be answered.
 
 All look at the first 100 images (`suspect.CHECKED`) at most, which keeps them at about 300 gradients an image; `square`
-at every image where the evaluation ran Square itself. "More than the interval" means: below the 95 % interval (Wilson)
-of the accuracy it is compared with, on those images.
+at all that the evaluation's own Square and its white-box attacks saw. "More than the interval" means: below the 95 %
+interval (Wilson) of the accuracy it is compared with, on those images, and by more than 2 points.
 """
 
 from __future__ import annotations
@@ -115,7 +115,7 @@ def labels(found: Suspect) -> Check:
 def square(found: Suspect) -> Check:
     """Square needs no gradient: where it breaks what the white-box attacks left, their gradients were no good.
 
-    Where the evaluation ran both, all of its images are looked at.
+    Where the evaluation ran both, all images that both saw are looked at.
     """
     white = [attack.n for name, attack in found.attacks.items() if name not in NOT_WHITE_BOX]
     for name in ("autoattack", "square"):

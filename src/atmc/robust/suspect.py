@@ -18,6 +18,7 @@ from atmc.robust.protocols import STRONG_STEPS, Custom, paper_steps
 from atmc.robust.threats import Threat
 
 CHECKED = 100  # images
+LEEWAY = 0.02  # of many images: what a second attack finds beyond a first though both are sound
 NOT_WHITE_BOX = ("fgsm", "wrm", "square")  # not what the others are held against
 
 
@@ -157,7 +158,7 @@ def relative(a: Tensor, b: Tensor) -> float:
 
 
 def compared(name: str, found: Suspect, after: Tensor, what: str, standing: Tensor | None = None) -> Check:
-    """Fails where fewer withstand than the interval of the white-box accuracy allows.
+    """Fails where fewer withstand than the interval of the white-box accuracy allows, by more than LEEWAY.
 
     Args:
         after: (m,) verdicts, or (n,) together with `standing`, those of the white-box attacks on as many images.
@@ -166,4 +167,4 @@ def compared(name: str, found: Suspect, after: Tensor, what: str, standing: Tens
     m, before, left = len(held), int(held.sum()), int(after.sum())
     low = wilson(before, m)[0]
     detail = f"{' and '.join(found.against)} leave {before} of {m}, {what} then {left} (interval from {low:.1%})"
-    return Check(name, not before or left / m >= low, detail)
+    return Check(name, not before or left / m >= low or before - left <= LEEWAY * m, detail)
