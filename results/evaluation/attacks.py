@@ -15,7 +15,7 @@ import time
 from pathlib import Path
 
 import torch
-from common import HERE, RUNS
+from common import BATCH, HERE, RUNS, mark_of, state_path, values
 
 import atmc
 from atmc.data import Images, load_data
@@ -31,19 +31,22 @@ def evaluate(folder: Path, attack: str, options: argparse.Namespace) -> None:
     """One attack on one file; saves the state every minute."""
     out = HERE / folder.parent.name / f"{folder.name}.json"
     found = json.loads(out.read_text()) if out.exists() else {}
-    if attack in found.get("attacks", {}):
-        return
     metrics = json.loads((folder / "metrics.json").read_text())
     threat = parse_threat(metrics["threat"])
     model, test = prepared(atmc.load(folder / "model.atmc"), load_data(metrics["data"]).test)
     n = min(options.n, len(test))
+    if found and found["values"] != values(model):
+        raise ValueError(f"{out} is of another model: remove it")
     if not found:
         found = {"model": str(folder / "model.atmc"), "data": metrics["data"], "threat": str(threat), "seed": 0}
+        found["values"] = values(model)
         found |= {"clean": clean_accuracy(model, test).to_json(), "attacks": {}, "seconds": {}, "right": {}}
+    if attack in found["attacks"]:
+        return
     left = torch.ones(n, dtype=torch.bool)
     if attack == "autoattack" and options.after_pgd:
         left = torch.tensor([digit == "1" for digit in found["right"]["pgd-strong"]])[:n]
-    path = Path(options.state) / f"{folder.name}-{attack}.npz"
+    path = state_path(options.state, folder, attack, left=not bool(left.all()))
     began = time.monotonic()
     right, settings = torch.zeros(n, dtype=torch.bool), {}
     if left.any():
@@ -70,13 +73,13 @@ def judge(
 ) -> Accuracy:
     """The attack's figure on the first n images of test."""
     n = min(options.n, len(test))
-    mark = resume.fingerprint(model, test, n, threat=str(threat), attack=attack, seed=0)
+    mark = mark_of(model, test, n, threat, attack)
     stored = resume.read(path)[attack] if path.exists() else (mark, Verdicts.fresh(test, n, keep=True))
     if stored[0] != mark:
         raise ValueError(f"{path} is of another evaluation")
     protocol = protocol_of(model, test, threat, attack)
     saved = time.monotonic()
-    for event in attacked(model, test, protocol, stored[1], batch_size=options.batch_size):
+    for event in attacked(model, test, protocol, stored[1], batch_size=BATCH):
         if time.monotonic() - saved > 60:
             resume.write(path, {attack: (mark, event.verdicts)})
             saved = time.monotonic()
@@ -91,7 +94,6 @@ def main() -> None:
     parser.add_argument("folders", nargs="*", type=Path, default=[Path("results/mnist") / run for run in RUNS])
     parser.add_argument("--state", default="/tmp/atmc-evaluation")
     parser.add_argument("--n", type=int, default=1000)
-    parser.add_argument("--batch-size", type=int, default=250)
     parser.add_argument("--after-pgd", action="store_true")
     options = parser.parse_args()
     torch.set_num_threads(1)

@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from common import HERE, RUNS, lenet, write
+from common import HERE, RUNS, lenet, mark_of, state_path, write
 
 import atmc
 from atmc.data import load_data
@@ -43,10 +43,12 @@ def main() -> None:
         model, test = prepared(lenet(Path(options.models) / run), data)
         clean, attacks, found = clean_accuracy(model, test), {}, {}
         for attack in ("pgd", "pgd-strong", "autoattack"):
-            path = Path(options.state) / f"{run}-{attack}.npz"
-            verdicts = resume.read(path)[attack][1] if path.exists() else None
+            path = state_path(options.state, Path(options.models) / run, attack)
+            mark, verdicts = resume.read(path)[attack] if path.exists() else ("", None)
             if verdicts is None or verdicts.start < len(verdicts.right):
                 break
+            if mark != mark_of(model, test, len(verdicts.right), threat, attack):
+                raise ValueError(f"{path} is of another model or data")
             attacks[attack] = judged(protocol_of(model, test, threat, attack), verdicts)
             key = ", ".join(attacks)
             if key in _there(run):
