@@ -1,6 +1,7 @@
 """`pgd`, `pgd-strong` and AutoAttack on the files of runs; resumable, one JSON a file, in a folder of the same name.
 
-python results/evaluation/attacks.py [results/mnist/RUN ...] [--n 1000] [--state /tmp/states] [--after-pgd]
+python results/evaluation/attacks.py [results/mnist/RUN ...] [--n 1000] [--state /tmp/states] [--threads 1]
+    [--after-pgd]
 
 Data and threat are those of each run's metrics.json; the models are those in the files. An interrupted call goes on
 where it was. The states stay in the folder --state: `checks.py` reads the verdicts there. With --after-pgd AutoAttack
@@ -94,9 +95,10 @@ def main() -> None:
     parser.add_argument("folders", nargs="*", type=Path, default=[Path("results/mnist") / run for run in RUNS])
     parser.add_argument("--state", default="/tmp/atmc-evaluation")
     parser.add_argument("--n", type=int, default=1000)
+    parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--after-pgd", action="store_true")
     options = parser.parse_args()
-    torch.set_num_threads(1)
+    torch.set_num_threads(options.threads)
     Path(options.state).mkdir(parents=True, exist_ok=True)
     for attacks in (("pgd", "pgd-strong"), ("autoattack",)):
         for folder in options.folders:
