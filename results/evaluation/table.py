@@ -15,7 +15,7 @@ OTHERS = [
     "`python results/evaluation/attacks.py results/precision/*-* results/cifar10/RUN --after-pgd`: the first 1,000",
     "test images, or as many as are named. The LeNets are short trainings; the runs of cifar10 show sizes, and that",
     "configurations run: their accuracies mean nothing ([cifar10](../cifar10/README.md)). There AutoAttack had only",
-    "what `pgd-strong` left, and nothing to do where that is nothing; `brief-05` and the proofs, which guess, were left",
+    "what `pgd-strong` left, and nothing to do where that is nothing; `brief-05` and the proofs, which guess, are left",
     "out. The checks are those of each run's evaluation.",
 ]
 
