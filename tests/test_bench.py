@@ -9,6 +9,7 @@ from multiprocessing import Pipe
 from pathlib import Path
 
 import numpy as np
+import onnx
 import pytest
 import torch
 from rich.console import Console
@@ -61,8 +62,6 @@ def test_torch_runs_a_module_and_gives_its_threads_back(pruned, expected, channe
 
 
 def test_onnxruntime_in_float32_and_in_int8(pruned, expected):
-    onnx = pytest.importorskip("onnx")
-    pytest.importorskip("onnxruntime")
     model = dense.onnx.to_bytes(simplify(pruned))
     assert error(dense.onnx.runner(model, 1)(IMAGES), expected) < 1e-5
     int8 = dense.quantized(model, IMAGES)
@@ -72,8 +71,6 @@ def test_onnxruntime_in_float32_and_in_int8(pruned, expected):
 
 
 def test_openvino_in_float32_and_in_its_own_precision(pruned, expected):
-    pytest.importorskip("onnx")
-    pytest.importorskip("openvino")
     model = dense.onnx.to_bytes(simplify(pruned))
     exact = dense.run_openvino(model, 1, precision="f32")
     for images, logits in ((IMAGES, expected), (IMAGES[:1], expected[:1]), (IMAGES, expected)):
@@ -84,7 +81,6 @@ def test_openvino_in_float32_and_in_its_own_precision(pruned, expected):
 
 def test_best_dense_is_onnxruntime_where_it_is_installed_else_torch(pruned, expected, monkeypatch):
     graph = simplify(pruned)
-    pytest.importorskip("onnxruntime")
     name, run = dense.best_dense(graph, 1)
     assert name == "ONNX Runtime"
     assert error(run(IMAGES), expected) < 1e-5
@@ -185,8 +181,6 @@ def test_what_is_not_installed_is_named(monkeypatch):
 
 
 def test_an_onnx_model_that_cannot_be_made_leaves_its_engines_out(pruned, tmp_path, monkeypatch):
-    pytest.importorskip("onnxruntime")
-
     def refused(*arguments):
         raise ValueError("no such operator")
 
@@ -253,7 +247,6 @@ def test_an_error_of_nobody_ends_a_worker(monkeypatch, tmp_path):
 
 
 def test_a_failing_onnxruntime_is_a_sentence():
-    pytest.importorskip("onnxruntime")
     with pytest.raises(RuntimeError, match="onnxruntime cannot load the model: "):
         dense.onnx.runner(b"no model")
 

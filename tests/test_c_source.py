@@ -2,12 +2,12 @@
 
 import ctypes
 import re
-import shutil
 import subprocess
 
 import numpy as np
 import pytest
 import torch
+from compilers import compiler
 from torch import nn
 
 from atmc import models
@@ -20,9 +20,7 @@ from atmc.deploy.graph import evaluate as run
 from atmc.deploy.simplify import simplify
 from atmc.pack.forms import Weight
 
-CC = shutil.which("cc") or shutil.which("gcc")
 FLAGS = ["-std=c99", "-pedantic", "-O2", "-Wall", "-Wextra", "-Wshadow", "-Wconversion", "-Werror"]
-needs_cc = pytest.mark.skipif(CC is None, reason="no C compiler")
 
 
 def floats(rng, *shape, zeros=0.5):
@@ -149,7 +147,9 @@ def write(made, folder):
 
 
 def compiled(folder, names, *flags):
-    done = subprocess.run([CC, *FLAGS, *flags, *names], cwd=folder, capture_output=True, text=True, check=False)
+    done = subprocess.run(
+        [compiler("C"), *FLAGS, *flags, *names], cwd=folder, capture_output=True, text=True, check=False
+    )
     assert done.returncode == 0, done.stderr[:3000]
 
 
@@ -176,7 +176,6 @@ def logits_of(library, name, images, classes):
     return found
 
 
-@needs_cc
 @pytest.mark.parametrize("name", GRAPHS)
 def test_c_computes_what_torch_computes(library, name):
     graph = GRAPHS[name]
@@ -188,7 +187,6 @@ def test_c_computes_what_torch_computes(library, name):
     assert torch.equal(images, before)
 
 
-@needs_cc
 def test_generated_test_vectors_pass_under_sanitizers(sources):
     mains = "".join(f"int {name}_main(void);\n" for name in GRAPHS)
     calls = " | ".join(f"{name}_main()" for name in GRAPHS)
@@ -203,7 +201,6 @@ def test_generated_test_vectors_pass_under_sanitizers(sources):
     assert done.stdout.count("ok: ") == len(GRAPHS)
 
 
-@needs_cc
 def test_a_wrong_logit_fails_the_generated_test(tmp_path):
     rng = np.random.default_rng(0)
     bias = floats(rng, 3)
@@ -218,7 +215,6 @@ def test_a_wrong_logit_fails_the_generated_test(tmp_path):
     assert "expected" in done.stdout
 
 
-@needs_cc
 def test_labels_of_any_text(tmp_path):
     labels = ['say "7"\\\n', "Möwe ??/"]
     write(to_c(chain((2, 1, 1), Relu()), name="birds", labels=labels), tmp_path)
@@ -291,7 +287,6 @@ def test_rice_code_by_hand():
     assert (table.count, table.bits, table.halves, table.floats) == (3, 0, (0x3C00,), ())
 
 
-@needs_cc
 def test_values_of_every_kind_arrive_exactly(tmp_path):
     """Subnormals, the ends of float16 and float32, zeros of both signs."""
     values = [6e-8, -(2.0**-24), 2.0**-14, 65504.0, -65520.0, 3e38, 1e-40, -0.0, 0.0, 1 / 3]

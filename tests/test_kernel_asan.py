@@ -1,12 +1,12 @@
 """The kernel under AddressSanitizer and UndefinedBehaviorSanitizer, in memory of just the sizes that programs say."""
 
 import os
-import shutil
 import subprocess
 from pathlib import Path
 
 import numpy as np
 import pytest
+from compilers import compiler
 from networks import EXTREMES, distance, images_of, logits_of, random_graph
 
 from atmc.deploy import compiled
@@ -15,19 +15,14 @@ from atmc.deploy.program import NONZERO, OP, Program, program_of
 from atmc.deploy.steps import steps_of
 
 TESTS = Path(__file__).parent
-COMPILER = next((found for name in ("g++", "c++", "clang++") if (found := shutil.which(name))), None)
 OPTIONS = ["-std=c++20", "-O1", "-g", "-fsanitize=address,undefined", "-fno-sanitize-recover=all", "-pthread"]
 
 
 @pytest.fixture(scope="module")
 def driver(tmp_path_factory) -> Path:
-    if COMPILER is None:
-        pytest.skip("there is no C++ compiler")
     path = tmp_path_factory.mktemp("driver") / "driver"
     sources = [f"-I{Path(compiled.__file__).parent / 'native'}", str(TESTS / "kernel_driver.cpp")]
-    built = subprocess.run([COMPILER, *OPTIONS, *sources, "-o", str(path)], capture_output=True, text=True)
-    if built.returncode and ("lasan" in built.stderr or "lubsan" in built.stderr or "-fsanitize" in built.stderr):
-        pytest.skip("the compiler has no sanitizers")
+    built = subprocess.run([compiler("C++"), *OPTIONS, *sources, "-o", str(path)], capture_output=True, text=True)
     assert built.returncode == 0, built.stderr
     return path
 

@@ -1,12 +1,11 @@
 """The sparse engine on every kernel: what PyTorch computes, whatever the batch, the threads and the memory's past."""
 
 import itertools
-import os
-import shutil
 from functools import cache
 
 import numpy as np
 import pytest
+from compilers import compiler
 from networks import EXTREMES, chain, distance, ended, floats, images_of, logits_of, random_graph
 
 from atmc.deploy import compiled, fallback, sparse
@@ -54,10 +53,8 @@ def single(*geometry: object) -> Graph:
 
 
 def test_the_kernel_is_built_where_there_is_a_compiler():
-    compilers = [name for name in (os.environ.get("CXX"), "c++", "g++", "clang++") if name and shutil.which(name)]
-    if not compilers:
-        pytest.skip("there is no C++ compiler")
-    assert compiled.instruction_sets(), f"there is {compilers[0]} but no kernel of this version: pip install -e ."
+    found = compiler("C++")
+    assert compiled.instruction_sets(), f"there is {found} but no kernel of this version: pip install -e ."
     assert "portable" in compiled.instruction_sets()
 
 
