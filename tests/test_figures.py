@@ -16,7 +16,7 @@ import atmc
 from atmc.data import Images
 from atmc.experiment.gallery import chosen, gallery
 from atmc.robust import certify, examples
-from atmc.robust.curves import against_eps, against_steps
+from atmc.robust.curves import STEPS, at_eps, at_steps, eps_grid
 from atmc.robust.evaluate import robust_accuracy
 from atmc.robust.figures import Accuracy, at_least, compare, per_class, worst_case
 from atmc.robust.threats import L2, Linf
@@ -79,11 +79,16 @@ def test_worst_case_and_classes():
 
 def test_curves_of_a_threshold():
     """Those within eps of the threshold fall: 1 - 2 eps remain."""
-    for point in against_eps(threshold_model(), ramp(), Linf(0.1), n=100):
-        assert point["accuracy"] == pytest.approx(1 - 2 * point["eps"], abs=0.011)
-    for point in against_steps(threshold_model(), ramp(), Linf(0.1), n=100):
+    for eps in eps_grid(Linf(0.1), 1):
+        point = at_eps(threshold_model(), ramp(), Linf(0.1), eps)
+        assert (point["eps"], point["n"]) == (eps, 100)
+        assert point["accuracy"] == pytest.approx(1 - 2 * eps, abs=0.011)
+    for steps in STEPS:
+        point = at_steps(threshold_model(), ramp(), Linf(0.1), steps)
+        assert (point["steps"], point["n"]) == (steps, 100)
         assert point["accuracy"] == pytest.approx(0.8)
-    assert max(point["eps"] for point in against_eps(threshold_model(), ramp(), Linf(0.4), n=10)) <= 1
+    assert max(eps_grid(Linf(0.4), 1)) <= 1
+    assert len(eps_grid(Linf(0.1), 1)) == 9
 
 
 class TestExamples:

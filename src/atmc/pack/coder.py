@@ -24,7 +24,7 @@ from atmc.pack.stream import Stream
 MAX_LEVELS = 256
 MAX_GROUP = 256
 MAX_SIDES = 1 << 22  # rows and columns together: each has contexts, which take memory
-MAX_NEAR = 1 << 16  # rows and input channels together up to which values have contexts for each
+MAX_NEAR = 1 << 14  # rows and input channels together up to which values have contexts for each
 POSITION_SCALES, VALUE_SCALES = (0, 1, 2, 4, 6), (0, 2, 4)  # searched from the second on
 FULL_SEARCH = 1 << 19  # entries up to which every group is tried
 POSITION_SAMPLE = 1 << 19  # entries on which groups and scales are judged
@@ -242,6 +242,8 @@ def _code_values(stream: Stream, matrix: Matrix, choice: Choice, values: Floats,
         depth = (levels - 1).bit_length()
     modelled = min(depth, MODELLED)
     numbers = room_for(numbers, int(flags.sum()))
+    if stream.over_read:  # before memory is taken for contexts
+        raise CodingError("the code is cut off")
     if choice.near:
         places = np.flatnonzero(flags)
         shape = (matrix.rows, matrix.columns, matrix.kernel, matrix.width, matrix.across())
@@ -268,12 +270,13 @@ def _choose_values(nonzero: Floats, matrix: Matrix, flags: Flags) -> Choice:
     contexts = [False, True] if matrix.has_near else [False]
 
     sample = nonzero[:VALUE_SAMPLE]
+    held = len(np.unique(sample))
     there = flags[: np.flatnonzero(flags)[len(sample) - 1] + 1]
 
     @cache
     def length(choice: Choice) -> float:
         stream = Stream(MEASURE, work=6 * 16 * len(sample))
-        _code_values(stream, matrix, choice, sample, there)
+        _code_values(stream, matrix, replace(choice, levels=min(choice.levels, held)), sample, there)
         return stream.spent
 
     start = Choice(half=half, value_scale=VALUE_SCALES[1])

@@ -24,7 +24,7 @@ from atmc.robust.attacks import LOSSES, attack_mode, fgsm, input_gradient, pgd
 from atmc.robust.evaluate import predictions
 from atmc.robust.figures import at_least, wilson
 from atmc.robust.protocols import STRONG_STEPS
-from atmc.robust.suspect import NOT_WHITE_BOX, Check, Suspect, compared, outputs, relative
+from atmc.robust.suspect import Check, Suspect, compared, outputs, relative
 from atmc.robust.threats import Linf
 
 QUERIES = 300  # of Square, where the evaluation did not run it
@@ -117,15 +117,12 @@ def square(found: Suspect) -> Check:
 
     Where the evaluation ran both, all images that both saw are looked at.
     """
-    white = [attack.n for name, attack in found.attacks.items() if name not in NOT_WHITE_BOX]
     for name in ("autoattack", "square"):
-        if name in found.attacks and white and (n := min(found.attacks[name].n, *white)) >= len(found.x):
-            before = found.white_box(n)
-            after = before & found.attacks[name].right[:n].cpu()
+        if name in found.attacks and (n := found.attacks[name].n) >= len(found.x):
+            before = found.white_box()
+            before = found.standing.cpu() if before is None else before[:n]
+            after = before & found.attacks[name].right[: len(before)].cpu()
             return compared("square", found, after, f"Square, {autoattack.QUERIES} queries,", before)
-        if name in found.attacks and found.attacks[name].n >= len(found.x):
-            after = found.standing & found.attacks[name].right[: len(found.x)].to(found.standing.device)
-            return compared("square", found, after, f"Square, {autoattack.QUERIES} queries,")
     if found.threat.name != "linf" and min(found.x.shape[2:]) < 5:
         return Check("square", None, "Square needs images of at least 5x5 pixels for this norm")
     classes, device = outputs(found.model, found.x[:2]).shape[1], found.x.device

@@ -18,33 +18,21 @@ STEPS = (1, 2, 5, 10, 20, 50, 100)
 PATH = 2.5  # length of the path of all steps together, over eps
 
 
-def against_eps(model: nn.Module, images: Images, threat: Threat, *, n: int, steps: int = 40) -> list[dict[str, Any]]:
-    """Accuracies at multiples of the threat's eps, from 0 up to what the box allows, as JSON."""
-    first = images.take(slice(0, n))
-    return [at_eps(model, first, threat, eps, steps=steps) for eps in eps_grid(threat, images.pixels[0].numel())]
-
-
 def eps_grid(threat: Threat, pixels: int) -> list[float]:
-    """The radii of the curve for images of so many values."""
+    """The radii of the curve: multiples of eps, from 0 to what the box allows an image of so many values."""
     radii = (threat.eps * scale for scale in SCALES)
     return [0.0, *(eps for eps in radii if eps <= threat.largest_eps(pixels))]
 
 
 def at_eps(model: nn.Module, images: Images, threat: Threat, eps: float, *, steps: int = 40) -> dict[str, Any]:
-    """One point of the curve, as JSON; eps 0 is clean."""
+    """One point of the curve against eps, as JSON; eps 0 is clean."""
     if not eps:
         return {"eps": 0.0, **clean_accuracy(model, images).to_json()}
     return {"eps": eps, **_pgd(model, images, threat.with_eps(eps), steps)}
 
 
-def against_steps(model: nn.Module, images: Images, threat: Threat, *, n: int) -> list[dict[str, Any]]:
-    """Accuracies after more and more steps within the threat, as JSON."""
-    first = images.take(slice(0, n))
-    return [at_steps(model, first, threat, steps) for steps in STEPS]
-
-
 def at_steps(model: nn.Module, images: Images, threat: Threat, steps: int) -> dict[str, Any]:
-    """One point of that curve, as JSON."""
+    """One point of the curve against steps, as JSON."""
     return {"steps": steps, **_pgd(model, images, threat, steps)}
 
 

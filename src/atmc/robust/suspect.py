@@ -85,13 +85,9 @@ class Suspect:
             return self.threat.eps / 10
         return self.custom.step_size or 1.25 * self.threat.eps / self.steps
 
-    def white_box(self, n: int) -> Tensor:
-        """(n,) what the evaluation's white-box attacks left of the first n images, on the CPU."""
-        left = torch.ones(n, dtype=torch.bool)
-        for name, found in self.attacks.items():
-            if name not in NOT_WHITE_BOX:
-                left &= found.without("square")[:n].cpu()
-        return left
+    def white_box(self) -> Tensor | None:
+        """(n,) what the evaluation's white-box attacks left of the images that all of them saw; None without any."""
+        return left_by(self.attacks)
 
     def noise(self, purpose: str, draw: int = 0) -> Noise:
         """Random numbers for the images, of the checks' own."""
@@ -125,23 +121,34 @@ def suspect(
         attacks: name -> figure of the evaluation, on the first images.
     """
     custom = custom or Custom()
-    white = {name: found for name, found in attacks.items() if name not in NOT_WHITE_BOX}
-    m = min([CHECKED, len(images), *(found.n for found in white.values())])
+    white = left_by(attacks)
+    m = min(CHECKED, len(images) if white is None else len(white))
     index = torch.arange(m, device=images.labels.device)
     x, y = images.float_pixels(index), images.labels[index]
     right = predictions(model, x) == y
     standing = right.clone()
-    for found in white.values():
-        standing &= found.without("square")[:m].to(standing.device)
-    if not white and bool(right.any()):
+    if white is not None:
+        standing &= white[:m].to(standing.device)
+    elif bool(right.any()):
         steps = custom.steps or paper_steps(threat)
         size = custom.step_size or 1.25 * threat.eps / steps
         loss = "margin" if custom.loss == "dlr" else custom.loss
         adv = pgd(model, x[right], y[right], threat, steps=steps, step_size=size, loss=loss)
         standing[right] = predictions(model, adv) == y[right]
-    names = tuple(white) or ("pgd",)
+    names = tuple(name for name in attacks if name not in NOT_WHITE_BOX) or ("pgd",)
     share = float(images.labels.bincount().amax()) / len(images)
     return Suspect(model, x, y, index, threat, right, standing, names, clean, share, attacks, custom, source, seed)
+
+
+def left_by(attacks: Mapping[str, Accuracy]) -> Tensor | None:
+    """(n,) what the white-box ones among the attacks left of the images that all of them saw, on the CPU."""
+    left = None
+    for name, found in attacks.items():
+        if name not in NOT_WHITE_BOX:
+            right = found.without("square").cpu()
+            n = len(right) if left is None else min(len(left), len(right))
+            left = right[:n] if left is None else left[:n] & right[:n]
+    return left
 
 
 def outputs(model: nn.Module, x: Tensor) -> Tensor:
