@@ -68,7 +68,6 @@ from atmc.pack.container import (
     UnsupportedVersion,
     pack_parts,
     unpack,
-    varint,
 )
 from atmc.pack.fields import MAX_CLASSES, Field, expect_fields, fields, is_zoo, listed, schema
 from atmc.pack.floats import Integers
@@ -174,18 +173,9 @@ def to_bytes(
         metadata["schema"] = schema(kept)
     else:
         metadata["tensors"] = [[field.name, list(field.shape), field.dtype] for field in kept]
-    state, factorized = model.state_dict(), forms.weights(model)
-    weights, small = [], []
-    for field in kept:
-        if field.name in factorized:
-            weights.append((field, factorized[field.name]))
-            continue
-        values = state[field.name].detach().cpu().numpy()
-        if field.is_weight:
-            weights.append((field, Weight(PLAIN, field.shape, {"W": values})))
-        else:
-            small.append((field, values))
-    return pack(metadata, weights, small)
+    state = model.state_dict()
+    small = [(field, state[field.name].detach().cpu().numpy()) for field in kept if not field.is_weight]
+    return pack(metadata, forms.in_order(model, kept), small)
 
 
 def pack(
@@ -199,13 +189,9 @@ def pack(
     hint = None
     for field, weight in weights:
         try:
-            encoded = [data for data, _ in forms.write(weight, hint)]
+            parts.append(forms.to_part(weight, hint))
         except ValueError as error:
             raise ValueError(f"tensor {field.name}: {error}") from error
-        rank = b"" if weight.form == PLAIN else varint(weight.rank)
-        lengths = [*(varint(len(data)) for data in encoded[:-1]), b""]
-        body = b"".join(length + data for length, data in zip(lengths, encoded, strict=True))
-        parts.append(bytes([FORMS.index(weight.form)]) + rank + body)
         hint = weight.row_counts()
     for field, values in small:
         if values.dtype.kind == "f" and not np.isfinite(values).all():

@@ -18,6 +18,8 @@ from torch import nn
 from atmc.compress.factorize import Form, all_sites, compose, factored, factors_of, product_cost, put_factors, structure
 from atmc.pack import coder
 from atmc.pack.coder import Matrix, Spent
+from atmc.pack.container import varint
+from atmc.pack.fields import Field, fields
 from atmc.pack.floats import Integers
 
 PLAIN = "plain"
@@ -75,6 +77,19 @@ def write(weight: Weight, hint: Integers | None) -> list[tuple[bytes, Spent]]:
     ]
 
 
+def to_part(weight: Weight, hint: Integers | None) -> bytes:
+    """A weight's part of the file, see `artifact`. hint: `row_counts` of the weight before, or None.
+
+    Raises:
+        ValueError: a value is not finite.
+    """
+    encoded = [data for data, _ in write(weight, hint)]
+    rank = b"" if weight.form == PLAIN else varint(weight.rank)
+    lengths = [*(varint(len(data)) for data in encoded[:-1]), b""]
+    body = b"".join(length + data for length, data in zip(lengths, encoded, strict=True))
+    return bytes([FORMS.index(weight.form)]) + rank + body
+
+
 def read(
     form: str, shape: tuple[int, ...], rank: int, data: Sequence[bytes], hint: Integers | None
 ) -> tuple[Weight, list[Spent]]:
@@ -117,25 +132,56 @@ def candidates(weight: Weight) -> list[Weight]:
     return [merged, plain] if weight.form == "svd" else [weight, merged, plain]
 
 
-def shortest(weight: Weight, hint: Integers | None) -> Weight:
-    """The candidate of fewest bytes."""
+def part_size(weight: Weight, hint: Integers | None) -> int:
+    """Bytes of a weight's part with its length, without checksum."""
+    size = len(to_part(weight, hint))
+    return size + len(varint(size))
 
-    def length(candidate: Weight) -> int:
-        return sum(len(data) + 1 for data, _ in write(candidate, hint))
 
+def shortest(weight: Weight, hint: Integers | None) -> tuple[Weight, int]:
+    """The candidate of fewest bytes, and these."""
     options = candidates(weight)
-    return options[0] if len(options) == 1 else min(options, key=length)
+    sizes = [part_size(option, hint) for option in options]
+    best = sizes.index(min(sizes))
+    return options[best], sizes[best]
+
+
+def in_order(model: nn.Module, kept: Sequence[Field]) -> list[tuple[Field, Weight]]:
+    """The weights among those fields of the model, factorized ones as they are."""
+    state, factorized = model.state_dict(), weights(model)
+
+    def held(field: Field) -> Weight:
+        if field.name in factorized:
+            return factorized[field.name]
+        return Weight(PLAIN, field.shape, {"W": state[field.name].detach().cpu().numpy()})
+
+    return [(field, held(field)) for field in kept if field.is_weight]
 
 
 @torch.no_grad()
 def shorten(model: nn.Module) -> nn.Module:
     """Give every factorized weight the form that takes the fewest bytes; in place, and returned.
 
-    W changes by no more than one rounding of V + C.
+    W changes by no more than one rounding of V + C. A weight's form is also what the next one's positions are coded
+    under: forms are chosen in the order of the file, and left as they are where all together would be longer.
     """
-    for path, weight in weights(model).items():
-        best = shortest(weight, None)
+    if not weights(model):
+        return model
+    chosen: dict[str, Weight] = {}
+    before = after = 0
+    hint_before = hint_after = None
+    for field, weight in in_order(model, fields(model)):
+        best, size = shortest(weight, hint_after)
+        after += size
+        before += size if best is weight and _same(hint_before, hint_after) else part_size(weight, hint_before)
+        hint_before, hint_after = weight.row_counts(), best.row_counts()
         if best is not weight:
-            parts = {name: torch.from_numpy(np.ascontiguousarray(values)) for name, values in best.parts.items()}
-            put_factors(model, path, best.form, parts)
+            chosen[field.name] = best
+    for path, best in chosen.items() if after <= before else ():
+        parts = {name: torch.from_numpy(np.ascontiguousarray(values)) for name, values in best.parts.items()}
+        put_factors(model, path, best.form, parts)
     return model
+
+
+def _same(one: Integers | None, other: Integers | None) -> bool:
+    return one is other or (one is not None and other is not None and np.array_equal(one, other))
