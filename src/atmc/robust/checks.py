@@ -24,7 +24,7 @@ from atmc.robust.attacks import LOSSES, attack_mode, fgsm, input_gradient, pgd
 from atmc.robust.evaluate import predictions
 from atmc.robust.figures import at_least, wilson
 from atmc.robust.protocols import STRONG_STEPS
-from atmc.robust.suspect import Check, Suspect, compared, outputs, relative
+from atmc.robust.suspect import Check, Suspect, compared, left_by, outputs, relative
 from atmc.robust.threats import Linf
 
 QUERIES = 300  # of Square, where the evaluation did not run it
@@ -119,7 +119,7 @@ def square(found: Suspect) -> Check:
     """
     for name in ("autoattack", "square"):
         if name in found.attacks and (n := found.attacks[name].n) >= len(found.x):
-            before = found.white_box()
+            before = left_by(found.attacks)
             before = found.standing.cpu() if before is None else before[:n]
             after = before & found.attacks[name].right[: len(before)].cpu()
             return compared("square", found, after, f"Square, {autoattack.QUERIES} queries,", before)

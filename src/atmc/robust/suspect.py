@@ -85,10 +85,6 @@ class Suspect:
             return self.threat.eps / 10
         return self.custom.step_size or 1.25 * self.threat.eps / self.steps
 
-    def white_box(self) -> Tensor | None:
-        """(n,) what the evaluation's white-box attacks left of the images that all of them saw; None without any."""
-        return left_by(self.attacks)
-
     def noise(self, purpose: str, draw: int = 0) -> Noise:
         """Random numbers for the images, of the checks' own."""
         return Noise(self.index, seed=self.seed, purpose=purpose, epoch=draw)
@@ -141,7 +137,7 @@ def suspect(
 
 
 def left_by(attacks: Mapping[str, Accuracy]) -> Tensor | None:
-    """(n,) what the white-box ones among the attacks left of the images that all of them saw, on the CPU."""
+    """(n,) what the white-box attacks left of the images that all of them saw, on the CPU; None without any."""
     left = None
     for name, found in attacks.items():
         if name not in NOT_WHITE_BOX:
