@@ -2,7 +2,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.venv/.installed: pyproject.toml constraints.txt src/atmc/deploy/native/kernel.cpp src/atmc/deploy/native/lanes.inc
+.venv/.installed: pyproject.toml constraints.txt src/atmc/deploy/engine/native/kernel.cpp src/atmc/deploy/engine/native/lanes.inc
 	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "atmc needs Python 3.11 or later")'
 	$(PYTHON) -m venv .venv
 	$(BIN)/pip install -q -c constraints.txt torch

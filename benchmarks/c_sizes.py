@@ -29,9 +29,9 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from atmc.data import load_data
-from atmc.deploy.c_model import model_to_c
-from atmc.deploy.c_source import CSource
-from atmc.images import Images
+from atmc.data.images import Images
+from atmc.deploy.export.c.model import model_to_c
+from atmc.deploy.export.c.source import CSource
 from atmc.pack.artifact import load_with_factors
 from atmc.robust.attacks import pgd
 from atmc.robust.threats import Linf

@@ -22,9 +22,9 @@ import numpy as np
 from engines import CASES, ROOT, Case, sparse, update
 
 import atmc
-from atmc.deploy.engine import Engine
-from atmc.deploy.program import KINDS, VECTOR, Program
-from atmc.deploy.sparse import SparseNetwork, aligned
+from atmc.deploy.engine.engine import Engine
+from atmc.deploy.engine.program import KINDS, VECTOR, Program
+from atmc.deploy.engine.sparse import SparseNetwork, aligned
 
 ROUNDS, RUNS = 15, 20
 

@@ -23,8 +23,8 @@ import torch
 from torch import nn
 
 import atmc
-from atmc.experiment.bench import Benched, Request, bench
-from atmc.files import write_beside
+from atmc.commands.bench.bench import Benched, Request, bench
+from atmc.core.files import write_beside
 
 ROOT = Path(__file__).parents[1]
 DATA = ROOT.parent / "shared" / "data"

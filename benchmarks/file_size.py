@@ -33,10 +33,10 @@ import zstandard
 from numpy.typing import NDArray
 
 from atmc.compress.projections import zero_kmeans
-from atmc.pack import artifact, coder
-from atmc.pack.coder import Matrix, Spent, entropy_bits, log2_binomial
+from atmc.pack import artifact, weight_coder
 from atmc.pack.container import varint
 from atmc.pack.inspect import inspection
+from atmc.pack.weight_coder import Matrix, Spent, entropy_bits, log2_binomial
 
 ROOT = Path(__file__).parents[1]
 ERROR, LOSSY = 0.01, "NNCodec, 1 % error"  # relative error that NNCodec may make
@@ -230,12 +230,12 @@ def at_error(tensors: Sequence[Stored], most: float) -> dict[str, Any]:
     for tensor in tensors:
         matrix, flat = Matrix.of(tensor.values.shape), tensor.flat
         nonzero = torch.from_numpy(flat[flat != 0])
-        tried = [(len(coder.write_weight(flat, matrix)[0]), 0.0, 0)]
+        tried = [(len(weight_coder.write_weight(flat, matrix)[0]), 0.0, 0)]
         for size in (size for size in CODEBOOKS if size < levels(flat)):
             rounded = flat.copy()
             rounded[flat != 0] = zero_kmeans(nonzero, size)[0].half().float().numpy()
             error = float(np.square((rounded - flat).astype(np.float64)).sum())
-            tried.append((len(coder.write_weight(rounded, matrix)[0]), error, size))
+            tried.append((len(weight_coder.write_weight(rounded, matrix)[0]), error, size))
         options.append(tried)
     norm = sum(float(np.square(tensor.flat.astype(np.float64)).sum()) for tensor in tensors)
     best: dict[str, Any] = {}
@@ -328,7 +328,7 @@ def random_tensor(kind: str, shape: Sequence[int], ratio: float, seed: int) -> N
 def of_random(kind: str, shape: Sequence[int], ratio: float, python: str | None, seed: int = 0) -> dict[str, Any]:
     """A random tensor's figures."""
     values = random_tensor(kind, shape, ratio, seed)
-    data, spent = coder.write_weight(values, Matrix.of(shape))
+    data, spent = weight_coder.write_weight(values, Matrix.of(shape))
     tensor = Stored("W", values, spent)
     head = {"positions_drawn": kind, "ratio_dense": ratio, "seed": seed, "bits_a_nonzero": 0.0}
     head["bits_a_nonzero"] = round(8 * len(data) / np.count_nonzero(values), 3)

@@ -25,8 +25,8 @@ import torch
 from torch import nn
 
 from atmc import models
+from atmc.models.batch_norm import to_affine
 from atmc.pack import artifact
-from atmc.pack.norms import to_affine
 
 ROOT = Path(__file__).parents[1]
 REPEATS, TARGET = 5, 1.0

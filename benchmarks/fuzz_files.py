@@ -39,10 +39,10 @@ from torch import nn
 from atmc import models
 from atmc.compress.constraints import Codebook, NonzeroBudget
 from atmc.compress.factorize import compressible, cut_ranks, factorize
+from atmc.models.batch_norm import to_affine
 from atmc.pack import artifact
 from atmc.pack.container import DICTIONARY, Reader, pack_parts, varint
-from atmc.pack.norms import to_affine
-from atmc.train import assign
+from atmc.training.loop import assign
 
 LIMIT_S = 2.0
 MAX_VALUES = 1 << 20  # the caller's limit in `load`

@@ -28,8 +28,9 @@ from atmc.compress.admm import Admm
 from atmc.compress.constraints import Codebook, NonzeroBudget
 from atmc.compress.factorize import compressible, factorize
 from atmc.data import Images
-from atmc.robust.objectives import OBJECTIVES, TrainingAttack
-from atmc.train import Loop, Progress, assign, cosine, fit
+from atmc.robust.objectives import TrainingAttack, pgd_at
+from atmc.training.loop import Loop, Progress, assign, cosine, fit
+from atmc.training.settings import default_recipe
 
 STEPS = 10  # one refresh of ADMM each
 
@@ -54,12 +55,13 @@ def steps(kind: str, name: str, batch: int, attack_steps: int, bf16: bool) -> It
         optimizer = torch.optim.AdamW(model.parameters(), fused=True)
     else:
         optimizer = torch.optim.SGD(model.parameters(), lr=0.01, momentum=0.9)
+    recipe = default_recipe(model, batch_size=batch, interval=STEPS, bf16=bf16)
     attack = TrainingAttack(Linf(0.3 if name == "lenet" else 8 / 255), attack_steps)
     yield from fit(
         model,
         images,
-        Loop(batch, cosine(1e-4), interval=STEPS, bf16=bf16),
-        objective=OBJECTIVES["pgd_at"],
+        Loop(recipe, cosine(1e-4)),
+        objective=pgd_at,
         attack=attack,
         optimizer=optimizer,
         tensors=compressible(model),

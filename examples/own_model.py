@@ -18,8 +18,8 @@ from torch import Tensor, nn
 
 import atmc
 from atmc.data import load_data
-from atmc.phases import EpochEnd
-from atmc.train import Progress
+from atmc.training.loop import Progress
+from atmc.training.runner import EpochEnd
 
 
 class VisionTransformer(nn.Module):

@@ -4,7 +4,7 @@ import sys
 
 import pytest
 
-from atmc import cli
+from atmc.cli.main import main
 
 
 def call(*arguments: object) -> int:
@@ -12,7 +12,7 @@ def call(*arguments: object) -> int:
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(sys, "argv", ["atmc", *map(str, arguments)])
         with pytest.raises(SystemExit) as stopped:
-            cli.main()
+            main()
     return stopped.value.code or 0
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import torch
 
-from atmc.deploy.graph import (
+from atmc.deploy.graph.graph import (
     Add,
     Affine,
     AvgPool,

@@ -16,8 +16,8 @@ from pathlib import Path
 import torch
 
 import atmc
+from atmc.commands.checkpoints import load_weights
 from atmc.data import load_data
-from atmc.experiment.weights import load_weights
 
 HERE = Path(__file__).parent
 

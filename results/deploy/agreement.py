@@ -23,11 +23,11 @@ from torch import nn
 
 import atmc
 from atmc.data import Images, load_data
-from atmc.deploy import compiled
-from atmc.deploy.sparse import SparseNetwork
-from atmc.robust import examples
-from atmc.robust.evaluate import Verdicts, attacked, judged
-from atmc.robust.protocols import protocol_of
+from atmc.deploy.engine import native
+from atmc.deploy.engine.sparse import SparseNetwork
+from atmc.evaluation import adversarial_file
+from atmc.evaluation.accuracy import Verdicts, attacked, judged
+from atmc.evaluation.attacks import protocol_of
 
 HERE = Path(__file__).parent
 RESULTS = HERE.parent
@@ -52,7 +52,9 @@ def saved(model: nn.Module, test: Images, threat: atmc.Linf, n: int, path: Path)
     protocol, verdicts = protocol_of(model, test, threat, "pgd-strong"), Verdicts.fresh(test, n, keep=True)
     for _ in attacked(model, test, protocol, verdicts, batch_size=250):
         pass
-    found = examples.collect(model, test.labels, {"pgd-strong": judged(protocol, verdicts)}, threat=str(threat), seed=0)
+    found = adversarial_file.collect(
+        model, test.labels, {"pgd-strong": judged(protocol, verdicts)}, threat=str(threat), seed=0
+    )
     found.save(path)
 
 
@@ -62,7 +64,7 @@ def engines(file: Path, lenet: bool) -> Iterator[tuple[str, Network]]:
         engine = atmc.Engine(file, threads=threads)
         yield f"Engine, {threads} allowed: {engine.describe()}", engine
     if lenet:
-        for name in compiled.instruction_sets():
+        for name in native.instruction_sets():
             yield f"native, {name}", SparseNetwork(engine.graph, instructions=name)
         yield "numba", SparseNetwork(engine.graph, kernel="numba")
 
@@ -91,13 +93,13 @@ def main() -> None:
             with tempfile.TemporaryDirectory() as temporary:
                 path = Path(temporary, "adv.npz")
                 saved(model, test, threat, attack_n, path)
-                adv = examples.read(path).adv
+                adv = adversarial_file.read(path).adv
                 rows = {}
                 for name, network in engines(file, folder == "mnist"):
                     rows[name] = {
                         "clean": compare(model, network, clean),
                         "adversarial": compare(model, network, adv),
-                        "replay": examples.replay(path, network).to_json(),
+                        "replay": adversarial_file.replay(path, network).to_json(),
                     }
                     print(file.parent.name, name, json.dumps(rows[name]), flush=True)
             found[str(file.relative_to(RESULTS.parent))] = {"threat": str(threat), "engines": rows}

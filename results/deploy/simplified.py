@@ -14,8 +14,8 @@ import torch
 
 import atmc
 from atmc.data import load_data
-from atmc.deploy.graph import evaluate
-from atmc.deploy.simplify import simplify_report
+from atmc.deploy.graph.graph import evaluate
+from atmc.deploy.graph.simplify import simplify_report
 from atmc.pack import artifact
 from atmc.robust.attacks import pgd
 

@@ -13,9 +13,9 @@ from common import lenet, write
 
 import atmc
 from atmc.data import load_data
-from atmc.judge import prepared
-from atmc.robust.evaluate import robust_accuracy
-from atmc.robust.figures import compare
+from atmc.evaluation.accuracy import robust_accuracy
+from atmc.evaluation.evaluate import prepared
+from atmc.evaluation.statistics import compare
 
 LIKE = {"steps": 100, "step_size": 76 / 255 / 20}  # as many gradients as APGD takes
 OURS = {"pgd 100 steps, ce": {**LIKE, "loss": "ce"}, "pgd 100 steps, dlr": {**LIKE, "loss": "dlr"}, "pgd-strong": {}}

@@ -20,11 +20,11 @@ from common import BATCH, HERE, RUNS, mark_of, state_path, values
 
 import atmc
 from atmc.data import Images, load_data
-from atmc.judge import prepared
-from atmc.robust import resume
-from atmc.robust.evaluate import Verdicts, attacked, clean_accuracy, judged
-from atmc.robust.figures import Accuracy
-from atmc.robust.protocols import protocol_of
+from atmc.evaluation import resume
+from atmc.evaluation.accuracy import Verdicts, attacked, clean_accuracy, judged
+from atmc.evaluation.attacks import protocol_of
+from atmc.evaluation.evaluate import prepared
+from atmc.evaluation.statistics import Accuracy
 from atmc.robust.threats import parse_threat
 
 

@@ -20,12 +20,12 @@ from common import HERE, RUNS, lenet, mark_of, state_path, write
 
 import atmc
 from atmc.data import load_data
-from atmc.judge import prepared
-from atmc.robust import resume
-from atmc.robust.checks import run_checks
-from atmc.robust.evaluate import clean_accuracy, judged
-from atmc.robust.protocols import protocol_of
-from atmc.robust.suspect import suspect
+from atmc.evaluation import resume
+from atmc.evaluation.accuracy import clean_accuracy, judged
+from atmc.evaluation.attacks import protocol_of
+from atmc.evaluation.checks import run_checks
+from atmc.evaluation.evaluate import prepared
+from atmc.evaluation.suspect import suspect
 
 
 def main() -> None:

@@ -11,7 +11,7 @@ from torch import nn
 
 import atmc
 from atmc.data import Images
-from atmc.robust import resume
+from atmc.evaluation import resume
 
 BATCH = 250  # images attacked at once; AutoAttack's random numbers depend on it
 NO_IMAGES = Images(torch.zeros(0, 1, 1, 1), torch.zeros(0, dtype=torch.int64))

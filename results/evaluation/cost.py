@@ -21,7 +21,7 @@ from pyautoattack import AutoAttack
 
 import atmc
 from atmc.data import load_data
-from atmc.judge import prepared
+from atmc.evaluation.evaluate import prepared
 
 
 def seconds(run: Callable[[], object]) -> float:

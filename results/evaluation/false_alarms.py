@@ -20,10 +20,10 @@ from torch import nn
 
 import atmc
 from atmc.data import Images
-from atmc.judge import Options, Report, evaluation
+from atmc.evaluation.accuracy import robust_accuracy
+from atmc.evaluation.evaluate import Options, Report, evaluation
+from atmc.evaluation.statistics import wilson
 from atmc.robust.attacks import pgd
-from atmc.robust.evaluate import robust_accuracy
-from atmc.robust.figures import wilson
 from atmc.robust.threats import Threat
 
 THREATS = [atmc.Linf(0.1), atmc.L2(0.6), atmc.L1(2.0)]

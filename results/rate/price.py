@@ -21,7 +21,7 @@ import torch
 from torch import nn
 
 import atmc
-from atmc.compress import rate
+from atmc.compress import rate_control
 from atmc.data import Data, load_data
 
 HERE = Path(__file__).parent
@@ -30,7 +30,7 @@ CONFIG = tomllib.loads((HERE.parents[1] / "configs" / "digits.toml").read_text()
 
 def measure(data: Data, dense: nn.Module, seed: int, budget: int, price: float) -> dict[str, Any]:
     """One compressed model's figures on the validation split."""
-    rate.ROUNDING = price
+    rate_control.ROUNDING = price
     settings = CONFIG["training"] | {"epochs": {**CONFIG["training"]["epochs"], "dense": 0}, "seed": seed}
     limit = atmc.Budget(max_bytes=budget)
     result = atmc.compress(dense, data.train, data.val, threat=CONFIG["threat"], budget=limit, **settings)

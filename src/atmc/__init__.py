@@ -1,14 +1,45 @@
-"""atmc: image classifiers that are small and hard to fool at once."""
+"""atmc: image classifiers that are small and hard to fool at once.
 
-from atmc import models
-from atmc.api import EvaluationWarning, Report, Result, compress, evaluate, load, save
-from atmc.compress.budget import Budget
-from atmc.data import load_data
-from atmc.deploy.engine import Engine
-from atmc.recipe import Recipe
-from atmc.robust.threats import L1, L2, Linf, parse_threat
-from atmc.version import __version__
+Public names are imported on first use (PEP 562), so that ``import atmc`` and ``atmc --help`` do not load torch.
+"""
 
+from __future__ import annotations
+
+import importlib
+import sys
+from types import ModuleType
+from typing import TYPE_CHECKING, Any
+
+from atmc.core.version import __version__
+
+if TYPE_CHECKING:
+    from atmc import models
+    from atmc.api import compress, evaluate, load, save
+    from atmc.compress.budget import Budget
+    from atmc.data import load_data
+    from atmc.deploy.engine.engine import Engine
+    from atmc.evaluation.evaluate import EvaluationWarning, Report
+    from atmc.robust.threats import L1, L2, Linf, parse_threat
+    from atmc.training.job import Result
+    from atmc.training.settings import Recipe
+
+_HOME = {  # public name -> the module that defines it
+    "Budget": "atmc.compress.budget",
+    "Engine": "atmc.deploy.engine.engine",
+    "EvaluationWarning": "atmc.evaluation.evaluate",
+    "L1": "atmc.robust.threats",
+    "L2": "atmc.robust.threats",
+    "Linf": "atmc.robust.threats",
+    "Recipe": "atmc.training.settings",
+    "Report": "atmc.evaluation.evaluate",
+    "Result": "atmc.training.job",
+    "compress": "atmc.api",
+    "evaluate": "atmc.api",
+    "load": "atmc.api",
+    "load_data": "atmc.data",
+    "parse_threat": "atmc.robust.threats",
+    "save": "atmc.api",
+}
 __all__ = [
     "L1",
     "L2",
@@ -28,3 +59,30 @@ __all__ = [
     "parse_threat",
     "save",
 ]
+
+
+def __getattr__(name: str) -> Any:
+    """Import a public name on first use, and keep it."""
+    if name == "models":
+        return importlib.import_module("atmc.models")
+    if name not in _HOME:
+        raise AttributeError(f"module 'atmc' has no attribute {name!r}")
+    value = getattr(importlib.import_module(_HOME[name]), name)
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    """List the public names, imported or not."""
+    return sorted({*globals(), *__all__})
+
+
+class _Package(ModuleType):
+    """The package ``atmc``: importing the subpackage ``atmc.compress`` must not hide the function of that name."""
+
+    def __setattr__(self, name: str, value: object) -> None:
+        if not (name == "compress" and isinstance(value, ModuleType)):
+            super().__setattr__(name, value)
+
+
+sys.modules[__name__].__class__ = _Package

@@ -1,5 +1,5 @@
 """``python -m atmc`` is the ``atmc`` command."""
 
-from atmc.cli import main
+from atmc.cli.main import main
 
 main()

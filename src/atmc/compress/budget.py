@@ -126,3 +126,9 @@ def nominal_bits(tensors: Mapping[str, Tensor], bits: Bits) -> int:
         coded = width is not None and 0 < levels <= 2**width
         total += (width or 0) * count + 32 * levels if coded else 32 * count
     return total
+
+
+def expect_budget(budget: object) -> None:
+    """ValueError for what is no budget."""
+    if not isinstance(budget, Budget):
+        raise ValueError(f"expected a budget such as Budget(ratio=0.01, bits=4), got {budget!r:.80}")

@@ -11,7 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 from torch import Tensor
 
-from atmc.compress.line import (
+from atmc.compress.sorted_values import (
     Floats,
     Integers,
     Line,

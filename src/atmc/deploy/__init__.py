@@ -1,1 +1,1 @@
-"""Run it elsewhere: the network as a graph, simplified; a sparse engine, ONNX, C."""
+"""Run a model elsewhere: a graph of operations, the sparse engine, and exports."""

@@ -7,7 +7,7 @@ All numbers are little-endian, a varint is LEB128 of at most 5 bytes; the same v
     u16          version, 3
     part         metadata: JSON (UTF-8, sorted keys), deflated (raw, with DICTIONARY as preset dictionary)
     part each    a weight: every float32 tensor of two or more dimensions, in the order of `fields`
-    part         everything else: biases, norms, buffers, in the order of `fields` (`small.write_small`)
+    part         everything else: biases, batch_norm, buffers, in the order of `fields` (`small.write_small`)
 
 A part is its length as a varint, its bytes, and a u32: the CRC-32 of the bytes, begun from that of the part before and
 for the first from that of the six bytes before it, so that parts cannot change places.
@@ -48,11 +48,11 @@ import torch
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
-from atmc.files import write_beside
-from atmc.models import build_from_spec, call_factory
+from atmc.core.files import write_beside
+from atmc.core.version import __version__
+from atmc.models import batch_norm, build_from_spec, call_factory
 from atmc.models.factory import factory_name
-from atmc.pack import forms, norms, stream
-from atmc.pack.coder import CodingError, Spent, TooManySides
+from atmc.pack import coder_run, weight_forms
 from atmc.pack.container import (
     VERSION,
     ArtifactError,
@@ -69,11 +69,11 @@ from atmc.pack.container import (
     pack_parts,
     unpack,
 )
-from atmc.pack.fields import MAX_CLASSES, Field, expect_fields, fields, is_zoo, listed, schema
-from atmc.pack.floats import Integers
-from atmc.pack.forms import FORMS, PLAIN, Weight
-from atmc.pack.small import read_small, write_small
-from atmc.version import __version__
+from atmc.pack.other_tensors import read_small, write_small
+from atmc.pack.sortable_floats import Integers
+from atmc.pack.tensor_list import MAX_CLASSES, Field, expect_fields, fields, is_zoo, listed, schema
+from atmc.pack.weight_coder import CodingError, Spent, TooManySides
+from atmc.pack.weight_forms import FORMS, PLAIN, Weight
 
 __all__ = [
     "VERSION",
@@ -160,8 +160,8 @@ def to_bytes(
     count = classes or spec.get("num_classes") or _outputs(model)
     if not 1 <= count <= MAX_CLASSES:
         raise ValueError(f"expected 1 to {MAX_CLASSES:,} classes, got {count}")
-    affine = norms.is_affine(model)
-    kept = fields(model, without=norms.implied_statistics(model) if affine else {})
+    affine = batch_norm.is_affine(model)
+    kept = fields(model, without=batch_norm.implied_statistics(model) if affine else {})
     shape = input_shape or spec.get("input_shape")
     metadata: dict[str, Any] = {"model": spec, "threat": threat, "method": method, "tool": f"atmc {__version__}"}
     metadata["norms"] = affine
@@ -175,7 +175,7 @@ def to_bytes(
         metadata["tensors"] = [[field.name, list(field.shape), field.dtype] for field in kept]
     state = model.state_dict()
     small = [(field, state[field.name].detach().cpu().numpy()) for field in kept if not field.is_weight]
-    return pack(metadata, forms.in_order(model, kept), small)
+    return pack(metadata, weight_forms.in_order(model, kept), small)
 
 
 def pack(
@@ -184,12 +184,12 @@ def pack(
     """The bytes of a file. Raises ValueError as `to_bytes`."""
     if sum(field.size for field, _ in [*weights, *small]) > MAX_VALUES:
         raise ValueError(f"expected at most {MAX_VALUES:,} values in all")
-    stream.prepare(sum(field.size for field, _ in weights) // 2)  # options are measured
+    coder_run.prepare(sum(field.size for field, _ in weights) // 2)  # options are measured
     parts: list[bytes] = []
     hint = None
     for field, weight in weights:
         try:
-            parts.append(forms.to_part(weight, hint))
+            parts.append(weight_forms.to_part(weight, hint))
         except ValueError as error:
             raise ValueError(f"tensor {field.name}: {error}") from error
         hint = weight.row_counts()
@@ -259,7 +259,7 @@ def _restored(
 ) -> tuple[nn.Module, Decoded]:
     content = unpack(data, source)
     model = _build(content, factory, max_values)
-    implied = norms.implied_statistics(model) if content.metadata.get("norms") is True else {}
+    implied = batch_norm.implied_statistics(model) if content.metadata.get("norms") is True else {}
     expected = fields(model, without=implied)
     try:
         expect_fields(content, expected)
@@ -288,7 +288,7 @@ def decode(content: Content, expected: Sequence[Field], *, max_values: int = MAX
     small = [field for field in expected if not field.is_weight]
     if len(content.parts) != len(big) + 1:
         raise content.bad(f"{len(content.parts) - 1} weights; its model has {len(big)}")
-    stream.prepare(sum(field.size for field in big) // 16 + 8 * sum(map(len, content.parts)))
+    coder_run.prepare(sum(field.size for field in big) // 16 + 8 * sum(map(len, content.parts)))
     weights: dict[str, tuple[Weight, list[Spent]]] = {}
     hint = None
     for field, part in zip(big, content.parts, strict=False):
@@ -328,10 +328,10 @@ def _read_weight(part: bytes, field: Field, hint: Integers | None, content: Cont
         square = {"left": rows, "right": columns}.get(form, rank)  # where the identity is added
         if not 1 <= rank <= min(rows, columns) or rank != square:
             raise content.bad(f"tensor {field.name} has rank {rank}, its shape is {field.shape}")
-    names = list(forms.layouts(form, field.shape, rank))
+    names = list(weight_forms.layouts(form, field.shape, rank))
     encoded = [reader.take(reader.varint()) for _ in names[:-1]]
     encoded.append(reader.take(len(part) - reader.at))
-    return forms.read(form, field.shape, rank, encoded, hint)
+    return weight_forms.read(form, field.shape, rank, encoded, hint)
 
 
 class _NoInitialValues(TorchFunctionMode):
@@ -381,6 +381,6 @@ def stored_fields(content: Content) -> list[Field]:
     if not is_zoo(content.metadata["model"]):
         return list(listed(content))
     model = _build(content, None)
-    kept = fields(model, without=norms.implied_statistics(model) if content.metadata.get("norms") is True else {})
+    kept = fields(model, without=batch_norm.implied_statistics(model) if content.metadata.get("norms") is True else {})
     expect_fields(content, kept)
     return kept

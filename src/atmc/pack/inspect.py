@@ -9,8 +9,8 @@ from typing import Any
 import numpy as np
 
 from atmc.pack.artifact import MAX_VALUES, decode, stored_fields, unpack
-from atmc.pack.coder import Spent, entropy_bits, log2_binomial
-from atmc.pack.forms import PLAIN, Weight
+from atmc.pack.weight_coder import Spent, entropy_bits, log2_binomial
+from atmc.pack.weight_forms import PLAIN, Weight
 
 COLUMNS = ("positions", "codebook", "codes", "header")
 

@@ -10,8 +10,8 @@ from functools import cache
 
 import numpy as np
 
-from atmc.pack.bits import POSITION_CLASSES
-from atmc.pack.floats import Integers
+from atmc.pack.arithmetic import POSITION_CLASSES
+from atmc.pack.sortable_floats import Integers
 
 Model = tuple[Integers, Integers, Integers, Integers]
 

@@ -1,1 +1,1 @@
-"""Make it hard to fool: perturbation balls, attacks, training objectives, evaluation."""
+"""Make it hard to fool: perturbation balls, attacks, training objectives."""

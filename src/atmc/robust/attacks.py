@@ -16,7 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from atmc.rng import Noise
+from atmc.core.rng import Noise
 from atmc.robust.threats import Threat
 
 Loss = Callable[[Tensor, Tensor], Tensor]

@@ -11,15 +11,18 @@ adversarial images together).
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass
+import math
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from functools import partial
 from typing import Protocol
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from atmc.rng import Noise
+from atmc.core.errors import unknown
+from atmc.core.rng import Noise
 from atmc.robust.attacks import Loss, attack_mode, kl_from, pgd
 from atmc.robust.threats import Threat
 
@@ -144,11 +147,95 @@ def _evaluation_log_probabilities(model: nn.Module, x: Tensor) -> Tensor:
     return log_probabilities
 
 
-OBJECTIVES: dict[str, Objective] = {
-    "natural": natural,
-    "gaussian": gaussian,
-    "mixed": mixed,
-    "pgd_at": pgd_at,
-    "trades": trades,
-    "mart": mart,
+@dataclass(frozen=True)
+class Option:
+    """A number that an objective takes: its default, its smallest value, and its meaning in one line."""
+
+    default: float
+    low: float
+    help: str
+
+
+@dataclass(frozen=True, kw_only=True)
+class ObjectiveSpec:
+    """A training objective as users name it.
+
+    Args:
+        loss: the function (model, x, y, perturb, **options) -> scalar loss.
+        help: its meaning in one line.
+        options: keyword argument of the function -> `Option`.
+        norms: names of the threats it is for; None for every one.
+        adversarial: whether it trains against attacks; if not, validation chooses by clean accuracy alone.
+    """
+
+    loss: Callable[..., Tensor]
+    help: str
+    options: Mapping[str, Option] = field(default_factory=dict)
+    norms: tuple[str, ...] | None = None
+    adversarial: bool = True
+
+    def check_options(self, name: str, options: Mapping[str, float]) -> None:
+        """Raise ValueError for an option that the objective does not have, or a value that it cannot take."""
+        for key, value in options.items():
+            if key not in self.options:
+                raise unknown(f"option of objective {name!r}", key, self.options or ["none"])
+            low = self.options[key].low
+            if isinstance(value, bool) or not isinstance(value, int | float) or not low <= value < math.inf:
+                raise ValueError(f"expected {key} >= {low:g} for objective {name!r}, got {value!r}")
+
+    def fill_options(self, name: str, given: Mapping[str, float] | None) -> dict[str, float]:
+        """Return every option with its value, given or default. Raises ValueError as `check_options`."""
+        self.check_options(name, given or {})
+        return {key: float(option.default) for key, option in self.options.items()} | dict(given or {})
+
+    def check_threat(self, name: str, threat: Threat) -> None:
+        """Raise ValueError if the objective is not for the threat's norm."""
+        if self.norms is not None and threat.name not in self.norms:
+            raise ValueError(f"objective {name!r} is for {', '.join(self.norms)} threats, got {threat}")
+
+    def build(self, options: Mapping[str, float]) -> Objective:
+        """Return the loss with its options set."""
+        return partial(self.loss, **options)
+
+
+OBJECTIVES: dict[str, ObjectiveSpec] = {
+    "natural": ObjectiveSpec(loss=natural, help="cross-entropy on clean images", adversarial=False),
+    "gaussian": ObjectiveSpec(
+        loss=gaussian, help="cross-entropy on images with noise N(0, eps^2), for smoothing", norms=("l2",)
+    ),
+    "mixed": ObjectiveSpec(loss=mixed, help="half clean, half adversarial cross-entropy (the paper's)"),
+    "pgd_at": ObjectiveSpec(loss=pgd_at, help="adversarial cross-entropy (Madry et al. 2018)"),
+    "trades": ObjectiveSpec(
+        loss=trades,
+        help="clean cross-entropy plus beta times the divergence under attack (Zhang et al. 2019)",
+        options={"beta": Option(6.0, 0.0, "weight of the divergence of adversarial from clean outputs")},
+    ),
+    "mart": ObjectiveSpec(
+        loss=mart,
+        help="boosted adversarial cross-entropy plus a weighted divergence (Wang et al. 2020)",
+        options={"weight": Option(5.0, 0.0, "weight of the divergence, which counts more for doubtful images")},
+    ),
 }
+
+
+def parse_objective(text: str) -> tuple[str, dict[str, float]]:
+    """Read an objective with its options, ``name`` or ``name:option=value,option=value``.
+
+    >>> parse_objective("trades:beta=3")
+    ('trades', {'beta': 3.0})
+
+    Raises:
+        ValueError: an unknown objective or option, or text of another form.
+    """
+    name, colon, listed = text.strip().partition(":")
+    if name not in OBJECTIVES:
+        raise unknown("objective", name, OBJECTIVES)
+    options: dict[str, float] = {}
+    for pair in listed.split(",") if colon else []:
+        key, _, value = pair.partition("=")
+        try:
+            options[key.strip()] = float(value)
+        except ValueError:
+            raise ValueError(f"expected an objective such as trades:beta=6, got {text!r}") from None
+    OBJECTIVES[name].check_options(name, options)
+    return name, options

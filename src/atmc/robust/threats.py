@@ -19,7 +19,7 @@ from typing import ClassVar, Protocol
 import torch
 from torch import Tensor
 
-from atmc.rng import Noise
+from atmc.core.rng import Noise
 
 
 class Threat(Protocol):
@@ -263,6 +263,20 @@ def parse_threat(text: str) -> Threat:
         return BALLS[norm](eps)
     except ValueError as error:
         raise ValueError(f"threat {text!r}: {error}") from None
+
+
+def as_threat(threat: object) -> Threat:
+    """A threat, from its text too. ValueError for anything else.
+
+    >>> str(as_threat("l2:0.5"))
+    'l2:0.5'
+    """
+    if isinstance(threat, str):
+        return parse_threat(threat)
+    missing = [name for name in ("eps", "random_start", "ascent", "project") if not hasattr(threat, name)]
+    if missing:
+        raise ValueError(f"expected a threat such as Linf(8 / 255) or 'linf:8/255', got {threat!r:.80}")
+    return threat  # type: ignore[return-value]
 
 
 def check_threat(threat: Threat, pixels: int) -> None:

@@ -1,0 +1,1 @@
+"""Measure latency and memory of a model file beside the dense engines installed here."""

@@ -1,0 +1,292 @@
+"""`atmc export`: a model file -> ONNX, safetensors or C; what they compute is compared with PyTorch first."""
+
+from __future__ import annotations
+
+import ctypes
+import json
+import re
+import shutil
+import subprocess
+import tempfile
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from atmc import models
+from atmc.commands.evaluate import check_size, known_shape
+from atmc.core.files import write_beside
+from atmc.data import Data, Images, load_data
+from atmc.deploy.export import onnx_export, safetensors_export
+from atmc.deploy.graph.simplify import simplify
+from atmc.evaluation.evaluate import check_model
+from atmc.pack import artifact
+from atmc.pack.container import Content
+from atmc.pack.weight_forms import Weight
+from atmc.robust.attacks import pgd
+from atmc.robust.threats import Threat, check_threat, parse_threat
+
+if TYPE_CHECKING:
+    from atmc.deploy.export.c.source import CSource
+
+FORMATS = ("onnx", "safetensors", "c")
+TOLERANCE = 1e-4  # largest difference of a logit over the largest |logit|
+PGD_STEPS = 10
+
+
+@dataclass(frozen=True)
+class Request:
+    """What `atmc export` was asked for; the fields are its options."""
+
+    file: Path
+    to: str
+    out: Path
+    model: str | None = None
+    data: str | None = None
+    threat: Threat | None = None
+    n: int = 256
+    image_column: str | None = None
+    label_column: str | None = None
+    overwrite: bool = False
+
+
+@dataclass(frozen=True)
+class Agreement:
+    """How an export's logits differ from PyTorch's.
+
+    Args:
+        images: which images they are of.
+        n: how many.
+        difference: the largest |difference| of a logit.
+        largest: the largest |logit| of PyTorch.
+        same: images with the same largest logit.
+    """
+
+    images: str
+    n: int
+    difference: float
+    largest: float
+    same: int
+
+    @classmethod
+    def of(cls, images: str, expected: np.ndarray, found: np.ndarray) -> Agreement:
+        """Of logits (n, classes) by PyTorch and by the export."""
+        same = int((expected.argmax(1) == found.argmax(1)).sum())
+        return cls(images, len(expected), float(np.abs(expected - found).max()), float(np.abs(expected).max()), same)
+
+    def __str__(self) -> str:
+        return (
+            f"{self.n} {self.images}: largest difference {self.difference:.2g}, of a largest |logit| of "
+            f"{self.largest:.4g}; the same top-1 on {self.same}"
+        )
+
+
+@dataclass(frozen=True)
+class Exported:
+    """Files written, with their sizes, and what is to be said of them."""
+
+    files: dict[Path, int]
+    notes: list[str]
+    agreements: list[Agreement] = field(default_factory=list)
+
+
+def export(request: Request) -> Exported:
+    """Carry a request out.
+
+    Raises:
+        ValueError: something asked for makes no sense, an operation that cannot be exported among it.
+        RuntimeError: a package is missing, or the export does not compute what PyTorch does. Nothing was written.
+    """
+    _check_request(request)
+    content = artifact.read(request.file)
+    factory = models.import_factory(request.model) if request.model and ":" in request.model else None
+    model, factors = artifact.load_with_factors(request.file, factory=factory)
+    if request.to == "safetensors":
+        return _write_safetensors(request, content, model)
+    data = None
+    if request.data is not None:
+        data = load_data(request.data, image_column=request.image_column, label_column=request.label_column)
+        check_size(request.file, data)
+    images = _images(request, content, model, data)
+    if request.to == "onnx":
+        return _write_onnx(request, content, model, images)
+    return _write_c(request, model, factors, images, data.class_names if data else ())
+
+
+def _check_request(request: Request) -> None:
+    if request.to not in FORMATS:
+        raise ValueError(f"cannot export to {request.to!r}: expected one of {', '.join(FORMATS)}")
+    if request.n < 1:
+        raise ValueError(f"expected n >= 1, got {request.n}")
+    if request.to == "safetensors" and (request.data or request.threat):
+        raise ValueError("an export to safetensors holds the decoded weights themselves: leave out --data and --threat")
+    if not request.out.parent.is_dir():
+        raise ValueError(f"there is no folder {request.out.parent} to write {request.out.name} into")
+    if request.to == "c":
+        if request.out.exists() and not request.out.is_dir():
+            raise ValueError(f"{request.out} is a file: C sources are written into a folder")
+        outputs = list(_c_paths(request).values())
+    else:
+        outputs = [request.out]
+        if request.out.is_dir():
+            raise ValueError(f"{request.out} is a folder: expected the name of the file to write")
+    for path in outputs:
+        if path.exists() and not request.overwrite:
+            raise ValueError(f"{path} exists: add --overwrite to replace it")
+        if path.exists() and path.samefile(request.file):
+            raise ValueError(f"{path} is the model file itself")
+    if request.to == "onnx":
+        onnx_export.installed("onnx")
+
+
+def _images(request: Request, content: Content, model: nn.Module, data: Data | None) -> dict[str, Tensor]:
+    """Images (n, c, h, w) to compare on, by what they are: test or random images, and PGD examples of them."""
+    if data is not None:
+        kind, test = f"test images of {data.name}", data.test.take(slice(0, request.n))
+        x, labels = test.float_pixels(slice(None)), test.labels
+        check_model(model, test, None, probabilities=True)
+    else:
+        shape = known_shape(content)
+        kind, x = "random images", torch.rand(request.n, *shape, generator=torch.Generator().manual_seed(0))
+        check_model(model, Images(x, torch.zeros(len(x), dtype=torch.int64)), None, probabilities=True)
+        labels = _logits(model, x).argmax(1)
+    threat = request.threat or _stored_threat(content)
+    if threat is None:
+        return {kind: x}
+    check_threat(threat, x[0].numel())
+    step = 2.5 * threat.eps / PGD_STEPS
+    parts = zip(torch.split(x, 64), torch.split(labels, 64), strict=True)
+    adv = torch.cat([pgd(model, a, b, threat, steps=PGD_STEPS, step_size=step) for a, b in parts])
+    return {kind: x, f"PGD-{PGD_STEPS} examples of these under {threat}": adv}
+
+
+def _stored_threat(content: Content) -> Threat | None:
+    """What the model was trained for; None where the file does not say it in a form that is known."""
+    try:
+        return parse_threat(str(content.metadata.get("threat")))
+    except ValueError:
+        return None
+
+
+@torch.no_grad()
+def _logits(model: nn.Module, x: Tensor) -> Tensor:
+    """(n, classes)."""
+    return torch.cat([model(part) for part in torch.split(x, 64)])
+
+
+def _about(metadata: Mapping[str, Any]) -> dict[str, str]:
+    """What an exported file says of its model: strings."""
+    spec = metadata["model"]
+    shape = metadata.get("input_shape")
+    found = {
+        "model": spec.get("name") or "own class",
+        "classes": metadata.get("classes") or spec.get("num_classes"),
+        "input_shape": json.dumps(shape) if shape else None,
+        "spec": json.dumps(spec) if "mean" in spec else None,
+        "threat": metadata.get("threat"),
+        "method": metadata.get("method"),
+        "tool": metadata.get("tool"),
+    }
+    return {key: str(value) for key, value in found.items() if value is not None}
+
+
+def _write_safetensors(request: Request, content: Content, model: nn.Module) -> Exported:
+    about = _about(content.metadata)
+    size = safetensors_export.to_safetensors(model, request.out, about=about)
+    return Exported({request.out: size}, [f"the state dict of {about['model']}: {len(model.state_dict())} tensors"])
+
+
+def _write_onnx(request: Request, content: Content, model: nn.Module, images: Mapping[str, Tensor]) -> Exported:
+    data = onnx_export.to_bytes(simplify(model, _shape(images)), about=_about(content.metadata))
+    notes, agreements = [f"opset {onnx_export.OPSET}, IR version {onnx_export.IR_VERSION}"], []
+    try:
+        onnx_export.installed("onnxruntime")
+    except RuntimeError as error:
+        notes.append(f"not compared with PyTorch: {error}")
+    else:
+        run = onnx_export.runner(data)
+        agreements = [_compared(kind, model, x, run) for kind, x in images.items()]
+    return Exported({request.out: write_beside(request.out, data)}, notes, agreements)
+
+
+def _shape(images: Mapping[str, Tensor]) -> tuple[int, int, int]:
+    _, c, h, w = next(iter(images.values())).shape
+    return c, h, w
+
+
+def _compared(kind: str, model: nn.Module, x: Tensor, run: Callable[[np.ndarray], np.ndarray]) -> Agreement:
+    """One image alone, then batches, through both. RuntimeError where they differ."""
+    parts = [x[:1], *torch.split(x[1:], 64)] if len(x) > 1 else [x]
+    found = Agreement.of(kind, _logits(model, x).numpy(), np.concatenate([run(part.numpy()) for part in parts]))
+    if not found.difference <= TOLERANCE * found.largest:
+        raise RuntimeError(f"the export does not compute what PyTorch does: {found}; nothing was written")
+    return found
+
+
+def _c_name(request: Request) -> str:
+    """A C identifier from the model file's name."""
+    name = re.sub(r"\W", "_", request.file.stem, flags=re.ASCII)
+    return name if name[:1].isalpha() else f"model_{name}"
+
+
+def _c_paths(request: Request) -> dict[str, Path]:
+    name = _c_name(request)
+    return {
+        "header": request.out / f"{name}.h",
+        "source": request.out / f"{name}.c",
+        "test": request.out / f"{name}_test.c",
+    }
+
+
+def _write_c(
+    request: Request,
+    model: nn.Module,
+    factors: Mapping[str, Weight],
+    images: Mapping[str, Tensor],
+    class_names: Sequence[str],
+) -> Exported:
+    from atmc.deploy.export.c.model import model_to_c
+
+    shape = _shape(images)
+    classes = _logits(model, torch.zeros(1, *shape)).shape[1]
+    labels = class_names if len(class_names) == classes else None
+    made = model_to_c(model, shape, factors, name=_c_name(request), labels=labels)
+    notes, agreements = [f"{made.table_bytes:,} bytes of tables, an arena of {made.arena_bytes:,} bytes"], []
+    with tempfile.TemporaryDirectory() as folder:
+        run = _compiled(made, Path(folder), classes)
+        if run is None:
+            notes.append("not compared with PyTorch: there is no C compiler (cc) here")
+        else:
+            agreements = [_compared(kind, model, x, run) for kind, x in images.items()]
+    request.out.mkdir(exist_ok=True)
+    texts = {"header": made.header, "source": made.source, "test": made.test_source}
+    files = {path: write_beside(path, texts[kind].encode()) for kind, path in _c_paths(request).items()}
+    return Exported(files, notes, agreements)
+
+
+def _compiled(made: CSource, folder: Path, classes: int) -> Callable[[np.ndarray], np.ndarray] | None:
+    """The function images (n, c, h, w) -> logits (n, classes) of a C source; None where there is no compiler."""
+    compiler = shutil.which("cc")
+    if compiler is None:
+        return None
+    (folder / f"{made.name}.h").write_text(made.header, encoding="utf-8")
+    (folder / f"{made.name}.c").write_text(made.source, encoding="utf-8")
+    library = folder / "model.so"
+    command = [compiler, "-std=c99", "-O2", "-shared", "-fPIC", f"{made.name}.c", "-o", library.name]
+    done = subprocess.run(command, cwd=folder, capture_output=True, text=True, check=False)
+    if done.returncode:
+        raise RuntimeError(f"cc does not compile the C source: {done.stderr.strip()[:200]}")
+    function = getattr(ctypes.CDLL(str(library)), f"{made.name}_run")
+    pointer = ctypes.POINTER(ctypes.c_float)
+
+    def run(images: np.ndarray) -> np.ndarray:
+        logits = np.empty((len(images), classes), np.float32)
+        for image, row in zip(np.ascontiguousarray(images), logits, strict=True):
+            function(image.ctypes.data_as(pointer), row.ctypes.data_as(pointer))
+        return logits
+
+    return run

@@ -1,0 +1,1 @@
+"""What every other part rests on: files, numerics, random numbers, errors, the version."""

@@ -1,0 +1,66 @@
+"""Random changes of training images, keyed by (seed, epoch, example): the same alone, in any batch, in any process.
+
+Package-private: `atmc.data.batches` applies them. The images of a batch are changed together, without a loop.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from difflib import get_close_matches
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from atmc.core.rng import Noise
+
+PADDING = 4  # pixels of zero around an image before it is cropped, as is usual on CIFAR-10 (He et al. 2016, sec. 4.2)
+
+
+def crop(x: Tensor, noise: Noise) -> Tensor:
+    """Each image of x (n, c, h, w) cut at random, h by w, out of itself with 4 pixels of zero around it."""
+    height, width = x.shape[2:]
+    corner = noise.integers(2 * PADDING + 1, (2,))
+    rows = corner[:, :1] + torch.arange(height, device=x.device)
+    columns = corner[:, 1:] + torch.arange(width, device=x.device)
+    padded = F.pad(x, (PADDING, PADDING, PADDING, PADDING))
+    image = torch.arange(len(x), device=x.device)[:, None, None, None]
+    channel = torch.arange(x.shape[1], device=x.device)[:, None, None]
+    return padded[image, channel, rows[:, None, :, None], columns[:, None, None, :]]
+
+
+def flip(x: Tensor, noise: Noise) -> Tensor:
+    """Each image of x (n, c, h, w) mirrored left to right, or not, with even odds."""
+    mirrored = noise.integers(2, (1, 1, 1)).bool()
+    return torch.where(mirrored, x.flip(3), x)
+
+
+Change = Callable[[Tensor, Noise], Tensor]
+AUGMENTATIONS: dict[str, tuple[Change, ...]] = {"none": (), "crop": (crop,), "flip": (flip,), "crop-flip": (crop, flip)}
+
+
+def changes(name: str) -> tuple[Change, ...]:
+    """The changes that a name stands for, in their order.
+
+    Raises:
+        ValueError: the name is unknown.
+    """
+    if name not in AUGMENTATIONS:
+        near = get_close_matches(name, AUGMENTATIONS, n=1)
+        hint = f", did you mean {near[0]}?" if near else ""
+        raise ValueError(f"expected augment to be one of {', '.join(AUGMENTATIONS)}, got {name}{hint}")
+    return AUGMENTATIONS[name]
+
+
+def augment(x: Tensor, index: Tensor, *, name: str, seed: int, epoch: int) -> Tensor:
+    """The images x (n, c, h, w), of any dtype, changed; index (n,) int64 says which examples they are.
+
+    >>> x = torch.arange(18.0).view(2, 1, 3, 3)
+    >>> both = augment(x, torch.tensor([7, 3]), name="crop-flip", seed=0, epoch=1)
+    >>> alone = augment(x[1:], torch.tensor([3]), name="crop-flip", seed=0, epoch=1)
+    >>> bool((both[1] == alone[0]).all())
+    True
+    """
+    for change in changes(name):
+        x = change(x, Noise(index, seed=seed, purpose=f"augment: {change.__name__}", epoch=epoch))
+    return x

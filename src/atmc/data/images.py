@@ -1,0 +1,181 @@
+"""Labelled images in memory, and the forms in which a Python user may hand them over.
+
+Package-private: import `Images` and `as_images` from `atmc.data`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from PIL.Image import Image
+from torch import Tensor
+from torch.utils.data import IterableDataset, TensorDataset
+
+from atmc.data import sources
+
+
+def in_unit_range(pixels: Tensor) -> Tensor:
+    """float32 in [0, 1]; k becomes the float32 nearest to k/255, on every device.
+
+    The divisor is a tensor: CUDA multiplies by the rounded reciprocal where it is a Python number.
+    """
+    if pixels.dtype != torch.uint8:
+        return pixels
+    return pixels.float() / torch.full((), 255.0, device=pixels.device)
+
+
+@dataclass(frozen=True, eq=False)
+class Images:
+    """Labelled images, whole, in memory, on one device.
+
+    Args:
+        pixels: (n, c, h, w), uint8, or float32 in [0, 1].
+        labels: (n,) int64.
+    """
+
+    pixels: Tensor
+    labels: Tensor
+
+    def __post_init__(self) -> None:
+        if self.pixels.dim() != 4 or self.labels.shape != self.pixels.shape[:1]:
+            shapes = f"{tuple(self.pixels.shape)} and {tuple(self.labels.shape)}"
+            raise ValueError(f"expected pixels (n, c, h, w) and labels (n,), got the shapes {shapes}")
+        if self.pixels.dtype not in (torch.uint8, torch.float32) or self.labels.dtype != torch.int64:
+            dtypes = f"{self.pixels.dtype} and {self.labels.dtype}"
+            raise ValueError(f"expected uint8 or float32 pixels and int64 labels, got {dtypes}")
+
+    def __len__(self) -> int:
+        return len(self.labels)
+
+    def to(self, device: torch.device | str) -> Images:
+        """The same images on a device."""
+        return Images(self.pixels.to(device), self.labels.to(device))
+
+    def take(self, indices: Tensor | Sequence[int] | slice) -> Images:
+        """Some of the images, in the order of the indices."""
+        where = _indices(indices)
+        return Images(self.pixels[where], self.labels[where])
+
+    def float_pixels(self, indices: Tensor | Sequence[int] | slice) -> Tensor:
+        """Some of the images' pixels as float32 in [0, 1].
+
+        >>> Images(torch.tensor([0, 51, 255], dtype=torch.uint8).view(1, 1, 1, 3), torch.tensor([4])).float_pixels([0])
+        tensor([[[[0.0000, 0.2000, 1.0000]]]])
+        """
+        return in_unit_range(self.pixels[_indices(indices)])
+
+
+def _indices(indices: Tensor | Sequence[int] | slice) -> Tensor | slice:
+    return indices if isinstance(indices, Tensor | slice) else torch.tensor(indices, dtype=torch.int64)
+
+
+def as_images(source: object, *, num_classes: int | None = None) -> Images:
+    """Reads labelled images from what a Python user has: once, from the first to the last, in the order it comes.
+
+    Args:
+        source: a DataLoader; a dataset or other iterable of (image, label) pairs, an image being a tensor or array
+            (c, h, w) or a Pillow image, or of batches of them, (n, c, h, w) with n labels; or one pair of tensors or
+            arrays, images (n, c, h, w) and labels (n,). Pixels are uint8, or floating point in [0, 1].
+        num_classes: what the labels must lie below, if given.
+
+    Floating point pixels that are all exactly k/255 in float32 are kept as uint8, others as float32.
+
+    Raises:
+        ValueError: other shapes or dtypes, different sizes, pixels outside [0, 1], labels that are no integers >= 0.
+
+    >>> loader = torch.utils.data.DataLoader([(torch.ones(1, 2, 2), 3), (torch.zeros(1, 2, 2), 0)], batch_size=2)
+    >>> images = as_images(loader)
+    >>> images.pixels.dtype, images.labels
+    (torch.uint8, tensor([3, 0]))
+    """
+    pixels: list[Tensor] = []
+    labels: list[Tensor] = []
+    for image, label in _pairs(source):
+        x, y = _pixels(image), _labels(label)
+        if x.dim() != 4 or y.shape != x.shape[:1]:
+            shapes = f"images {tuple(x.shape[1:] if len(x) == 1 else x.shape)} and labels {tuple(y.shape)}"
+            raise ValueError(f"expected an image (c, h, w) with its label, or (n, c, h, w) with n labels, got {shapes}")
+        if pixels and x.shape[1:] != pixels[0].shape[1:]:
+            shapes = f"{tuple(pixels[0].shape[1:])} and {tuple(x.shape[1:])}"
+            raise ValueError(f"expected images of one shape, got {shapes}")
+        pixels.append(x)
+        labels.append(y.to(x.device))
+    if not sum(map(len, labels)):
+        raise ValueError("expected at least one image, got none")
+    if len({x.dtype for x in pixels}) > 1:
+        pixels = [in_unit_range(x) for x in pixels]
+    images = Images(torch.cat(pixels), torch.cat(labels))
+    sources.check_labels(images.labels.cpu().numpy(), num_classes, "the images given")
+    return images
+
+
+def _pairs(source: object) -> Iterator[tuple[object, object]]:
+    """The (image, label) pairs, single or batched, of any of as_images' forms."""
+    items: Iterable[object]
+    if isinstance(source, Images):
+        items = [(source.pixels, source.labels)]
+    elif isinstance(source, TensorDataset):
+        items = [source.tensors]
+    elif isinstance(source, tuple | list) and len(source) == 2 and isinstance(source[0], Tensor | np.ndarray):
+        items = [source]
+    elif isinstance(source, Mapping | str | Tensor | np.ndarray):
+        items = [source]  # refused below
+    elif hasattr(source, "__getitem__") and hasattr(source, "__len__") and not isinstance(source, IterableDataset):
+        items = (source[position] for position in range(len(source)))  # few map-style datasets end an iteration
+    elif isinstance(source, Iterable):
+        items = source
+    else:
+        items = [source]
+    for position, item in enumerate(items):
+        if not isinstance(item, tuple | list) or len(item) != 2:
+            kind = f"{len(item)} values" if isinstance(item, tuple | list) else type(item).__name__
+            raise ValueError(
+                f"expected (image, label) pairs, or a pair (images, labels), got {kind} at position {position}"
+            )
+        yield item[0], item[1]
+
+
+def _pixels(image: object) -> Tensor:
+    """One image or a batch as (n, c, h, w) uint8 or float32, checked."""
+    if isinstance(image, Image):
+        array = sources.image_array(image)
+        return torch.from_numpy(array[None, None] if array.ndim == 2 else array.transpose(2, 0, 1)[None].copy())
+    if isinstance(image, np.ndarray) and image.dtype.kind == "f":
+        image = torch.from_numpy(image.astype(np.float32))
+    elif isinstance(image, np.ndarray) and image.dtype == np.uint8:
+        image = torch.from_numpy(image.copy())
+    if not isinstance(image, Tensor) or not (image.is_floating_point() or image.dtype == torch.uint8):
+        kind = image.dtype if isinstance(image, Tensor | np.ndarray) else type(image).__name__
+        raise ValueError(f"expected images of uint8 or of floating point in [0, 1], got {kind}")
+    x = image.detach()[None] if image.dim() == 3 else image.detach()
+    if x.dim() == 4 and x.shape[3] in (1, 3) and x.shape[1] not in (1, 3):
+        raise ValueError(
+            f"expected channels before height and width, got the shape {tuple(image.shape)}: permute the axes"
+        )
+    return x if x.dtype == torch.uint8 else _compact(x.float())
+
+
+def _compact(x: Tensor) -> Tensor:
+    """Floats in [0, 1] as uint8 where every one is exactly k/255, else as they are; checked."""
+    if not x.isfinite().all():
+        raise ValueError("expected pixels in [0, 1], found values that are not finite")
+    if x.numel() and not (x.min() >= 0 and x.max() <= 1):
+        found = f"found values from {float(x.min()):.4g} to {float(x.max()):.4g}"
+        raise ValueError(f"expected pixels in [0, 1], {found}; normalization belongs into the model")
+    levels = (x * 255).round().to(torch.uint8)
+    return levels if torch.equal(in_unit_range(levels), x) else x
+
+
+def _labels(label: object) -> Tensor:
+    """One label or a batch of them as (n,) int64."""
+    if not isinstance(label, Tensor):
+        array = np.asarray(label)
+        if array.dtype.kind not in "iu":
+            raise ValueError(f"expected integer labels, got {array.dtype} ({label!r:.40})")
+        return torch.from_numpy(np.atleast_1d(array).astype(np.int64))
+    if label.is_floating_point() or label.is_complex() or label.dtype == torch.bool:
+        raise ValueError(f"expected integer labels, got {label.dtype}")
+    return label.detach().to(torch.int64).reshape(label.shape or (1,))

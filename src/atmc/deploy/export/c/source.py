@@ -1,0 +1,222 @@
+"""A network as one C99 source and its header, for machines without Python, an operating system or much memory.
+
+No heap, no libm, no file: constant tables (`c_tables`), a static arena (`c_plan`), float32 arithmetic. The image is the
+caller's and is only read.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+
+from atmc.deploy.export.c import runtime
+from atmc.deploy.export.c.plan import Plan, make_plan
+from atmc.deploy.export.c.stage import StageText
+from atmc.deploy.export.c.tables import literal
+from atmc.deploy.graph.graph import Graph, evaluate
+
+_TEST_IMAGES = 4
+_TOLERANCE = 1e-4  # of the largest |logit|
+
+
+@dataclass(frozen=True)
+class CSource:
+    """NAME.h, NAME.c, and NAME_test.c, a program that exits with 1 where the logits are not as expected.
+
+    table_bytes: constant data. arena_bytes: static memory; the stack and the caller's image come on top.
+    """
+
+    name: str
+    header: str
+    source: str
+    test_source: str
+    table_bytes: int
+    arena_bytes: int
+
+
+def to_c(graph: Graph, *, name: str = "model", labels: Sequence[str] | None = None) -> CSource:
+    """The C source of a network.
+
+    Batch norm that is left as Affine nodes behind convolutions keeps codebooks whole, hence tables small; multiplied
+    into the weights it makes nearly every weight a value of its own.
+
+    Args:
+        name: prefix of the C functions and constants, and of the file names.
+        labels: names of the classes, for NAME_labels.
+
+    Raises:
+        ValueError: the name is not an identifier of C, the labels are not one for each class, a weight is not finite,
+            or the graph has no operation or does not fit together.
+
+    >>> from atmc.deploy.graph.graph import Flatten, Linear, Node
+    >>> fc = Linear(np.eye(2, 4, dtype=np.float32), np.zeros(2, np.float32))
+    >>> made = to_c(Graph((1, 2, 2), (Node(Flatten(), (0,)), Node(fc, (1,)))), name="tiny")
+    >>> made.table_bytes, made.arena_bytes
+    (3, 8)
+    """
+    if not re.fullmatch(r"[A-Za-z_][A-Za-z0-9_]*", name):
+        raise ValueError(f"expected a name that is an identifier of C, got {name!r:.80}")
+    if not graph.nodes:
+        raise ValueError("expected a network of at least one operation")
+    classes = math.prod(graph.shapes()[-1])
+    if labels is not None and len(labels) != classes:
+        raise ValueError(f"expected {classes} labels, one for each class, got {len(labels)}")
+    plan = make_plan(graph)
+    texts = [StageText(stage, index, plan) for index, stage in enumerate(plan.stages)]
+    table_bytes, arena_bytes = sum(text.table_bytes for text in texts), 4 * plan.floats
+    sizes = {
+        "CHANNELS": graph.input_shape[0],
+        "HEIGHT": graph.input_shape[1],
+        "WIDTH": graph.input_shape[2],
+        "CLASSES": classes,
+        "TABLE_BYTES": table_bytes,
+        "ARENA_BYTES": arena_bytes,
+    }
+    header = _header(name, sizes, labels is not None)
+    source = _source(name, plan, texts, labels)
+    return CSource(name, header, source, _test_source(name, graph, classes), table_bytes, arena_bytes)
+
+
+def _header(name: str, sizes: dict[str, int], labelled: bool) -> str:
+    upper = name.upper()
+    constants = "".join(f"#define {upper}_{word} {size}\n" for word, size in sizes.items())
+    labels = f"extern const char *const {name}_labels[{upper}_CLASSES];\n" if labelled else ""
+    return f"""/* Made by atmc export --to c. Not to be edited. */
+#ifndef {upper}_H
+#define {upper}_H
+
+{constants}
+#ifdef __cplusplus
+extern "C" {{
+#endif
+
+/* image: {upper}_CHANNELS x {upper}_HEIGHT x {upper}_WIDTH floats, channel by channel and row by row, in [0, 1].
+   Neither function may run twice at a time: both work in one static arena. */
+void {name}_run(const float *image, float *logits); /* logits: {upper}_CLASSES floats */
+int {name}_classify(const float *image);            /* the class of the largest logit, from 0 */
+{labels}
+#ifdef __cplusplus
+}}
+#endif
+
+#endif
+"""
+
+
+def _source(name: str, plan: Plan, texts: Sequence[StageText], labels: Sequence[str] | None) -> str:
+    upper = name.upper()
+    functions = [text.function for text in texts]
+    calls = "".join(f"    {text.call}\n" for text in texts)
+    named = ""
+    if labels is not None:
+        listed = ",\n".join(f"    {_quoted(label)}" for label in labels)
+        named = f"\nconst char *const {name}_labels[{upper}_CLASSES] = {{\n{listed}}};\n"
+    parameter = "const float *image" if re.search(r"\bimage\b", calls) else "void"
+    argument = "image" if parameter != "void" else ""
+    unused = "" if argument else "    (void)image;\n"
+    return f"""/* Made by atmc export --to c. Not to be edited. */
+#include <float.h>
+#include <limits.h>
+#include <stdint.h>
+
+#include "{name}.h"
+
+#if INT_MAX < 2147483647
+#error "int has to have 32 bits"
+#endif
+{runtime.needed(functions)}
+{"".join(text.tables for text in texts)}
+static float arena[{plan.floats}];
+{"".join(functions)}{named}
+static const float *forward({parameter})
+{{
+{calls}    return arena + {plan.offsets[plan.output]};
+}}
+
+void {name}_run(const float *image, float *logits)
+{{
+    const float *found;
+    int i;
+{unused}    found = forward({argument});
+    for (i = 0; i < {upper}_CLASSES; i++)
+        logits[i] = found[i];
+}}
+
+int {name}_classify(const float *image)
+{{
+    const float *found;
+    int i, best = 0;
+{unused}    found = forward({argument});
+    for (i = 1; i < {upper}_CLASSES; i++)
+        if (found[i] > found[best])
+            best = i;
+    return best;
+}}
+"""
+
+
+def _test_source(name: str, graph: Graph, classes: int) -> str:
+    """A program that runs images of noise, drawn here and there by the same generator, and compares the logits."""
+    upper, pixels = name.upper(), math.prod(graph.input_shape)
+    state, drawn = 1, []
+    for _ in range(_TEST_IMAGES * pixels):
+        state = (state * 1664525 + 1013904223) % 2**32
+        drawn.append(state >> 24)
+    images = np.array(drawn, np.float32).reshape(_TEST_IMAGES, *graph.input_shape) / np.float32(255)
+    with torch.no_grad():
+        logits = evaluate(graph, torch.from_numpy(images).double()).reshape(_TEST_IMAGES, classes)
+    rows = ",\n".join("    {" + ", ".join(literal(x) for x in row) + "}" for row in logits.tolist())
+    tolerance = literal(max(_TOLERANCE * logits.abs().max().item(), 1e-30))
+    return f"""/* Made by atmc export --to c: compares {name}.c with PyTorch on {_TEST_IMAGES} images of noise. */
+#include <stdint.h>
+#include <stdio.h>
+
+#include "{name}.h"
+
+static const float expected[{_TEST_IMAGES}][{upper}_CLASSES] = {{
+{rows}}};
+
+static float image[{upper}_CHANNELS * {upper}_HEIGHT * {upper}_WIDTH];
+static float logits[{upper}_CLASSES];
+
+int main(void)
+{{
+    uint32_t state = 1;
+    int n, i, wrong = 0;
+    for (n = 0; n < {_TEST_IMAGES}; n++) {{
+        int best = 0;
+        for (i = 0; i < {upper}_CHANNELS * {upper}_HEIGHT * {upper}_WIDTH; i++) {{
+            state = state * 1664525u + 1013904223u;
+            image[i] = (float)(state >> 24) / 255.0f;
+        }}
+        {name}_run(image, logits);
+        for (i = 0; i < {upper}_CLASSES; i++) {{
+            const float difference = logits[i] - expected[n][i];
+            if (!(difference <= {tolerance} && difference >= -{tolerance})) {{
+                printf("image %d, logit %d: %g, expected %g\\n", n, i, (double)logits[i], (double)expected[n][i]);
+                wrong = 1;
+            }}
+            if (logits[i] > logits[best])
+                best = i;
+        }}
+        if ({name}_classify(image) != best) {{
+            printf("image %d: {name}_classify and {name}_run do not agree\\n", n);
+            wrong = 1;
+        }}
+    }}
+    printf("%s: tables %d bytes, arena %d bytes\\n", wrong ? "WRONG" : "ok", {upper}_TABLE_BYTES, {upper}_ARENA_BYTES);
+    return wrong;
+}}
+"""
+
+
+def _quoted(text: str) -> str:
+    """A constant of C for any text, as UTF-8."""
+    plain = re.compile(rb"[A-Za-z0-9 ,.;:_+\-/()]")
+    data = text.encode()
+    return '"' + "".join(chr(b) if plain.fullmatch(bytes([b])) else f"\\{b:03o}" for b in data) + '"'

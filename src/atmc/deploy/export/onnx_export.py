@@ -1,0 +1,249 @@
+"""A graph as an ONNX model: input `images` (n, c, h, w) float32 in [0, 1], output `logits`, any number of images.
+
+Opset 13 and IR version 7, of 2020. No pooling uses ONNX's ceil_mode, which onnxruntime and onnx's own reference
+evaluator read differently: the padding is written out so that whole windows fit. The same graph gives the same bytes.
+"""
+
+from __future__ import annotations
+
+import importlib
+import os
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from atmc.core.files import write_beside
+from atmc.core.version import __version__
+from atmc.deploy.graph.graph import (
+    Add,
+    Affine,
+    AvgPool,
+    Conv,
+    Flatten,
+    Floats,
+    GlobalAvgPool,
+    Graph,
+    Linear,
+    MaxPool,
+    Op,
+    Pair,
+    Relu,
+    Shape,
+)
+from atmc.models.factory import USER_CODE_ERRORS, first_line
+
+if TYPE_CHECKING:
+    from onnx import GraphProto, NodeProto
+
+OPSET, IR_VERSION = 13, 7
+INPUT, OUTPUT = "images", "logits"
+EXTRA = "pip install 'atmc[deploy]'"
+
+Made = tuple[str, list[str], dict[str, Any]]  # operator, constants it reads after its input, attributes
+Store = Callable[[str, Any], str]  # (role, values) -> name of the constant that now holds them
+
+
+def to_onnx(graph: Graph, path: str | os.PathLike[str], *, about: Mapping[str, str] | None = None) -> int:
+    """Write the ONNX model of a graph, whole or not at all; its size in bytes. See `to_bytes`."""
+    return write_beside(Path(path), to_bytes(graph, about=about))
+
+
+def to_bytes(graph: Graph, *, about: Mapping[str, str] | None = None) -> bytes:
+    """The ONNX model of a graph, checked by onnx.checker.
+
+    Args:
+        about: what else its metadata_props say: threat, method.
+
+    Raises:
+        RuntimeError: onnx is not installed. ValueError: the graph does not fit together.
+    """
+    onnx = installed("onnx")
+    model = onnx.helper.make_model(
+        _network(graph),
+        opset_imports=[onnx.helper.make_opsetid("", OPSET)],
+        ir_version=IR_VERSION,
+        producer_name="atmc",
+        producer_version=__version__,
+    )
+    onnx.helper.set_model_props(model, dict(sorted({**(about or {}), "tool": f"atmc {__version__}"}.items())))
+    onnx.checker.check_model(model, full_check=True)
+    return bytes(model.SerializeToString(deterministic=True))
+
+
+def _network(graph: Graph) -> GraphProto:
+    from onnx import TensorProto, helper, numpy_helper
+
+    shapes = graph.shapes()
+    unique, constants = _unique_names(INPUT, OUTPUT), []
+
+    def store(owner: str, role: str, values: Any) -> str:
+        constants.append(numpy_helper.from_array(np.asarray(values, order="C"), unique(f"{owner}.{role}")))
+        return constants[-1].name
+
+    nodes: list[NodeProto] = []
+    names, last = [INPUT], len(graph.nodes) - 1
+    assert last >= 0
+    for index, node in enumerate(graph.nodes):
+        name = unique(node.name or type(node.op).__name__.lower())
+        names.append(OUTPUT if index == last else name)
+        before, after = shapes[node.inputs[0]], shapes[index + 1]
+        made = _nodes(node.op, before, after, partial(store, name))
+        nodes += _chained(made, [names[value] for value in node.inputs], names[-1], name, unique)
+    ends = [
+        helper.make_tensor_value_info(name, TensorProto.FLOAT, ["n", *shape])
+        for name, shape in ((INPUT, shapes[0]), (OUTPUT, shapes[-1]))
+    ]
+    return helper.make_graph(nodes, "atmc", ends[:1], ends[1:], constants)
+
+
+def runner(data: bytes, threads: int = 0) -> Callable[[Floats], Floats]:
+    """The function images (n, c, h, w) -> logits (n, classes) of an ONNX model, by onnxruntime on the CPU.
+
+    Args:
+        threads: of one call; 0 for as many as onnxruntime likes.
+
+    Raises:
+        RuntimeError: onnxruntime is not installed, or fails; so may the function.
+    """
+    runtime, failures = installed("onnxruntime"), runtime_failures()
+    options = runtime.SessionOptions()
+    options.intra_op_num_threads, options.inter_op_num_threads = threads, 1
+    options.log_severity_level = 3  # errors only
+    try:
+        session = runtime.InferenceSession(data, options, providers=["CPUExecutionProvider"])
+    except failures as error:
+        raise RuntimeError(f"onnxruntime cannot load the model: {first_line(error)}") from error
+
+    def run(images: Floats) -> Floats:
+        try:
+            logits: Floats = session.run([OUTPUT], {INPUT: images})[0]
+        except failures as error:
+            raise RuntimeError(f"onnxruntime failed: {first_line(error)}") from error
+        return logits
+
+    return run
+
+
+def runtime_failures() -> tuple[type[Exception], ...]:
+    """What onnxruntime, its quantizer and onnx's checks raise; most of it has no class in common but Exception."""
+    names = ("onnxruntime.capi.onnxruntime_pybind11_state", "onnx.checker", "onnx.shape_inference")
+    found = [value for name in names for value in vars(importlib.import_module(name)).values()]
+    own = [each for each in found if isinstance(each, type) and issubclass(each, Exception)]
+    return *USER_CODE_ERRORS, *own
+
+
+def installed(name: str) -> Any:
+    """A package of the extra. RuntimeError with what to install where it is missing."""
+    try:
+        return importlib.import_module(name)
+    except ImportError as error:
+        raise RuntimeError(f"{name} is not installed: {EXTRA}") from error
+
+
+def _unique_names(*taken: str) -> Callable[[str], str]:
+    """A function that gives a name as it is, or with the first of _1, _2, ... that makes it new."""
+    used = set(taken)
+
+    def unique(wanted: str) -> str:
+        name, number = wanted, 0
+        while name in used:
+            number += 1
+            name = f"{wanted}_{number}"
+        used.add(name)
+        return name
+
+    return unique
+
+
+def _chained(
+    made: Sequence[Made],
+    inputs: list[str],
+    output: str,
+    name: str,
+    unique: Callable[[str], str],
+) -> list[NodeProto]:
+    """ONNX nodes of one operation, each reading the one before it."""
+    from onnx import helper
+
+    nodes = []
+    for index, (operator, constants, attributes) in enumerate(made):
+        last = index == len(made) - 1
+        label = name if last else unique(f"{name}.{operator.lower()}")
+        result = output if last else label
+        nodes.append(helper.make_node(operator, [*inputs, *constants], [result], label, **attributes))
+        inputs = [result]
+    return nodes
+
+
+def _nodes(op: Op, before: Shape, after: Shape, store: Store) -> list[Made]:
+    match op:
+        case Conv():
+            constants = [store("weight", op.weight), store("bias", op.bias)]
+            kernel: Pair = op.weight.shape[2:]
+            attributes = {"kernel_shape": kernel, "strides": op.stride, "pads": op.padding * 2}
+            return [("Conv", constants, attributes | {"dilations": op.dilation, "group": op.groups})]
+        case Linear():
+            return [("Gemm", [store("weight", op.weight), store("bias", op.bias)], {"transB": 1})]
+        case Affine():
+            shape = (-1,) + (1,) * (len(before) - 1)
+            scale, shift = store("scale", op.scale.reshape(shape)), store("shift", op.shift.reshape(shape))
+            return [("Mul", [scale], {}), ("Add", [shift], {})]
+        case Relu():
+            if op.ceiling is None:
+                return [("Relu", [], {})]
+            bounds = [("min", 0), ("max", op.ceiling)]
+            return [("Clip", [store(role, np.array(bound, np.float32)) for role, bound in bounds], {})]
+        case MaxPool():
+            return _max_pool(op, before, after, store)
+        case AvgPool():
+            return _avg_pool(op, before, after, store)
+        case GlobalAvgPool():
+            return [("GlobalAveragePool", [], {})]
+        case Flatten():
+            return [("Flatten", [], {"axis": 1})]
+        case Add():
+            return [("Add", [], {})]
+
+
+def _max_pool(op: MaxPool, before: Shape, after: Shape, store: Store) -> list[Made]:
+    if any(map(_padding_alone, before[1:], after[1:], op.kernel, op.stride, op.padding, op.dilation)):
+        raise ValueError(f"{op} on a value of shape {before} has a window of padding alone, which ONNX does not define")
+    end = _end_padding(before, after, op.kernel, op.stride, op.padding, op.dilation)
+    attributes = {"kernel_shape": op.kernel, "strides": op.stride, "dilations": op.dilation}
+    if all(max(*pads) < k for *pads, k in zip(op.padding, end, op.kernel, strict=True)):
+        return [("MaxPool", [], attributes | {"pads": (*op.padding, *end)})]
+    # a dilated window may take more padding than onnxruntime allows its kernel
+    return [_pad(op.padding, end, -np.inf, store), ("MaxPool", [], attributes)]
+
+
+def _padding_alone(side: int, count: int, k: int, s: int, p: int, d: int) -> bool:
+    """Whether one of the windows along a side has no pixel of the image."""
+    return any(not any(0 <= first + d * i < side for i in range(k)) for first in range(-p, count * s - p, s))
+
+
+def _avg_pool(op: AvgPool, before: Shape, after: Shape, store: Store) -> list[Made]:
+    """Zeros of the padding count, if asked for; what a last window of ceil_mode has beyond them never does."""
+    end = _end_padding(before, after, op.kernel, op.stride, op.padding, (1, 1))
+    attributes: dict[str, Any] = {"kernel_shape": op.kernel, "strides": op.stride}
+    if not op.count_padding or end == op.padding:
+        counted = int(op.count_padding)
+        return [("AveragePool", [], attributes | {"pads": (*op.padding, *end), "count_include_pad": counted})]
+    beyond = tuple(e - p for e, p in zip(end, op.padding, strict=True))
+    averaged: Made = ("AveragePool", [], attributes | {"pads": (0, 0, *beyond), "count_include_pad": 0})
+    return [_pad(op.padding, op.padding, 0, store), averaged] if any(op.padding) else [averaged]
+
+
+def _pad(begin: Pair, end: Pair, value: float, store: Store) -> Made:
+    pads = np.array([0, 0, *begin, 0, 0, *end], np.int64)
+    return "Pad", [store("pads", pads), store("padding", np.array(value, np.float32))], {"mode": "constant"}
+
+
+def _end_padding(before: Shape, after: Shape, kernel: Pair, stride: Pair, padding: Pair, dilation: Pair) -> Pair:
+    """Padding behind the image, at least `padding`, with which as many whole windows fit as `after` says."""
+    found = []
+    for side, count, k, s, p, d in zip(before[1:], after[1:], kernel, stride, padding, dilation, strict=True):
+        found.append(max(p, (count - 1) * s + d * (k - 1) + 1 - side - p))
+    return found[0], found[1]

@@ -1,0 +1,38 @@
+"""The dense weights of a model for everyone else: a state dict in a .safetensors file."""
+
+from __future__ import annotations
+
+import json
+import os
+import struct
+from collections.abc import Mapping
+from pathlib import Path
+
+from safetensors.torch import save
+from torch import nn
+
+from atmc.core.files import write_beside
+
+
+def to_safetensors(model: nn.Module, path: str | os.PathLike[str], *, about: Mapping[str, str] | None = None) -> int:
+    """Write the state dict of a plain module, whole or not at all; the file's size in bytes. See `to_bytes`."""
+    return write_beside(Path(path), to_bytes(model, about=about))
+
+
+def to_bytes(model: nn.Module, *, about: Mapping[str, str] | None = None) -> bytes:
+    """A .safetensors file of a plain module's state dict: names, shapes and types as the module has them.
+
+    The same values give the same bytes: safetensors itself writes metadata in any order.
+
+    Args:
+        about: the file's metadata, strings.
+    """
+    state = {name: value.detach().cpu().clone().contiguous() for name, value in model.state_dict().items()}
+    data = save(state, metadata=dict(about or {}))
+    (length,) = struct.unpack("<Q", data[:8])
+    header = json.loads(data[8 : 8 + length])
+    if "__metadata__" in header:
+        header["__metadata__"] = dict(sorted(header["__metadata__"].items()))
+    text = json.dumps(header, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % 8)
+    return struct.pack("<Q", len(text)) + text + data[8 + length :]

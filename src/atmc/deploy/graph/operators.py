@@ -1,0 +1,288 @@
+"""The operators of PyTorch that a graph can hold: each function adds the nodes that stand for one of them.
+
+A function gets `add`, which appends a node and gives its value's number, and the operator's arguments by their names in
+PyTorch's schema: activations as `Value`, weights and other constants as tensors. It gives the number of the value that
+the operator computes. ValueError, a clause without the operator's name, where the graph has no such thing.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from types import SimpleNamespace
+from typing import Any, cast
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from atmc.deploy.graph.graph import (
+    Add,
+    Affine,
+    AvgPool,
+    Conv,
+    Flatten,
+    Floats,
+    GlobalAvgPool,
+    Linear,
+    MaxPool,
+    Pair,
+    Relu,
+    Shape,
+)
+
+KNOWN = (
+    "convolutions, linear layers, batch norm, ReLU, max and average pooling, flattening, sums, per-channel constants"
+)
+
+
+@dataclass(frozen=True)
+class Value:
+    """An activation: its number in the graph, and its shape without the batch."""
+
+    number: int
+    shape: Shape
+
+
+Append = Callable[..., int]  # (op, *numbers of its inputs) -> number of its value
+Arguments = SimpleNamespace  # `out`, the shape of the result without the batch, beside the operator's own
+
+
+def wide(values: Any) -> Floats:
+    """A constant in float64: sums and products of weights are rounded to float32 once, at the end of `simplify`."""
+    if isinstance(values, Tensor):
+        values = values.detach().double().numpy()
+    return cast(Floats, np.asarray(values, dtype=np.float64))
+
+
+def _activation(value: object) -> Value:
+    if not isinstance(value, Value):
+        raise ValueError("its input does not depend on the images, its weights do")
+    return value
+
+
+def _constant(value: object) -> Floats:
+    if not isinstance(value, Tensor):
+        raise ValueError("its weights are computed from the images")
+    return wide(value)
+
+
+def _bias(value: object, outputs: int) -> Floats:
+    return wide(np.zeros(outputs)) if value is None else _constant(value)
+
+
+def _pair(values: int | Sequence[int]) -> Pair:
+    numbers = [values] if isinstance(values, int) else list(values)
+    return int(numbers[0]), int(numbers[-1])
+
+
+def _conv2d(add: Append, a: Arguments) -> int:
+    x, weight, dilation = _activation(a.input), _constant(a.weight), _pair(a.dilation)
+    if not isinstance(a.padding, str):
+        padding = _pair(a.padding)
+    elif a.padding == "valid":
+        padding = 0, 0
+    else:
+        spare = [d * (k - 1) for d, k in zip(dilation, weight.shape[2:], strict=True)]
+        if any(s % 2 for s in spare):
+            raise ValueError("its padding is not the same on both sides")
+        padding = spare[0] // 2, spare[1] // 2
+    bias = _bias(a.bias, len(weight))
+    return add(Conv(weight, bias, _pair(a.stride), padding, dilation, int(a.groups)), x.number)
+
+
+def _linear(add: Append, a: Arguments) -> int:
+    return _dense(add, a.input, _constant(a.weight), a.bias)
+
+
+def _addmm(add: Append, a: Arguments) -> int:
+    if a.alpha != 1 or a.beta != 1:
+        raise ValueError("it has factors alpha and beta")
+    return _dense(add, a.mat1, _constant(a.mat2).T, a.self)
+
+
+def _matmul(add: Append, a: Arguments) -> int:
+    other = a.mat2 if hasattr(a, "mat2") else a.other
+    return _dense(add, a.self, _constant(other).T, None)
+
+
+def _dense(add: Append, x: object, weight: Floats, bias: object) -> int:
+    value = _activation(x)
+    if len(value.shape) != 1 or weight.ndim != 2:
+        raise ValueError(f"it acts on one axis of a value of shape {value.shape}, not on (features,)")
+    return add(Linear(weight, _bias(bias, len(weight))), value.number)
+
+
+def _batch_norm(add: Append, a: Arguments) -> int:
+    if getattr(a, "training", False) or a.running_mean is None or a.running_var is None:
+        raise ValueError("it has no running statistics")
+    mean, variance = _constant(a.running_mean), _constant(a.running_var)
+    scale = wide(1 / np.sqrt(variance.astype(np.float64) + a.eps))
+    scale = scale if a.weight is None else scale * _constant(a.weight)
+    return add(Affine(scale, _bias(a.bias, len(mean)) - mean * scale), _activation(a.input).number)
+
+
+def _relu(add: Append, a: Arguments) -> int:
+    return add(Relu(), _activation(a.self).number)
+
+
+def _relu6(add: Append, a: Arguments) -> int:
+    return add(Relu(6.0), _activation(a.self).number)
+
+
+def _hardtanh(add: Append, a: Arguments) -> int:
+    return _clip(add, a.self, a.min_val, a.max_val)
+
+
+def _clamp(add: Append, a: Arguments) -> int:
+    return _clip(add, a.self, a.min, getattr(a, "max", None))
+
+
+def _clip(add: Append, x: object, low: object, high: object) -> int:
+    if isinstance(low, Tensor) or isinstance(high, Tensor) or low is None or low != 0:
+        raise ValueError("it clips to other bounds than [0, c]")
+    ceiling = None if high is None or high == float("inf") else float(cast(float, high))
+    if ceiling is not None and ceiling < 0:
+        raise ValueError("it clips to other bounds than [0, c]")
+    return add(Relu(ceiling), _activation(x).number)
+
+
+def _max_pool2d(add: Append, a: Arguments) -> int:
+    kernel = _pair(a.kernel_size)
+    stride = _pair(a.stride) if a.stride else kernel
+    pool = MaxPool(kernel, stride, _pair(a.padding), _pair(a.dilation), bool(a.ceil_mode))
+    return add(pool, _activation(a.self).number)
+
+
+def _avg_pool2d(add: Append, a: Arguments) -> int:
+    if a.divisor_override is not None:
+        raise ValueError("it has a divisor_override")
+    kernel = _pair(a.kernel_size)
+    stride = _pair(a.stride) if a.stride else kernel
+    pool = AvgPool(kernel, stride, _pair(a.padding), bool(a.ceil_mode), bool(a.count_include_pad))
+    return add(pool, _activation(a.self).number)
+
+
+def _adaptive_avg_pool2d(add: Append, a: Arguments) -> int:
+    x, sides = _activation(a.self), _pair(a.out[1:])
+    if sides == x.shape[1:]:
+        return x.number
+    if sides == (1, 1):
+        return add(GlobalAvgPool(), x.number)
+    if x.shape[1] % sides[0] or x.shape[2] % sides[1]:
+        raise ValueError(f"its windows differ in size: from {x.shape[1:]} to {sides} pixels")
+    kernel = x.shape[1] // sides[0], x.shape[2] // sides[1]
+    return add(AvgPool(kernel, kernel), x.number)
+
+
+def _mean(add: Append, a: Arguments) -> int:
+    x = _activation(a.self)
+    if len(x.shape) != 3 or not getattr(a, "dim", None) or {axis % 4 for axis in a.dim} != {2, 3}:
+        raise ValueError("it averages over other axes than height and width")
+    pooled = add(GlobalAvgPool(), x.number)
+    return pooled if a.keepdim else add(Flatten(), pooled)
+
+
+def _add(add: Append, a: Arguments) -> int:
+    return _sum(add, a.self, a.other, 1, a.alpha)
+
+
+def _sub(add: Append, a: Arguments) -> int:
+    return _sum(add, a.self, a.other, 1, -a.alpha)
+
+
+def _rsub(add: Append, a: Arguments) -> int:
+    return _sum(add, a.self, a.other, -a.alpha, 1)
+
+
+def _sum(add: Append, one: object, two: object, first: float, second: float) -> int:
+    """first * one + second * two."""
+    if isinstance(one, Value) and isinstance(two, Value):
+        if one.shape != two.shape:
+            raise ValueError(f"it combines shapes {one.shape} and {two.shape}")
+        return add(Add(), _scaled(add, one, first), _scaled(add, two, second))
+    if not isinstance(one, Value):
+        one, two, first, second = two, one, second, first
+    x = _activation(one)
+    return add(Affine(_channels(x, first), second * _channels(x, two)), x.number)
+
+
+def _scaled(add: Append, x: Value, factor: float) -> int:
+    return x.number if factor == 1 else add(Affine(_channels(x, factor), _channels(x, 0.0)), x.number)
+
+
+def _mul(add: Append, a: Arguments) -> int:
+    one, two = (a.self, a.other) if isinstance(a.self, Value) else (a.other, a.self)
+    if isinstance(two, Value):
+        raise ValueError("it multiplies two values that are computed from the images")
+    x = _activation(one)
+    return add(Affine(_channels(x, two), _channels(x, 0.0)), x.number)
+
+
+def _div(add: Append, a: Arguments) -> int:
+    if isinstance(a.other, Value):
+        raise ValueError("it divides by a value that is computed from the images")
+    if getattr(a, "rounding_mode", None) is not None:
+        raise ValueError("it rounds")
+    x = _activation(a.self)
+    return add(Affine(wide(1 / _channels(x, a.other)), _channels(x, 0.0)), x.number)
+
+
+def _neg(add: Append, a: Arguments) -> int:
+    return _scaled(add, _activation(a.self), -1.0)
+
+
+def _channels(x: Value, constant: object) -> Floats:
+    """A number, or a tensor that is broadcast along height and width only, as one number a channel."""
+    values = torch.as_tensor(constant, dtype=torch.float64)
+    axes = 1 + len(x.shape)
+    shape = (1,) * (axes - values.dim()) + tuple(values.shape)
+    if len(shape) != axes or any(side != 1 for axis, side in enumerate(shape) if axis != 1):
+        raise ValueError("its constant is not one number a channel")
+    if shape[1] not in (1, x.shape[0]):
+        raise ValueError(f"its constant has {shape[1]} channels, the value {x.shape[0]}")
+    return wide(values.reshape(-1).expand(x.shape[0]).clone())
+
+
+def _same(add: Append, a: Arguments) -> int:
+    x = _activation(a.self if hasattr(a, "self") else a.input)
+    if getattr(a, "dtype", None) not in (None, torch.float32) or getattr(a, "train", False):
+        raise ValueError("it changes its input")
+    return x.number
+
+
+OPERATORS: dict[str, Callable[[Append, Arguments], int]] = {
+    "_adaptive_avg_pool2d": _adaptive_avg_pool2d,
+    "_native_batch_norm_legit_no_training": _batch_norm,
+    "_to_copy": _same,
+    "adaptive_avg_pool2d": _adaptive_avg_pool2d,
+    "add": _add,
+    "addmm": _addmm,
+    "alias": _same,
+    "alpha_dropout": _same,
+    "avg_pool2d": _avg_pool2d,
+    "batch_norm": _batch_norm,
+    "clamp": _clamp,
+    "clamp_min": _clamp,
+    "clone": _same,
+    "contiguous": _same,
+    "conv2d": _conv2d,
+    "detach": _same,
+    "div": _div,
+    "dropout": _same,
+    "feature_dropout": _same,
+    "hardtanh": _hardtanh,
+    "linear": _linear,
+    "matmul": _matmul,
+    "max_pool2d": _max_pool2d,
+    "mean": _mean,
+    "mm": _matmul,
+    "mul": _mul,
+    "neg": _neg,
+    "relu": _relu,
+    "relu6": _relu6,
+    "rsub": _rsub,
+    "sub": _sub,
+    "to": _same,
+}
+RESHAPES = ("flatten", "view", "_unsafe_view", "reshape", "squeeze", "unsqueeze")  # the order of the numbers stays

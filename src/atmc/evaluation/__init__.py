@@ -1,0 +1,1 @@
+"""Measure a model: attacks by name, accuracies, statistics, and checks of the evaluation itself."""

@@ -1,0 +1,79 @@
+"""Where an evaluation stands, in a file: an interrupted one goes on after its last saved batch.
+
+The file is NumPy's npz without pickle. It holds, for each attack that was begun, the fields of `Verdicts`, and a
+fingerprint of all that decides them: the model's values, the images and labels, the threat, attack, settings, seed and
+batch size. A file with another fingerprint is refused rather than mixed in. It is written beside and renamed, so that
+a kill while writing leaves the one before.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import zipfile
+from collections.abc import Mapping
+from dataclasses import fields
+from io import BytesIO
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from atmc.core.files import write_beside
+from atmc.data import Images
+from atmc.evaluation.accuracy import Verdicts
+
+TENSORS = ("right", "fooled_by", "l2", "linf", "distance", "queue", "adv")
+NUMBERS = ("start", "stage", "done", "refused")
+
+
+def fingerprint(model: nn.Module, images: Images, n: int, **settings: Any) -> str:
+    """SHA-256 of the model's values, the first n images with labels, and settings that JSON can hold."""
+    digest = hashlib.sha256(json.dumps(settings, sort_keys=True).encode())
+    for name, value in model.state_dict().items():
+        digest.update(f"{name} {tuple(value.shape)} {value.dtype}".encode())
+        digest.update(_bytes(value))
+    digest.update(_bytes(images.pixels[:n]))
+    digest.update(_bytes(images.labels[:n]))
+    return digest.hexdigest()
+
+
+def _bytes(values: Tensor) -> bytes:
+    return values.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes()
+
+
+def write(path: Path, standing: Mapping[str, tuple[str, Verdicts]]) -> None:
+    """Save attack -> (fingerprint, verdicts)."""
+    arrays: dict[str, Any] = {"attacks": np.array(list(standing)), "marks": np.array([m for m, _ in standing.values()])}
+    for position, (_, verdicts) in enumerate(standing.values()):
+        arrays[f"{position}.numbers"] = np.array([getattr(verdicts, name) for name in NUMBERS])
+        for name in TENSORS:
+            value = getattr(verdicts, name)
+            if value is not None:
+                arrays[f"{position}.{name}"] = value.numpy()
+    buffer = BytesIO()
+    np.savez(buffer, **arrays)
+    write_beside(path, buffer.getvalue())
+
+
+def read(path: Path) -> dict[str, tuple[str, Verdicts]]:
+    """What `write` saved.
+
+    Raises:
+        ValueError: the file is no such state.
+    """
+    assert {field.name for field in fields(Verdicts)} == {*TENSORS, *NUMBERS}
+    try:
+        with np.load(path, allow_pickle=False) as saved:
+            names, marks = saved["attacks"].tolist(), saved["marks"].tolist()
+            found = {}
+            for position, (name, mark) in enumerate(zip(names, marks, strict=True)):
+                held = [key for key in TENSORS if f"{position}.{key}" in saved.files]
+                values: dict[str, Any] = {key: torch.from_numpy(saved[f"{position}.{key}"]) for key in held}
+                values |= dict(zip(NUMBERS, saved[f"{position}.numbers"].tolist(), strict=True))
+                found[name] = (mark, Verdicts(**values))
+    except (ValueError, KeyError, TypeError, EOFError, zipfile.BadZipFile) as error:
+        raise ValueError(f"{path} is not the state of an evaluation, or is damaged: {error}") from error
+    return found

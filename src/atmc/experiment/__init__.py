@@ -1,1 +1,0 @@
-"""Compare and show: configurations, run folders, reports."""

@@ -1,0 +1,164 @@
+"""One compression from a model and a budget to the bytes of a file."""
+
+from __future__ import annotations
+
+import copy
+import os
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any, cast
+
+import torch
+from torch import nn
+
+from atmc.compress.budget import Budget
+from atmc.compress.factorize import fold, refuse_unfit, sites, use_channels_last
+from atmc.compress.rate_control import Allocation, BudgetTooSmall, RateControl
+from atmc.core.files import write_beside
+from atmc.data import Images, mixed_order
+from atmc.evaluation.evaluate import check_model, takes_channels_last
+from atmc.pack import artifact
+from atmc.robust.threats import Threat, check_threat
+from atmc.training.batch_norm import restore_batch_norm
+from atmc.training.dead_weights import probe_images
+from atmc.training.finalize import Decided, smallest_model, to_final
+from atmc.training.loop import Progress
+from atmc.training.methods import CODEBOOK_METHODS, Plan, floor_of, phases_of, recipe_of
+from atmc.training.runner import EpochEnd, Record, Runner, State
+from atmc.training.settings import Recipe, has_batch_norm
+
+
+@dataclass(frozen=True)
+class Result:
+    """A compressed model.
+
+    Args:
+        model: plain module in evaluation mode, decoded from `data`.
+        data: the bytes of the model file.
+        records: one an epoch, as in log.jsonl.
+        decided: what the last validation decided, see `finish.Decided`.
+    """
+
+    model: nn.Module
+    data: bytes
+    records: list[Record]
+    decided: Decided
+
+    def save(self, path: str | os.PathLike[str]) -> int:
+        """Write the model file; its size in bytes."""
+        return write_beside(Path(path), self.data)
+
+
+class Job:
+    """One compression, step by step: iterate `run`, then take `result`. `compress` does both.
+
+    Everything a user gave is checked here, before any training; see `compress` for the arguments and errors.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        train: Images,
+        val: Images,
+        *,
+        threat: Threat,
+        budget: Budget,
+        method: str,
+        recipe: Recipe,
+        device: torch.device,
+        classes: int | None = None,
+    ) -> None:
+        shape = cast(tuple[int, int, int], tuple(train.pixels.shape[1:]))
+        check_threat(threat, train.pixels[0].numel())
+        classes = check_model(model, train, classes)
+        check_model(model, val, classes)
+        refuse_unfit(model, exclude=recipe.exclude)
+        if has_batch_norm(model) and min(len(train), recipe.batch_size) == 1:
+            raise ValueError(
+                f"expected at least 2 images a step, since the model has batch norm; got {len(train)} training images "
+                f"in batches of {recipe.batch_size}"
+            )
+        self.dense_weights = sum(
+            getattr(site.module, site.parameter).numel() for site in sites(model, exclude=recipe.exclude)
+        )
+        self._plain = fold(model).cpu()
+        self._about: dict[str, Any] = {
+            "input_shape": shape,
+            "classes": classes,
+            "threat": str(threat),
+            "method": method,
+        }
+        self._refuse_unwritable(model)
+        floor = floor_of(method, model, recipe.exclude)
+        self.nonzeros = budget.resolve(self.dense_weights, floor=floor) if method != "da" else self.dense_weights
+        rate = self._rate(model, budget, method, recipe, train) if budget.max_bytes is not None else None
+        plan = Plan(
+            nonzeros=self.nonzeros, dense_weights=self.dense_weights, bits=budget.bits, recipe=recipe, rate=rate
+        )
+        phases = phases_of(method, plan)
+        working = copy.deepcopy(model).to(device)
+        train, val = train.to(device), mixed_order(val).to(device)
+        restore_batch_norm(working, train)
+        recipe = replace(
+            recipe_of(method, recipe),
+            channels_last=recipe.channels_last and takes_channels_last(working, train),
+        )
+        if recipe.channels_last:
+            use_channels_last(working)
+        self.recipe = recipe
+        self.records: list[Record] = []
+        start = Allocation(self.nonzeros, budget.bits)
+        self.runner = Runner(working, train, val, threat, phases, recipe, start=start, rate=rate)
+
+    def _refuse_unwritable(self, model: nn.Module) -> None:
+        """ValueError now, not after training, for a model that a file cannot hold, or not be read from."""
+        for name, value in model.state_dict().items():
+            if value.is_floating_point() and not bool(value.isfinite().all()):
+                raise ValueError(f"tensor {name}: expected finite values, got nan or infinity")
+        empty = fold(model).cpu()
+        for value in empty.state_dict().values():
+            if value.dim() >= 2:
+                value.zero_()
+        artifact.from_bytes(artifact.to_bytes(empty, **self._about), factory=self._plain_copy)
+
+    def _rate(self, model: nn.Module, budget: Budget, method: str, recipe: Recipe, train: Images) -> RateControl:
+        """Rate control for a budget in bytes. BudgetTooSmall if no file of the model is that small."""
+        if method == "da":
+            raise ValueError("method 'da' keeps every weight: leave out max_bytes")
+        assert budget.max_bytes is not None
+
+        probe = probe_images(train)
+
+        def measure(trained: nn.Module) -> int:
+            return len(artifact.to_bytes(to_final(trained, probe), **self._about))
+
+        def measure_exact(rounded: nn.Module) -> int:
+            return len(artifact.to_bytes(rounded, **self._about))
+
+        smallest = measure_exact(smallest_model(method, model, recipe.exclude))
+        if budget.max_bytes < smallest:
+            raise BudgetTooSmall(
+                f"a budget of {budget.max_bytes:,} bytes is below the smallest file of this model and method, "
+                f"{smallest:,} bytes"
+            )
+        most_bits = (budget.bits or 8) if method in CODEBOOK_METHODS else None
+        layers = len(sites(model, exclude=recipe.exclude))
+        return RateControl(budget.max_bytes, smallest, measure, measure_exact, most_bits, layers, self.dense_weights)
+
+    def _plain_copy(self, num_classes: int) -> nn.Module:
+        return copy.deepcopy(self._plain)
+
+    def run(self, state: State | None = None) -> Iterator[Progress | EpochEnd]:
+        """Train, from a saved state if there is one; yields every step and every epoch's end."""
+        for event in self.runner.run(state):
+            if isinstance(event, EpochEnd):
+                self.records.append(event.record)
+            yield event
+
+    def result(self) -> Result:
+        """The final choices, the file, and the model decoded from it."""
+        model, decided = self.runner.finish()
+        data = artifact.to_bytes(model, **self._about)
+        decoded = artifact.from_bytes(data, factory=self._plain_copy)
+        return Result(decoded, data, self.records, decided)

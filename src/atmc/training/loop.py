@@ -1,0 +1,164 @@
+"""fit(): projected stochastic gradient descent on an adversarial loss, with an optional ADMM pull to a codebook.
+
+Reads neither configuration nor disk. One epoch is: for each batch, attack, one gradient step, projection on the
+constraint; every `interval` steps ADMM's copy and dual are refreshed (Gui et al. 2019, algorithm 1).
+"""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor, nn
+
+from atmc.compress.admm import Admm
+from atmc.compress.constraints import Constraint
+from atmc.compress.factorize import built_once
+from atmc.core.rng import Noise, derived_seed
+from atmc.data import Batch, Images, batch_count, batches
+from atmc.robust.objectives import Objective, TrainingAttack
+from atmc.training.settings import Recipe
+
+Schedule = Callable[[float], float]
+
+
+class TrainingDiverged(RuntimeError):
+    """The loss is no longer a finite number."""
+
+
+@dataclass(frozen=True)
+class Progress:
+    """Where training stands after a step. Epochs and steps count from 1; loss is the epoch's mean so far.
+
+    `phase` and `share`, of all the run's epochs that are done, are filled in by whoever runs several phases.
+    """
+
+    epoch: int
+    epochs: int
+    step: int
+    steps: int
+    loss: float
+    seconds: float
+    admm: Admm | None
+    phase: str = ""
+    share: float = 0.0
+
+    @property
+    def epoch_done(self) -> bool:
+        """Whether this was the epoch's last step."""
+        return self.step == self.steps
+
+
+@dataclass(frozen=True)
+class Loop:
+    """How one phase steps through the data.
+
+    Args:
+        recipe: the settings of the run.
+        learning_rate: fraction of the phase that is done, in [0, 1) -> learning rate.
+        eps_ramp: epochs over which the training attack's ball grows to full size; 0 outside the dense phase.
+        seed: keys every random draw of the phase, together with epoch and example.
+    """
+
+    recipe: Recipe
+    learning_rate: Schedule
+    eps_ramp: float = 0.0
+    seed: int = 0
+
+    def batches(self, train: Images, epoch: int) -> Iterator[Batch]:
+        """Yield one epoch's batches, their images in the memory layout of the run."""
+        recipe = self.recipe
+        for batch in batches(train, recipe.batch_size, seed=self.seed, epoch=epoch, augment=recipe.augment):
+            if recipe.channels_last and batch.x.dim() == 4:
+                yield replace(batch, x=batch.x.contiguous(memory_format=torch.channels_last))
+            else:
+                yield batch
+
+
+def fit(
+    model: nn.Module,
+    train: Images,
+    loop: Loop,
+    *,
+    objective: Objective,
+    attack: TrainingAttack,
+    optimizer: torch.optim.Optimizer,
+    tensors: Mapping[str, nn.Parameter],
+    epochs: int,
+    start: int = 0,
+    constraint: Callable[[float], Constraint] | None = None,
+    admm: Admm | None = None,
+) -> Iterator[Progress]:
+    """Train in place, from epoch `start` (0-based) on; yields after every step.
+
+    Args:
+        tensors: the constrained parameters, name -> parameter.
+        constraint: fraction of the phase done -> what the tensors must satisfy after the step.
+        admm: state to start from; the current state comes with every `Progress`.
+
+    Raises:
+        TrainingDiverged: the loss is not finite.
+    """
+    steps = batch_count(len(train), loop.recipe.batch_size)
+    for epoch in range(start, epochs):
+        began, total = time.perf_counter(), 0.0
+        model.train()
+        for step, batch in enumerate(loop.batches(train, epoch)):
+            done = (epoch + step / steps) / epochs
+            for group in optimizer.param_groups:
+                group["lr"] = loop.learning_rate(done)
+            ramp = min(1.0, (epoch + (step + 1) / steps) / loop.eps_ramp) if loop.eps_ramp else 1.0
+            noise = Noise(batch.index, seed=loop.seed, purpose="attack", epoch=epoch)
+            perturb = attack.on(model, noise, eps_scale=ramp)
+            optimizer.zero_grad(set_to_none=True)
+            with seeded(derived_seed(loop.seed, epoch, step), batch.x.device), built_once(model):
+                with autocast(batch.x.device, loop.recipe.bf16):
+                    loss = objective(model, batch.x, batch.y, perturb)
+                loss.backward()  # type: ignore[no-untyped-call]
+            total += float(loss.detach())
+            if not math.isfinite(total):
+                raise TrainingDiverged(f"the loss became {total} in epoch {epoch + 1}; try a lower learning rate")
+            if admm is not None:
+                admm.add_penalty_gradient(tensors)
+            optimizer.step()
+            if constraint is not None:
+                assign(tensors, constraint(done).project({name: t.detach() for name, t in tensors.items()}))
+            if admm is not None and step % loop.recipe.interval == 0:
+                admm = admm.step(tensors)
+            seconds = time.perf_counter() - began
+            yield Progress(epoch + 1, epochs, step + 1, steps, total / (step + 1), seconds, admm)
+
+
+@torch.no_grad()
+def assign(tensors: Mapping[str, nn.Parameter], values: Mapping[str, Tensor]) -> None:
+    """Copy values into the parameters of the same names."""
+    for name, value in values.items():
+        tensors[name].copy_(value)
+
+
+@contextmanager
+def seeded(seed: int, device: torch.device) -> Iterator[None]:
+    """Within, torch's global generators start from a seed (dropout draws from them); outside they are untouched."""
+    with torch.random.fork_rng([device] if device.type == "cuda" else []):
+        torch.manual_seed(seed)
+        yield
+
+
+def autocast(device: torch.device, enabled: bool) -> torch.autocast:
+    """bfloat16 autocast on a device, without its cache of weights: one cast under no_grad would lose their gradient."""
+    return torch.autocast(device.type, torch.bfloat16, enabled=enabled, cache_enabled=False)
+
+
+def cosine(peak: float, warmup: float = 0.0) -> Schedule:
+    """Linear rise to peak over the first `warmup` share of the phase, then half a cosine down to 1 % of it."""
+
+    def rate(done: float) -> float:
+        if done < warmup:
+            return peak * max(done / warmup, 0.01)
+        return peak * (0.01 + 0.99 * (1 + math.cos(math.pi * (done - warmup) / (1 - warmup))) / 2)
+
+    return rate

@@ -1,0 +1,316 @@
+"""Run the phases of a method one after the other, resumable after every epoch.
+
+A method is a list of phases. Each starts from the best feasible model of the one before, trains, and after every epoch
+is judged on the validation split by the model that satisfies all of the phase's constraints (`Phase.feasible`).
+The state between two epochs is one value, `State`, made of tensors and numbers.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import asdict, dataclass, field, replace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from atmc.compress.admm import Admm
+from atmc.compress.budget import nominal_bits
+from atmc.compress.constraints import Constraint
+from atmc.compress.factorize import built_once, compressible, restructure, structure
+from atmc.compress.rate_control import Allocation, RateControl
+from atmc.core.numerics import full_float32
+from atmc.core.rng import derived_seed
+from atmc.data import Images
+from atmc.evaluation.accuracy import clean_accuracy, robust_accuracy
+from atmc.evaluation.statistics import Accuracy
+from atmc.robust.objectives import OBJECTIVES, TrainingAttack
+from atmc.robust.threats import Threat
+from atmc.training.batch_norm import reestimate_batch_norm
+from atmc.training.dead_weights import probe_images
+from atmc.training.finalize import Decided, final_choices
+from atmc.training.loop import Loop, Progress, assign, cosine, fit
+from atmc.training.settings import Recipe
+
+Tensors = Mapping[str, Tensor]
+
+
+@dataclass(frozen=True)
+class Phase:
+    """One stage of a method.
+
+    Args:
+        name: key of its epochs and learning rate in the recipe.
+        enter: changes the model on entry (factorizes it, cuts ranks).
+        constraint: tensors at entry -> (fraction done, what the budget gives -> constraint of each step).
+        feasible: what the budget gives -> what a validated, chosen and written model satisfies; None if the steps'
+            constraint already is it.
+        starts_feasible: training starts from the feasible model.
+        admm: what the budget gives -> the ADMM that pulls the tensors.
+        keeps_start: the model on entry is itself a candidate.
+    """
+
+    name: str
+    enter: Callable[[nn.Module], object] | None = None
+    constraint: Callable[[Tensors], Callable[[float, Allocation], Constraint]] | None = None
+    feasible: Callable[[Allocation], Constraint] | None = None
+    starts_feasible: bool = False
+    admm: Callable[[Allocation], Admm] | None = None
+    keeps_start: bool = False
+
+
+@dataclass
+class State:
+    """Everything between two epochs; `tensors()` of it goes into a checkpoint."""
+
+    phase: int = 0
+    epoch: int = 0
+    structure: dict[str, tuple[str, int]] = field(default_factory=dict)
+    model: dict[str, Tensor] = field(default_factory=dict)
+    optimizer: dict[str, Any] = field(default_factory=dict)
+    admm: dict[str, Any] | None = None
+    allocation: dict[str, Any] = field(default_factory=dict)
+    start: dict[str, Tensor] = field(default_factory=dict)
+    best: dict[str, Tensor] = field(default_factory=dict)
+    best_score: float = -math.inf
+
+
+@dataclass(frozen=True)
+class Record:
+    """One line of log.jsonl: an epoch (0 for a phase's start) and its feasible model's figures.
+
+    Accuracies are of the first clean_n and robust_n validation images.
+    """
+
+    phase: str
+    epoch: int
+    loss: float | None
+    clean: float
+    clean_n: int
+    robust: float
+    robust_n: int
+    nonzeros: int
+    nominal_bits: int
+    file_bytes: int | None
+    primal: float | None
+    dual: float | None
+    seconds: float
+
+
+@dataclass(frozen=True)
+class EpochEnd:
+    """An epoch is over: its record, and the state to save."""
+
+    record: Record
+    state: State
+
+
+class Runner:
+    """The phases of one method on one model; iterate `run` to the end, then `finish`.
+
+    Args:
+        model: plain, trained in place (its structure changes as phases demand).
+        start: what the budget gives at first.
+        rate: holds a budget in bytes; None where the budget is a number of nonzeros.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        train: Images,
+        val: Images,
+        threat: Threat,
+        phases: list[Phase],
+        recipe: Recipe,
+        *,
+        start: Allocation,
+        rate: RateControl | None = None,
+    ) -> None:
+        self.model, self.rate = model, rate
+        self.phases = [
+            phase for phase in phases if recipe.epochs.get(phase.name, 0) > 0 or phase.enter or phase.feasible
+        ]
+        self._train, self._val, self._threat, self._recipe, self._budget = train, val, threat, recipe, start
+        self._attack = TrainingAttack(
+            threat, recipe.attack_steps, recipe.relative_step, recipe.random_start, recipe.batch_statistics
+        )
+        self._objective = OBJECTIVES[recipe.objective].build(recipe.objective_options)
+
+    def run(self, state: State | None = None) -> Iterator[Progress | EpochEnd]:
+        """Train from a state (by default from the start); yields every step and every epoch's end."""
+        state = state or State(allocation=asdict(self._budget))
+        if state.model:
+            here = structure(self.model)  # a checkpoint may have brought some weights factorized
+            restructure(self.model, {path: form for path, form in state.structure.items() if path not in here})
+        for index in range(state.phase, len(self.phases)):
+            if index != state.phase:
+                state = State(phase=index, allocation=state.allocation)
+            yield from self._phase(self.phases[index], state)
+
+    def _phase(self, phase: Phase, state: State) -> Iterator[Progress | EpochEnd]:
+        resumed = bool(state.model)
+        device = next(self.model.parameters()).device
+        state.start = {name: value.to(device) for name, value in state.start.items()}
+        state.admm = _moved(state.admm, device)
+        if resumed:
+            self.model.load_state_dict(state.model)
+        elif phase.enter:
+            phase.enter(self.model)
+        tensors = compressible(self.model, exclude=self._recipe.exclude)
+        if not resumed:
+            if self.rate and phase.feasible:
+                _, following, _ = self.rate.allocate(
+                    self.model, tensors, _allocation(state), choose_bits=phase.admm is not None
+                )
+                state.allocation = asdict(following)
+            if phase.feasible and phase.starts_feasible:
+                assign(tensors, phase.feasible(_allocation(state)).project(_copy(tensors)))
+            state.start = _copy(tensors) if phase.constraint else {}
+        optimizer = self._optimizer()
+        if state.optimizer:
+            optimizer.load_state_dict(state.optimizer)
+        admm = phase.admm(_allocation(state)) if phase.admm else None
+        if admm and state.admm:
+            admm = admm.restored(state.admm)
+        step_constraint = phase.constraint(state.start) if phase.constraint else None
+        epochs = self._recipe.epochs.get(phase.name, 0)
+        if not resumed and (phase.keeps_start or not epochs):
+            yield self._judge(phase, state, tensors, None, admm, optimizer)
+        for progress in fit(
+            self.model,
+            self._train,
+            self._loop(phase, state.phase),
+            objective=self._objective,
+            attack=self._attack,
+            optimizer=optimizer,
+            tensors=tensors,
+            epochs=epochs,
+            start=state.epoch,
+            constraint=_at_each_step(step_constraint, state) if step_constraint else None,
+            admm=admm,
+        ):
+            yield replace(progress, phase=phase.name, share=self._share(state.phase, progress))
+            if progress.epoch_done:
+                yield self._judge(phase, state, tensors, progress, progress.admm, optimizer)
+        self.model.load_state_dict(state.best)
+
+    def _share(self, index: int, progress: Progress) -> float:
+        """Epochs done over epochs of all phases."""
+        epochs = [self._recipe.epochs.get(phase.name, 0) for phase in self.phases]
+        return (sum(epochs[:index]) + progress.epoch - 1 + progress.step / progress.steps) / sum(epochs)
+
+    def _judge(
+        self,
+        phase: Phase,
+        state: State,
+        tensors: Mapping[str, nn.Parameter],
+        progress: Progress | None,
+        admm: Admm | None,
+        optimizer: torch.optim.Optimizer,
+    ) -> EpochEnd:
+        """Validate the feasible model, keep it if it is the best, and update the state."""
+        held, now, size = _copy(tensors), _allocation(state), None
+        if self.rate and phase.feasible:
+            now, following, size = self.rate.allocate(self.model, tensors, now, choose_bits=False)
+            state.allocation = asdict(following)
+        if phase.feasible:
+            assign(tensors, phase.feasible(now).project(held))
+        clean, robust = self._validate(self.model)
+        score = self._score(clean, robust)
+        if score > state.best_score:
+            state.best, state.best_score = _copy(self.model.state_dict()), score
+        record = Record(
+            phase=phase.name,
+            epoch=progress.epoch if progress else 0,
+            loss=progress.loss if progress else None,
+            clean=clean.accuracy,
+            clean_n=clean.n,
+            robust=robust.accuracy,
+            robust_n=robust.n,
+            nonzeros=sum(int(t.count_nonzero()) for t in tensors.values()),
+            nominal_bits=nominal_bits(tensors, now.bits),
+            file_bytes=size,
+            primal=_number(admm.primal) if admm else None,
+            dual=_number(admm.dual) if admm else None,
+            seconds=round(progress.seconds, 3) if progress else 0.0,
+        )
+        assign(tensors, held)
+        state.epoch = record.epoch
+        state.structure = dict(structure(self.model))
+        state.model, state.optimizer = self.model.state_dict(), optimizer.state_dict()
+        state.admm = admm.state() if admm else None
+        return EpochEnd(record, state)
+
+    def finish(self) -> tuple[nn.Module, Decided]:
+        """What the file will hold, see `finish.final_choices`."""
+        loop = self._loop(None, len(self.phases))
+
+        def reestimate(model: nn.Module) -> bool:
+            return reestimate_batch_norm(model, self._train, loop, objective=self._objective, attack=self._attack)
+
+        return final_choices(
+            self.model,
+            exclude=self._recipe.exclude,
+            bits=self._budget.bits if isinstance(self._budget.bits, int) else None,
+            validate=self._validate,
+            score=self._score,
+            reestimate=reestimate,
+            rate=self.rate,
+            probe=probe_images(self._train),
+        )
+
+    def _validate(self, model: nn.Module) -> tuple[Accuracy, Accuracy]:
+        """Clean and `pgd` accuracy on the first val_clean_n and val_n images of the validation split, in float32."""
+        model.eval()
+        with full_float32(), built_once(model):
+            clean = clean_accuracy(model, self._val, n=self._recipe.val_clean_n)
+            robust = robust_accuracy(model, self._val, self._threat, "pgd", n=self._recipe.val_n)
+        return clean, robust
+
+    def _score(self, clean: Accuracy, robust: Accuracy) -> float:
+        """What chooses between epochs: the mean of both accuracies, or the clean one in natural training."""
+        adversarial = OBJECTIVES[self._recipe.objective].adversarial
+        return (clean.accuracy + robust.accuracy) / 2 if adversarial else clean.accuracy
+
+    def _loop(self, phase: Phase | None, index: int) -> Loop:
+        recipe, dense = self._recipe, phase is not None and phase.name == "dense"
+        peak = recipe.learning_rate[phase.name] if phase and recipe.epochs.get(phase.name, 0) else 0.0
+        return Loop(
+            recipe,
+            learning_rate=cosine(peak, recipe.warmup if dense else 0.0),
+            eps_ramp=recipe.eps_ramp if dense else 0.0,
+            seed=derived_seed(recipe.seed, index),
+        )
+
+    def _optimizer(self) -> torch.optim.Optimizer:
+        decay = self._recipe.weight_decay
+        if self._recipe.optimizer == "sgd":
+            return torch.optim.SGD(self.model.parameters(), lr=0.1, momentum=0.9, nesterov=True, weight_decay=decay)
+        return torch.optim.AdamW(self.model.parameters(), lr=1e-3, weight_decay=decay, fused=True)
+
+
+def _allocation(state: State) -> Allocation:
+    return Allocation(**state.allocation)
+
+
+def _at_each_step(constraint: Callable[[float, Allocation], Constraint], state: State) -> Callable[[float], Constraint]:
+    """The constraint of a step under what the budget gives by then: rate control moves it from epoch to epoch."""
+    return lambda done: constraint(done, _allocation(state))
+
+
+def _copy(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    return {name: value.detach().clone() for name, value in state.items()}
+
+
+def _moved(value: Any, device: torch.device) -> Any:
+    """Tensors in nested dicts and lists, on a device."""
+    if isinstance(value, Tensor):
+        return value.to(device)
+    if isinstance(value, dict):
+        return {key: _moved(item, device) for key, item in value.items()}
+    return [_moved(item, device) for item in value] if isinstance(value, list) else value
+
+
+def _number(value: float) -> float | None:
+    return value if math.isfinite(value) else None

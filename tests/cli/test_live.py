@@ -1,0 +1,110 @@
+"""What a person sees while a run goes on."""
+
+import io
+import re
+
+import pytest
+from rich.console import Console
+
+from atmc.cli.display import HEADING, Display, inspection_table
+from atmc.commands.run import Stage
+from atmc.compress.admm import Admm
+from atmc.compress.constraints import Codebook
+from atmc.pack import artifact
+from atmc.pack.inspect import inspection
+from atmc.training.loop import Progress
+from atmc.training.runner import EpochEnd, Record, State
+
+
+def record(**changes) -> Record:
+    values = {
+        "loss": 0.5,
+        "clean": 0.9,
+        "robust": 0.6,
+        "clean_n": 143,
+        "robust_n": 100,
+        "nonzeros": 1234,
+        "nominal_bits": 99,
+        "file_bytes": None,
+        "seconds": 2.0,
+    }
+    return Record(**{"phase": "admm", "epoch": 3, "primal": 0.25, "dual": 0.125, **values, **changes})
+
+
+def shown(*events: object, terminal: bool, width: int = 120) -> str:
+    console = Console(file=io.StringIO(), width=width, force_terminal=terminal, color_system=None)
+    with Display(console) as display:
+        for event in events:
+            display.show(event)
+        display._bar.refresh()
+    return console.file.getvalue()
+
+
+def test_a_line_an_epoch_holds_every_figure():
+    lines = shown(Stage("reading digits"), EpochEnd(record(), State()), terminal=False).splitlines()
+    assert lines[:2] == ["reading digits", HEADING]
+    assert lines[2].split() == ["admm", "3", "0.5000", "90.00%", "60.00%", "1,234", "0.25", "/", "0.12", "2.0", "s"]
+    start = shown(EpochEnd(record(epoch=0, loss=None, primal=None, dual=None), State()), terminal=False)
+    assert start.splitlines()[1].split() == ["admm", "0", "-", "90.00%", "60.00%", "1,234", "-", "2.0", "s"]
+
+
+def test_each_phase_has_its_heading():
+    events = [EpochEnd(record(phase=phase), State()) for phase in ("dense", "dense", "l0", "l0", "l0", "admm")]
+    words = [line.split()[0] for line in shown(*events, terminal=False).splitlines()]
+    assert words == ["phase", "dense", "dense", "phase", "l0", "l0", "l0", "phase", "admm"]
+
+
+def test_the_live_line_tells_phase_loss_accuracy_and_time_left():
+    progress = Progress(2, 8, 5, 5, 0.75, 1.0, None, phase="l0", share=0.4)
+    text = shown(EpochEnd(record(), State()), progress, terminal=True)
+    for part in ("l0 2/8", "loss 0.7500", "clean 90.0%", "robust 60.0%", ":"):
+        assert part in text
+    assert "l0 2/8" not in shown(progress, terminal=False)
+
+
+LARGE = {"loss": 123.45678, "clean": 1.0, "robust": 1.0, "nonzeros": 21_265_088, "seconds": 1234.5}
+
+
+@pytest.mark.parametrize(
+    ("width", "epochs", "figures"),
+    [
+        (80, "10/20", ["loss 2.346", "clean 97.5%", "robust 85.0%", "res 0.00012/4.6e-05"]),
+        (80, "1000/2000", ["loss 2.346", "clean 97.5%", "robust 85.0%"]),  # the residuals are cut, and nothing else
+        (120, "10/20", ["loss 2.3457", "clean 97.5%", "robust 85.0%", "residuals 0.00012/4.6e-05"]),
+    ],
+)
+def test_nothing_wraps_or_is_cut(width, epochs, figures):
+    """Wide figures in a terminal of 80 columns."""
+    admm = Admm(Codebook(8), primal=0.000123456, dual=0.0000456789)
+    progress = Progress(*map(int, epochs.split("/")), 5, 5, 2.345678, 1.0, admm, phase="admm", share=0.4)
+    events = [
+        Stage("training on 45,000 images, validating on 4,000 of 5,000, under attack on 1,000"),
+        EpochEnd(record(epoch=200, primal=0.000123456, dual=0.0000456789, **LARGE), State()),
+        EpochEnd(record(clean=0.975, robust=0.85), State()),
+        progress,
+    ]
+    text = re.sub(r"\x1b\[[0-9;?]*[A-Za-z]", "", shown(*events, terminal=True, width=width))
+    lines = re.split(r"[\r\n]+", text)
+    assert max(map(len, lines)) <= width
+    live = next(line for line in lines if f"admm {epochs}" in line)
+    for part in figures:
+        assert part in live
+    assert re.search(r"-:--:--|\d:\d\d:\d\d", live)
+
+
+def test_a_stage_takes_the_phase_off_the_live_line():
+    progress = Progress(2, 2, 5, 5, 0.75, 1.0, None, phase="tune", share=1.0)
+    text = shown(progress, Stage("evaluating the file on the test split"), terminal=True)
+    assert "tune 2/2" not in text[text.index("evaluating") :]
+
+
+def test_the_inspection_table_shows_every_tensor(lenet, tmp_path):
+    artifact.save(lenet, tmp_path / "m.atmc")
+    for width in (150, 80):
+        console = Console(file=io.StringIO(), width=width)
+        console.print(inspection_table(inspection(tmp_path / "m.atmc"), narrow=width < 110))
+        text = console.file.getvalue()
+        for name in ("conv1.weight", "fc2.bias", "500×800", "all tensors", "metadata, CRCs"):
+            assert name in text
+        assert "…" not in text
+        assert max(map(len, text.splitlines())) <= width

@@ -1,0 +1,198 @@
+"""The sparse engine on every kernel: what PyTorch computes, whatever the batch, the threads and the memory's past."""
+
+import itertools
+from functools import cache
+
+import numpy as np
+import pytest
+from compilers import compiler
+from networks import EXTREMES, chain, distance, ended, floats, images_of, logits_of, random_graph
+
+from atmc.deploy.engine import native, numba_kernel, sparse
+from atmc.deploy.engine.program import KINDS, program_of
+from atmc.deploy.engine.sparse import SparseNetwork
+from atmc.deploy.engine.steps import steps_of
+from atmc.deploy.graph.graph import AvgPool, Conv, Flatten, Graph, Linear, MaxPool, Node, Relu
+
+NATIVE = [("native", name, threads) for name in native.instruction_sets() for threads in (1, 2)]
+KERNELS = [*NATIVE, ("numba", None, 1)]  # that there is a native one, `test_the_kernel_is_built...` sees to
+BATCHES = (1, 2, 5, 17)
+
+
+@pytest.fixture(params=KERNELS, ids=lambda row: "-".join(str(part) for part in row if part), scope="module")
+def kernel(request):
+    name, instructions, threads = request.param
+    return {"kernel": name, "instructions": instructions, "threads": threads}
+
+
+@cache
+def expected_of(key: object, n: int) -> tuple[Graph, np.ndarray, np.ndarray]:
+    graph = EXTREMES[key] if isinstance(key, str) else random_graph(key) if isinstance(key, int) else single(*key)
+    images = images_of(graph, n)
+    return graph, images, logits_of(graph, images)
+
+
+def agrees(kernel: dict, key: object, n: int) -> None:
+    graph, images, expected = expected_of(key, n)
+    network = SparseNetwork(graph, **kernel)
+    assert distance(network(images), expected) < 1e-5, (key, n)
+
+
+def single(*geometry: object) -> Graph:
+    """A convolution or a pool, and a layer that reads all of it."""
+    rng = np.random.default_rng(len(repr(geometry)))
+    match geometry:
+        case "conv", stride, padding, kernel, dilation, groups:
+            weight = floats(rng, 8, 4 // groups, *kernel, density=0.3)
+            return ended(chain((4, 9, 8), Conv(weight, floats(rng, 8), stride, padding, dilation, groups), Relu()))
+        case "max", kernel, stride, padding, dilation, ceil_mode:
+            return ended(chain((2, 9, 8), MaxPool(kernel, stride, padding, dilation, ceil_mode)))
+        case "mean", kernel, stride, padding, ceil_mode, count:
+            return ended(chain((2, 9, 8), AvgPool(kernel, stride, padding, ceil_mode, count), Relu(0.6)))
+    raise AssertionError(geometry)
+
+
+def test_the_kernel_is_built_where_there_is_a_compiler():
+    found = compiler("C++")
+    assert native.instruction_sets(), f"there is {found} but no kernel of this version: pip install -e ."
+    assert "portable" in native.instruction_sets()
+
+
+def test_the_fallback_runs_every_kind_of_operation():
+    assert numba_kernel.NAMES == KINDS
+
+
+@pytest.mark.parametrize("seed", range(0, 60, 12))
+def test_random_networks(kernel, seed):
+    for each in range(seed, seed + 12):
+        for n in BATCHES:
+            agrees(kernel, each, n)
+
+
+@pytest.mark.parametrize("name", EXTREMES)
+def test_extremes(kernel, name):
+    for n in BATCHES:
+        agrees(kernel, name, n)
+
+
+@pytest.mark.parametrize("groups", [1, 2, 4])
+def test_convolutions(kernel, groups):
+    strides, paddings = [(1, 1), (2, 2), (2, 1), (3, 2)], [(0, 0), (1, 1), (2, 1), (1, 3)]
+    for rest in itertools.product(strides, paddings, [(3, 3), (1, 1), (5, 2)], [(1, 1), (2, 1)]):
+        agrees(kernel, ("conv", *rest, groups), 3)
+
+
+@pytest.mark.parametrize("ceil_mode", [False, True])
+def test_pools(kernel, ceil_mode):
+    windows = [((2, 2), (0, 0)), ((2, 2), (1, 1)), ((3, 2), (1, 0)), ((1, 3), (0, 1))]
+    for (size, padding), stride in itertools.product(windows, [(1, 1), (2, 2), (3, 2)]):
+        for dilation in [(1, 1), (2, 3)] if padding == (0, 0) else [(1, 1)]:
+            agrees(kernel, ("max", size, stride, padding, dilation, ceil_mode), 3)
+        for count in (False, True):
+            agrees(kernel, ("mean", size, stride, padding, ceil_mode, count), 3)
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_outputs_four_at_a_time(kernel, seed, monkeypatch):
+    every = dict.fromkeys((*(f"native, {name}" for name in native.instruction_sets()), "numba"), 0.0)
+    monkeypatch.setattr(sparse, "FOUR_COST", every)
+    for each in range(5 * seed, 5 * seed + 5):
+        graph, _, _ = expected_of(each, 1)
+        for n in BATCHES:
+            agrees(kernel, each, n)
+    kinds = {KINDS[kind] for kind in program_of(steps_of(graph, four_cost=0.0), 2).ops["kind"]}
+    assert "convolve_fours" in kinds
+
+
+def test_any_number_of_images(kernel):
+    graph = EXTREMES["fork"]
+    network = SparseNetwork(graph, **kernel)
+    assert network(images_of(graph, 0)).shape == (0, 5)
+    images = images_of(graph, 5 * network.chunk + 3)  # so many that threads take whole chunks
+    assert network.chunk > 1
+    expected = logits_of(graph, images)
+    for n in (len(images), network.chunk + 1, network.chunk, 1, len(images)):
+        assert distance(network(images[:n]), expected[:n]) < 1e-5
+
+
+@pytest.mark.parametrize("key", [*range(20), *EXTREMES])
+def test_images_do_not_see_each_other(kernel, key):
+    graph, images, _ = expected_of(key, 5)
+    network = SparseNetwork(graph, **kernel)
+    before = network(images)
+    for other in (1e6, -1e6):
+        changed = np.full_like(images, other)
+        changed[2] = images[2]
+        np.testing.assert_array_equal(network(changed)[2], before[2])
+
+
+@pytest.mark.parametrize("key", [*range(20), *EXTREMES])
+@pytest.mark.parametrize("garbage", [1e30, -1e30])
+def test_what_was_in_memory_does_not_matter(kernel, key, garbage):
+    for n in (1, 5):
+        graph, images, _ = expected_of(key, n)
+        network = SparseNetwork(graph, **kernel)
+        before = network(images)
+        assert len(network._together.arena)
+        network._together.arena[:] = garbage
+        np.testing.assert_array_equal(network(images), before)
+
+
+@pytest.mark.parametrize("instructions", [*native.instruction_sets(), "numba"])
+def test_results_do_not_depend_on_the_number_of_threads(instructions):
+    how = {"kernel": "numba"} if instructions == "numba" else {"instructions": instructions}
+    for seed in range(20):
+        graph, images, _ = expected_of(seed, 5)
+        found = [SparseNetwork(graph, threads=n, **how)(images) for n in (1, 2, 5)]
+        np.testing.assert_array_equal(found[0], found[1])
+        np.testing.assert_array_equal(found[0], found[2])
+
+
+def test_a_team_may_change_its_program_and_its_memory(kernel):
+    graph, images, expected = expected_of(0, 5)
+    network = SparseNetwork(graph, **kernel)
+    for _ in range(2):
+        for n in (5, 1, 2, 3, 4, 5):  # more than it remembers
+            assert distance(network(images[:n]), expected[:n]) < 1e-5
+    program, logits = network.program(5), np.empty_like(expected, np.float32)
+    for _ in range(2):
+        network._together.team.bind(program, sparse.aligned(program.arena_floats), images, logits)()
+        assert distance(logits, expected) < 1e-5
+
+
+def test_what_cannot_be_run_is_refused():
+    with pytest.raises(ValueError, match=r"ends in \(n, classes\)"):
+        SparseNetwork(chain((1, 4, 4), Relu()))
+    graph = EXTREMES["fork"]
+    with pytest.raises(ValueError, match="unknown kernel 'cuda': expected native or numba"):
+        SparseNetwork(graph, kernel="cuda")
+    for threads in (0, -1):
+        with pytest.raises(ValueError, match=f"expected at least one thread, got {threads}"):
+            SparseNetwork(graph, threads=threads)
+    if NATIVE:
+        with pytest.raises(ValueError, match="no instructions 'neon' on this machine: expected one of"):
+            SparseNetwork(graph, instructions="neon")
+
+
+def test_without_the_native_kernel_numba_serves(monkeypatch):
+    monkeypatch.setattr(native, "instruction_sets", list)
+    graph, images, expected = expected_of(0, 2)
+    network = SparseNetwork(graph)
+    assert network.kernel == "numba"
+    assert distance(network(images), expected) < 1e-5
+    with pytest.raises(ValueError, match="the native kernel was not built"):
+        SparseNetwork(graph, kernel="native")
+
+
+def test_a_batch_whose_places_have_no_numbers_is_refused():
+    steps = steps_of(EXTREMES["fork"])
+    with pytest.raises(ValueError, match="a batch of 40000000 images needs"):
+        program_of(steps, 40_000_000)
+
+
+def test_features_of_any_width_are_scaled_and_added():
+    width, rng = 30_000, np.random.default_rng(0)  # a dense diagonal would take 3.6 GB
+    graph = chain((1, 1, width), Flatten(), Relu(), Linear(floats(rng, 2, width), floats(rng, 2)))
+    images = images_of(graph, 2) - 0.5
+    assert distance(SparseNetwork(graph)(images), logits_of(graph, images)) < 1e-5
+    assert isinstance(Node(Flatten(), (0,)), Node)

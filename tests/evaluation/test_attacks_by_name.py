@@ -1,0 +1,255 @@
+"""Attacks by name: contracts of all of them, AutoAttack against pyautoattack itself, settings, refusals."""
+
+import copy
+import logging
+import sys
+
+import pytest
+import torch
+from pyautoattack import AutoAttack
+from torch import Tensor, nn
+
+from atmc.core.rng import Noise
+from atmc.data import Images
+from atmc.evaluation import autoattack
+from atmc.evaluation.accuracy import Verdicts, attacked, judged, predictions, robust_accuracy
+from atmc.evaluation.attacks import ATTACKS, NORMS, Custom, check_norm, protocol_of
+from atmc.robust.attacks import dlr, margin
+from atmc.robust.threats import L1, L2, Linf
+
+BALLS = [Linf(0.08), L2(0.4), L1(1.5)]
+SHAPE = (2, 5, 5)
+
+
+class Net(nn.Module):
+    """Batch norm and dropout, and a count of the images it saw."""
+
+    def __init__(self, classes: int) -> None:
+        super().__init__()
+        torch.manual_seed(classes)
+        self.body = nn.Sequential(nn.Conv2d(2, 4, 3), nn.BatchNorm2d(4), nn.ReLU(), nn.Dropout(0.5), nn.Flatten())
+        self.head = nn.Linear(36, classes)
+        self.seen = 0
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.seen += len(x)
+        logits: Tensor = 3 * self.head(self.body(x))
+        return logits
+
+
+def images(model: nn.Module, n: int, wrong: int = 0) -> Images:
+    """Images with the model's own predictions as labels, the first `wrong` ones made wrong."""
+    x = Noise(torch.arange(n), seed=9, purpose="test").uniform(SHAPE)
+    y = predictions(model, x)
+    y[:wrong] = (y[:wrong] + 1) % int(model.head.out_features)
+    return Images(x, y)
+
+
+@pytest.mark.parametrize("ball", BALLS, ids=str)
+@pytest.mark.parametrize("attack", ATTACKS)
+def test_contract(attack, ball, capfd, caplog, monkeypatch):
+    """In the ball and the box, the model and torch's generators as they were, not a word said, wrong images left."""
+    monkeypatch.setattr(autoattack, "QUERIES", 100)
+    model = Net(3).train()
+    data = images(model, 6, wrong=2)
+    before, generator = copy.deepcopy(model.state_dict()), torch.get_rng_state()
+    if ball.name not in NORMS.get(attack, (ball.name,)):
+        with pytest.raises(ValueError, match=f"attack '{attack}' exists for l2 only, the threat is {ball}"):
+            robust_accuracy(model, data, ball, attack)
+        return
+    with caplog.at_level(logging.DEBUG):
+        found = robust_accuracy(model, data, ball, attack, keep=True)
+    assert model.training
+    assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
+    assert all(parameter.grad is None and parameter.requires_grad for parameter in model.parameters())
+    assert torch.equal(torch.get_rng_state(), generator)
+    assert capfd.readouterr() == ("", "")
+    assert not caplog.records
+    assert not found.right[:2].any()
+    assert torch.equal(found.fooled_by[:2], torch.full((2,), -1, dtype=torch.int8))
+    assert torch.equal(found.adv[:2], data.pixels[:2])
+    x, fooled = data.pixels, found.fooled_by >= 0
+    assert torch.equal(predictions(model, found.adv)[2:] == data.labels[2:], found.right[2:])
+    assert ((found.adv != x).flatten(1).any(1) == fooled).all()
+    assert found.adv.min() >= 0
+    assert found.adv.max() <= 1
+    if attack != "wrm":
+        assert ball.distance(found.adv, x).max() <= ball.eps * 1.0001
+        assert found.largest == pytest.approx(float(ball.distance(found.adv, x).max()), rel=1e-4, abs=1e-7)
+    assert found.refused == 0
+
+
+@pytest.fixture
+def traced():
+    """What measures coverage goes on afterwards: pyautoattack's own checks end by sys.settrace(None)."""
+    trace = sys.gettrace()
+    yield
+    sys.settrace(trace)
+
+
+@pytest.mark.usefixtures("traced")
+@pytest.mark.parametrize("ball", [Linf(0.02), L2(0.12)], ids=str)
+def test_autoattack_is_pyautoattack(ball, monkeypatch):
+    """With 10 classes: the same images, example by example, as its own run in the same batches (fewer queries)."""
+    monkeypatch.setattr(autoattack, "QUERIES", 100)
+    model = Net(10).eval()
+    data = images(model, 7, wrong=1)
+    ours = robust_accuracy(model, data, ball, "autoattack", seed=3, batch_size=3, keep=True)
+    theirs = AutoAttack(model, norm=autoattack.NORMS[ball.name], eps=ball.eps, seed=3, version="standard")
+    theirs.verbose, theirs.square.n_queries = False, 100
+    logging.getLogger("auto-attack").setLevel(logging.ERROR)
+    with torch.random.fork_rng():
+        adv, labels = theirs.run_standard_evaluation(data.pixels, data.labels, batch_size=3)
+    assert torch.equal(ours.right, labels == data.labels)
+    assert torch.equal(ours.adv, adv)
+    assert 0 < ours.accuracy < 1
+    settings = ours.to_json()
+    assert settings["attacks"] == ["apgd-ce", "apgd-t", "fab-t", "square"]
+    assert (settings["targets"], settings["fab_targets"], settings["loss"]) == (9, 9, "dlr")
+    assert "note" not in settings
+    after = list(settings["after"].values())
+    assert after == sorted(after, reverse=True)
+    assert after[-1] == pytest.approx(ours.accuracy, abs=1e-6)
+
+
+@pytest.mark.parametrize(("classes", "targets", "loss"), [(2, 1, "margin"), (3, 2, "margin"), (4, 3, "dlr")])
+def test_few_classes(classes, targets, loss, monkeypatch):
+    """All wrong classes are targets, and the result says what took the place of DLR."""
+    monkeypatch.setattr(autoattack, "QUERIES", 100)
+    model = Net(classes).eval()
+    data = images(model, 3)
+    found = robust_accuracy(model, data, Linf(0.3), "autoattack").to_json()
+    assert (found["targets"], found["fab_targets"], found["loss"]) == (targets, targets, loss)
+    assert f"{classes} classes: the targeted attacks take all {targets} wrong ones" in found["note"]
+    assert ("the margin of the logits takes its place" in found["note"]) == (loss == "margin")
+    assert found["accuracy"] < 1
+    alone = robust_accuracy(model, data, Linf(0.3), "apgd-dlr").to_json()
+    assert alone["loss"] == loss
+
+
+def test_targets_are_really_all_attacked():
+    """With 5 classes each of the 4 wrong ones is a target of APGD and of FAB."""
+    model = Net(5).eval()
+    whole = autoattack.suite(model, Linf(1e-4), classes=5, seed=0, device=torch.device("cpu"))
+    targets = []
+    original = whole.apgd_targeted.dlr_loss_targeted
+
+    def watched(logits: Tensor, y: Tensor) -> Tensor:
+        targets.append(tuple(whole.apgd_targeted.y_target.tolist()))
+        return original(logits, y)
+
+    whole.apgd_targeted.dlr_loss_targeted = watched
+    data = images(model, 2)
+    whole.apgd_targeted.perturb(data.pixels, data.labels)
+    assert {target[0] for target in targets} == set(range(5)) - {int(data.labels[0])}
+
+
+@pytest.mark.parametrize("attack", ["fgsm", "pgd", "pgd-strong", "apgd-ce", "square"])
+def test_only_examples_that_are_right_cost_anything(attack):
+    model = Net(3).eval()
+    data = images(model, 8, wrong=8)
+    model.seen = 0
+    assert robust_accuracy(model, data, Linf(0.1), attack).accuracy == 0
+    assert model.seen <= 8 + 2  # the clean pass, and two images that tell the number of classes
+
+
+def test_custom_pgd():
+    model = Net(5).eval()
+    data = images(model, 40)
+    plain = robust_accuracy(model, data, Linf(0.04), "pgd")
+    settings = robust_accuracy(model, data, Linf(0.04), "pgd", steps=5, step_size=0.01, restarts=3, loss="margin")
+    found = settings.to_json()
+    assert {key: found[key] for key in ("steps", "step_size", "random_start", "restarts", "loss")} == {
+        "steps": 5,
+        "step_size": 0.01,
+        "random_start": True,
+        "restarts": 3,
+        "loss": "margin",
+    }
+    more = robust_accuracy(model, data, Linf(0.04), "pgd", restarts=4)
+    assert not (more.right & ~plain.right).any()  # the first start is the plain one
+    assert robust_accuracy(model, data, Linf(0.04), "pgd", loss="dlr").to_json()["loss"] == "dlr"
+    three = Net(3).eval()
+    note = robust_accuracy(three, images(three, 4), Linf(0.04), "pgd", loss="dlr").to_json()
+    assert note["loss"] == "margin"
+    assert "3 classes" in note["note"]
+
+
+def test_dlr_is_the_papers():
+    """Shift and scale do not matter; by hand for one example right and one wrong."""
+    logits = torch.tensor([[5.0, 3.0, 1.0, 0.0], [5.0, 3.0, 1.0, 0.0]])
+    y = torch.tensor([0, 1])
+    assert dlr(logits, y).tolist() == [pytest.approx(-2 / 4), pytest.approx(2 / 4)]
+    assert torch.allclose(dlr(100 * logits + 7, y), dlr(logits, y))
+    assert torch.equal(dlr(logits, y).sign(), margin(logits, y).sign())
+    with pytest.raises(ValueError, match="at least 3 classes"):
+        dlr(logits[:, :2], y)
+
+
+class TestTime:
+    def test_a_batch_at_a_time_until_it_is_over(self):
+        """Those judged are judged in full; without more time than none, one batch is."""
+        model = Net(3).eval()
+        data = images(model, 10)
+        protocol = protocol_of(model, data, Linf(0.05), "pgd-strong")
+        verdicts = Verdicts.fresh(data, 10, keep=False)
+        events = list(attacked(model, data, protocol, verdicts, batch_size=4, until=0.0))
+        found = judged(protocol, verdicts)
+        assert found.n == 4
+        assert events[-1].judged == 4
+        assert torch.equal(found.right, robust_accuracy(model, data, Linf(0.05), "pgd-strong", n=4).right)
+
+    def test_blocks_do_not_matter_to_our_attacks(self):
+        model = Net(3).eval()
+        data = images(model, 10)
+        protocol = protocol_of(model, data, Linf(0.05), "pgd-strong")
+        verdicts = Verdicts.fresh(data, 10, keep=False)
+        list(attacked(model, data, protocol, verdicts, batch_size=3, until=1e30))
+        assert torch.equal(
+            judged(protocol, verdicts).right, robust_accuracy(model, data, Linf(0.05), "pgd-strong").right
+        )
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"steps": 0}, "steps >= 1, got 0"),
+        ({"step_size": -0.1}, "a step size > 0, in pixel units, got -0.1"),
+        ({"step_size": float("nan")}, "step size > 0"),
+        ({"restarts": 0}, "restarts >= 1, got 0"),
+        ({"loss": "dlrr"}, "did you mean 'dlr'"),
+    ],
+)
+def test_custom_settings_refused(settings, message):
+    with pytest.raises(ValueError, match=message):
+        Custom(**settings)
+
+
+class TestRefused:
+    def test_eps_of_the_wrong_scale(self):
+        model = Net(3).eval()
+        with pytest.raises(ValueError, match=r"linf:8/255"):
+            robust_accuracy(model, images(model, 2), Linf(8), "pgd")
+
+    def test_no_images(self):
+        model = Net(3).eval()
+        with pytest.raises(ValueError, match="at least one image, got none"):
+            robust_accuracy(model, images(model, 2).take(slice(0, 0)), Linf(0.1), "pgd")
+
+    def test_square_on_tiny_images(self):
+        model = nn.Sequential(nn.Flatten(), nn.Linear(4, 3))
+        data = Images(torch.rand(2, 1, 2, 2), torch.zeros(2, dtype=torch.int64))
+        for attack in ("square", "autoattack"):
+            with pytest.raises(ValueError, match="at least 5x5 pixels for l2, got 2x2"):
+                robust_accuracy(model, data, L2(0.1), attack)
+
+    def test_one_class(self):
+        model = nn.Sequential(nn.Flatten(), nn.Linear(4, 1))
+        data = Images(torch.rand(2, 1, 2, 2), torch.zeros(2, dtype=torch.int64))
+        with pytest.raises(ValueError, match="at least 2 classes, the model has 1"):
+            robust_accuracy(model, data, Linf(0.1), "autoattack")
+
+    def test_norms(self):
+        check_norm("cw", L2(0.5))
+        with pytest.raises(ValueError, match="exists for l2 only, the threat is linf:8/255"):
+            check_norm("cw", Linf(8 / 255))

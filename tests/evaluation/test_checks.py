@@ -1,0 +1,289 @@
+"""The evaluation's doubts: for each a model made defective on purpose that fools plain PGD; quiet on honest ones."""
+
+import copy
+import warnings
+from collections.abc import Iterator
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+import atmc
+from atmc import EvaluationWarning
+from atmc.data import Images
+from atmc.evaluation import autoattack
+from atmc.evaluation.accuracy import clean_accuracy, robust_accuracy
+from atmc.evaluation.attacks import Custom
+from atmc.evaluation.checks import CHECKS, labels, pixel_range, run_checks
+from atmc.evaluation.evaluate import Options, evaluation
+from atmc.evaluation.statistics import Accuracy
+from atmc.evaluation.suspect import suspect
+from atmc.robust.attacks import pgd
+from atmc.robust.threats import L1, L2, Linf
+
+THREAT = Linf(0.15)
+NAMES = [check.__name__ for check in CHECKS]
+
+
+@pytest.fixture(scope="module")
+def two_tone() -> tuple[Images, Images]:
+    """Digits in black and white, 8x8: every pixel on a face of the box; train and test."""
+    data = atmc.load_data("digits")
+
+    def small(images: Images) -> Images:
+        pixels = images.float_pixels(slice(None))[:, :, 3:27:3, 3:27:3]
+        return Images((pixels > 0.5).float(), images.labels)
+
+    return small(data.train), small(data.test.take(slice(0, 120)))
+
+
+def trained(train: Images, threat: Linf | None) -> nn.Module:
+    torch.manual_seed(0)
+    return fitted(
+        nn.Sequential(nn.Flatten(), nn.Linear(64, 64), nn.ReLU(), nn.Linear(64, 10)), train, threat, steps=150
+    )
+
+
+def fitted(model: nn.Module, train: Images, threat: Linf | None, *, steps: int) -> nn.Module:
+    optimizer = torch.optim.Adam(model.parameters(), lr=5e-3)
+    x, y = train.pixels, train.labels
+    for step in range(steps):
+        part = torch.arange(step * 128, step * 128 + 128) % len(x)
+        adv = pgd(model, x[part], y[part], threat, steps=3, step_size=threat.eps / 2) if threat else x[part]
+        optimizer.zero_grad()
+        F.cross_entropy(model(adv), y[part]).backward()
+        optimizer.step()
+    return model.eval()
+
+
+@pytest.fixture(scope="module")
+def natural(two_tone) -> nn.Module:
+    return trained(two_tone[0], None)
+
+
+@pytest.fixture(scope="module")
+def robust(two_tone) -> nn.Module:
+    return trained(two_tone[0], THREAT)
+
+
+class Rewired(torch.autograd.Function):
+    """The identity, with another gradient: rule(x, gradient)."""
+
+    @staticmethod
+    def forward(ctx, x, rule):
+        ctx.save_for_backward(x)
+        ctx.rule = rule
+        return x.clone()
+
+    @staticmethod
+    def backward(ctx, grad):
+        return ctx.rule(ctx.saved_tensors[0], grad), None
+
+
+def all_on_faces(x: Tensor) -> Tensor:
+    """(n, 1, 1, 1): whether every pixel of an image is 0 or 1."""
+    return ((x == 0) | (x == 1)).flatten(1).all(1).view(-1, 1, 1, 1)
+
+
+class Defective(nn.Module):
+    """Another model's outputs, in a way that hides from an attack."""
+
+    def __init__(self, base: nn.Module, defect: str) -> None:
+        super().__init__()
+        self.base, self.defect = copy.deepcopy(base), defect
+        self.pattern = torch.rand(1, 1, 8, 8, generator=torch.Generator().manual_seed(0)) - 0.5
+
+    def forward(self, x: Tensor) -> Tensor:
+        logits: Tensor = self.base(self.rewired(x))
+        if self.defect == "softmax":
+            return (200 * logits).softmax(1)
+        if self.defect == "logit scale":
+            return 1000 * logits
+        return logits
+
+    def rewired(self, x: Tensor) -> Tensor:
+        """What the base model sees."""
+        if self.defect == "rounding":
+            return (x * 4).round() / 4
+        if self.defect == "noise":
+            return x + 0.05 * (1000 * x + 7 * torch.rand_like(x)).sin()  # its slope is large and of random sign
+        if self.defect == "wrong gradient":
+            return Rewired.apply(x, lambda x, grad: self.pattern.expand_as(grad))
+        if self.defect == "reversed on faces":
+            return Rewired.apply(x, lambda x, grad: torch.where((x == 0) | (x == 1), -grad, grad))
+        if self.defect == "reversed inside":
+            return Rewired.apply(
+                x, lambda x, grad: torch.where(((x == 0) | (x == 1)).flatten(1).all(1).view(-1, 1, 1, 1), grad, -grad)
+            )
+        return x
+
+
+def failed(model: nn.Module, images: Images, **options) -> set[str]:
+    """Names of the failed checks; a warning is there just if there are any."""
+    with warnings.catch_warnings(record=True) as said:
+        warnings.simplefilter("always", EvaluationWarning)
+        report = atmc.evaluate(model, images, threat=options.pop("threat", THREAT), **options)
+    assert bool(said) == bool(report.failed)
+    assert all(check.name in str(said[0].message) for check in report.failed)
+    assert [check.name for check in report.checks] == NAMES
+    return {check.name for check in report.failed}
+
+
+@pytest.mark.parametrize(
+    ("defect", "caught"),
+    [
+        ("rounding", {"zero_gradient", "noise_weaker", "eps_curve", "square"}),
+        ("softmax", {"logits"}),
+        ("logit scale", {"zero_gradient", "other_loss"}),
+        ("noise", {"deterministic"}),
+        ("wrong gradient", {"square"}),
+        ("reversed on faces", {"more_restarts", "other_loss"}),
+        ("reversed inside", {"fgsm_weaker"}),
+    ],
+)
+def test_a_defect_fools_pgd_and_is_caught(two_tone, natural, defect, caught):
+    model = Defective(natural, defect)
+    honest, fooled = (robust_accuracy(m, two_tone[1], THREAT, "pgd").accuracy for m in (natural, model))
+    assert fooled > honest + 0.2, "the defect does not even fool PGD"
+    assert caught <= failed(model, two_tone[1])
+
+
+class OfTheBatch(nn.BatchNorm1d):
+    """Batch norm that goes on normalizing by the batch in evaluation mode, as track_running_stats=False does."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        running = (self.running_mean, self.running_var) if len(x) == 1 else (None, None)
+        return F.batch_norm(x, *running, self.weight, self.bias, len(x) > 1, 0.0, self.eps)
+
+
+def with_norms(norm: type[nn.BatchNorm1d]) -> nn.Module:
+    layers = [nn.Flatten(), nn.Linear(64, 128), norm(128), nn.ReLU(), nn.Linear(128, 128), norm(128), nn.ReLU()]
+    return nn.Sequential(*layers, nn.Linear(128, 10))
+
+
+def test_training_mode_batch_norm(two_tone):
+    """Where a whole batch is attacked, its statistics undo part of it: the same weights seem far more robust."""
+    torch.manual_seed(0)
+    honest = fitted(with_norms(nn.BatchNorm1d), two_tone[0], None, steps=300)
+    model = with_norms(OfTheBatch).eval()
+    model.load_state_dict(honest.state_dict())
+    one, fooled = (robust_accuracy(m, two_tone[1], THREAT, "pgd").right for m in (honest, model))
+    assert fooled.float().mean() > one.float().mean() + 0.2
+    other = robust_accuracy(model, two_tone[1], THREAT, "pgd", batch_size=7).right
+    assert not torch.equal(fooled, other)
+    assert "batch_independence" in failed(model, two_tone[1])
+    assert "batch_independence" not in failed(honest, two_tone[1])
+
+
+def test_too_few_steps(two_tone, natural):
+    assert {"more_steps", "more_restarts"} <= failed(natural, two_tone[1], steps=4, step_size=0.02)
+
+
+def test_the_dense_models_images(two_tone, natural):
+    """A model whose own gradients are useless falls to those of the model it was made from."""
+    model = Defective(natural, "wrong gradient")
+    assert "transfer" in failed(model, two_tone[1], transfer_from=natural)
+    report = atmc.evaluate(natural, two_tone[1], threat=THREAT, attack="pgd-strong", transfer_from=natural)
+    assert {check.name: check.ok for check in report.checks}["transfer"] is True
+
+
+def test_mislabelled(two_tone, natural):
+    shifted = Images(two_tone[1].pixels, (two_tone[1].labels + 1) % 10)
+    assert "labels" in failed(natural, shifted)
+
+
+def test_images_outside_the_box(two_tone, natural):
+    """Refused at the door; the check is for what comes another way, and for attacks that leave the ball."""
+    x, y = two_tone[1].pixels[:20], two_tone[1].labels[:20]
+    clean = clean_accuracy(natural, Images(x, y))
+    assert pixel_range(suspect(natural, Images(x, y), THREAT, clean, {})).ok is True
+    found = pixel_range(suspect(natural, Images(x * 2 - 0.5, y), THREAT, clean, {}))
+    assert found.ok is False
+    assert "images from -0.5 to 1.5" in found.detail
+    outside = Accuracy(0.5, 20, torch.zeros(20, dtype=torch.bool), refused=3)
+    found = pixel_range(suspect(natural, Images(x, y), THREAT, clean, {"pgd": outside}))
+    assert found.ok is False
+    assert "3 images of attacks" in found.detail
+    with pytest.raises(ValueError, match=r"expected pixels in \[0, 1\]"):
+        atmc.evaluate(natural, (x * 2, y), threat=THREAT)
+
+
+@pytest.mark.parametrize("threat", [Linf(0.05), Linf(0.15), L2(0.6), L1(2.0)], ids=str)
+def test_quiet_on_honest_models(two_tone, natural, robust, threat):
+    for model in (natural, robust):
+        assert failed(model, two_tone[1], threat=threat, attack="pgd-strong") == set()
+
+
+def test_square_of_the_evaluation_is_used(two_tone, natural, monkeypatch):
+    """Its own verdicts, where it ran: the check asks for no second run."""
+    monkeypatch.setattr(autoattack, "QUERIES", 301)
+    few = two_tone[1].take(slice(0, 60))
+    model = Defective(natural, "wrong gradient")
+    with pytest.warns(EvaluationWarning):
+        report = atmc.evaluate(model, few, threat=THREAT, attack=["square", "pgd"])
+    detail = next(check.detail for check in report.checks if check.name == "square")
+    before, after = int(report.attacks["pgd"].right.sum()), int(report.worst.right.sum())
+    assert f"pgd leave {before} of 60, Square, 301 queries, then {after}" in detail
+
+
+def test_square_is_held_against_all_images_that_both_saw(two_tone, natural, monkeypatch):
+    """More than the 100 that the other checks look at; and AutoAttack's own gradients count among the white box."""
+    monkeypatch.setattr(autoattack, "QUERIES", 301)
+    report = atmc.evaluate(natural, two_tone[1], threat=THREAT, attack=["pgd", "autoattack"])
+    detail = next(check.detail for check in report.checks if check.name == "square")
+    pgd_left, auto = report.attacks["pgd"].right, report.attacks["autoattack"]
+    before, after = int((pgd_left & auto.without("square")).sum()), int((pgd_left & auto.right).sum())
+    assert f"pgd and autoattack leave {before} of 120, Square, 301 queries, then {after}" in detail
+
+
+def test_where_nothing_is_left_there_is_nothing_to_doubt(two_tone, natural):
+    """Within a radius that no image withstands, on few images: no alarm by rounding, chance taken over all labels."""
+    assert robust_accuracy(natural, two_tone[1], Linf(0.6), "pgd-strong", n=5).accuracy == 0
+    for n in (5, 100):
+        assert failed(natural, two_tone[1], threat=Linf(0.6), attack="pgd-strong", n=n) == set()
+
+
+def test_what_cannot_be_told(two_tone, natural):
+    """None with its reason, not a verdict: no second model; too little fooled; one class; nothing right."""
+    found = {check.name: check for check in _checked(natural, two_tone[1], Linf(0.001))}
+    assert found["transfer"].ok is None
+    assert "--transfer-from" in found["transfer"].detail
+    assert found["noise_weaker"].ok is None
+    assert "too few to tell" in found["noise_weaker"].detail
+    zeros = two_tone[1].take(two_tone[1].labels == 0)
+    assert labels(suspect(natural, zeros, THREAT, clean_accuracy(natural, zeros), {})).ok is None
+    wrong = Images(two_tone[1].pixels[:9], (natural(two_tone[1].pixels[:9]).argmax(1) + 1) % 10)
+    found = {check.name: check for check in _checked(natural, wrong, THREAT)}
+    assert found["zero_gradient"].ok is None
+    assert found["eps_curve"].ok is None
+
+
+def _checked(model: nn.Module, images: Images, threat: Linf) -> Iterator:
+    clean = clean_accuracy(model, images)
+    pgd_figure = robust_accuracy(model, images, threat, "pgd")
+    return run_checks(suspect(model, images, threat, clean, {"pgd": pgd_figure}, custom=Custom()))
+
+
+def test_checks_can_be_left_out(two_tone, natural):
+    report = atmc.evaluate(natural, two_tone[1], threat=THREAT, checks=False)
+    assert report.to_json()["checks"] == []
+    with pytest.raises(ValueError, match="look like probabilities"):
+        atmc.evaluate(Defective(natural, "softmax"), two_tone[1], threat=THREAT, checks=False)
+
+
+def test_a_figure_does_not_change_by_being_doubted(two_tone, natural):
+    with_checks = atmc.evaluate(natural, two_tone[1], threat=THREAT, n=50, attack="pgd-strong")
+    without = atmc.evaluate(natural, two_tone[1], threat=THREAT, n=50, attack="pgd-strong", checks=False)
+    assert torch.equal(with_checks.attacks["pgd-strong"].right, without.attacks["pgd-strong"].right)
+    options = Options(("pgd-strong",), 50)
+    *_, again = evaluation(natural, two_tone[1], THREAT, options)
+    assert [check.to_json() for check in again.checks] == [check.to_json() for check in with_checks.checks]
+
+
+def test_a_model_that_cannot_be_differentiated(two_tone, natural):
+    class Counting(nn.Module):
+        def forward(self, x: Tensor) -> Tensor:
+            return F.one_hot(natural(x).argmax(1), 10).float() * 9 - 1
+
+    assert {"zero_gradient", "eps_curve"} <= failed(Counting(), two_tone[1])

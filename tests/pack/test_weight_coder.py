@@ -1,0 +1,356 @@
+"""The coder of tensors: bit-for-bit round trips, code lengths near what theory allows, no trust in bytes."""
+
+import math
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from atmc.pack import coder_run, other_tensors, weight_coder
+from atmc.pack.arithmetic import DECODE, ENCODE
+from atmc.pack.coder_run import Stream
+from atmc.pack.other_tensors import read_small, write_small
+from atmc.pack.weight_coder import CodingError, Matrix, Spent, entropy_bits, log2_binomial
+
+SHAPES = [(1, 1), (1, 40), (40, 1), (7, 30), (30, 45), (4, 3, 3, 3), (5, 4, 1, 5), (3, 2, 7), (2, 3, 20, 20), (60,)]
+KINDS = {
+    "codebook": np.array([1.5, -2.0, 0.25, 0.1, -0.1], np.float32),
+    "one value": np.array([-0.75], np.float32),
+    "far apart": np.array([1e-45, -1e-45, 1e-38, 3.4e38, -3.4e38, 65504, 65536, 6e-8, 1.0], np.float32),
+    "signed zeros": np.array([0.0, -0.0, -0.0, 1.0], np.float32),
+}
+
+
+@st.composite
+def weights(draw) -> tuple[np.ndarray, tuple[int, ...]]:
+    """Values of a weight: some share zero, the others a few values, float16, any float32, or all of one magnitude."""
+    shape = draw(st.sampled_from(SHAPES))
+    rng = np.random.default_rng(draw(st.integers(0, 2**32 - 1)))
+    kind = draw(st.sampled_from([*KINDS, "fp16", "fp32", "any bits"]))
+    if kind in KINDS:
+        values = rng.choice(KINDS[kind], shape)
+    elif kind == "any bits":
+        values = rng.integers(0, 2**32, shape, np.uint32).view(np.float32)
+        values[~np.isfinite(values)] = 0
+    else:
+        values = rng.standard_normal(shape).astype(np.float16 if kind == "fp16" else np.float32).astype(np.float32)
+    density = draw(st.sampled_from([0.0, 0.02, 0.3, 0.9, 1.0]))
+    return np.where(rng.random(shape) < density, values, np.float32(0)), shape
+
+
+def hints(rows: int, seed: int) -> np.ndarray:
+    return np.random.default_rng(seed).integers(0, 20, rows).astype(np.int64)
+
+
+def same_bits(one: np.ndarray, two: np.ndarray) -> bool:
+    """Equal float32 values, bit for bit, but for the sign of a zero."""
+    plain = [(values.reshape(-1) + np.float32(0)).view(np.uint32) for values in (one, two)]
+    return np.array_equal(*plain)
+
+
+def close(length: int, spent: float) -> bool:
+    """Whether so many bytes are what an ideal code of so many bits takes: zeros may be cut off, an end be added."""
+    return -9 - 1e-4 * spent / 8 <= length - spent / 8 <= 4 + 1e-4 * spent / 8
+
+
+@given(weights(), st.booleans(), st.integers(0, 99))
+@settings(max_examples=100, deadline=None)
+def test_a_weight_round_trips_bit_for_bit(weight, hinted, seed):
+    values, shape = weight
+    matrix = Matrix.of(shape)
+    hint = hints(shape[1] if len(shape) > 1 else 1, seed) if hinted else None
+    data, spent = weight_coder.write_weight(values, matrix, hint)
+    decoded, found = weight_coder.read_weight(data, matrix, hint)
+    assert same_bits(decoded, values)
+    assert found == spent
+    assert close(len(data), spent.total)
+    assert weight_coder.write_weight(decoded, matrix, hint)[0] == data
+
+
+@given(weights(), st.integers(0, 99))
+@settings(max_examples=20, deadline=None)
+def test_compiled_and_plain_bits_are_the_same(weight, seed):
+    values, shape = weight
+    matrix, hint = Matrix.of(shape), hints(shape[1] if len(shape) > 1 else 1, seed)
+    small = [("bias", values.reshape(-1)[:50]), ("steps", np.array([seed, -1]))]
+    kinds = [(role, array.dtype, len(array)) for role, array in small]
+    found = []
+    for name, value in (("WORTH_COMPILING", -1), ("_compiled", coder_run._plain)):
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(coder_run, name, value)
+            data, packed = weight_coder.write_weight(values, matrix, hint), write_small(small)
+            decoded = weight_coder.read_weight(data[0], matrix, hint)[0].tobytes()
+            again = [array.tobytes() for array in read_small(packed[0], kinds)[0]]
+            found.append((data, packed, decoded, again))
+    assert found[0] == found[1]
+
+
+def test_without_numba_the_plain_functions_serve(monkeypatch):
+    monkeypatch.setitem(__import__("sys").modules, "numba", None)
+    coder_run._compiled.cache_clear()
+    assert coder_run._compiled() is coder_run._plain()
+    coder_run._compiled.cache_clear()
+
+
+TYPES = [np.float32, np.float64, np.int64, np.int32, np.uint8, np.bool_]
+
+
+@given(st.lists(st.tuples(st.sampled_from(TYPES), st.integers(0, 30), st.integers(0, 9)), max_size=8))
+@settings(max_examples=100, deadline=None)
+def test_small_tensors_round_trip_bit_for_bit(drawn):
+    tensors = []
+    for i, (kind, size, seed) in enumerate(drawn):
+        rng = np.random.default_rng(seed)
+        values = rng.integers(-2, 3, size).astype(np.float64)
+        if seed % 3 == 0 and kind in (np.float32, np.float64):
+            values = rng.standard_normal(size) * 10.0 ** rng.integers(-40, 38)
+        tensors.append(
+            (
+                ["bias", "weight", f"b{i}"][seed % 3],
+                values.astype(np.int64 if kind is np.uint8 else np.float64).astype(kind),
+            )
+        )
+    data, lengths = write_small(tensors)
+    found, again = read_small(data, [(role, values.dtype, len(values)) for role, values in tensors])
+    assert lengths == again
+    assert close(len(data), sum(lengths))
+    for (_, values), decoded in zip(tensors, found, strict=True):
+        assert decoded.dtype == values.dtype
+        expected = values + np.float32(0) if values.dtype == np.float32 else values
+        assert decoded.tobytes() == expected.tobytes()
+
+
+def test_small_tensors_of_more_roles_than_have_statistics_of_their_own(monkeypatch):
+    monkeypatch.setattr(other_tensors, "MAX_ROLES", 3)
+    tensors = [(f"role{i}", np.array([i, 0, 0.1], np.float32)) for i in range(9)]
+    data, _ = write_small(tensors)
+    found, _ = read_small(data, [(role, values.dtype, 3) for role, values in tensors])
+    assert all(np.array_equal(a, b) for a, (_, b) in zip(found, tensors, strict=True))
+
+
+def test_constants_and_zeros_cost_next_to_nothing():
+    assert len(write_small([("bias", np.full(10_000, 0.5, np.float32))])[0]) <= 3
+    assert len(write_small([("bias", np.zeros(10_000, np.float32))])[0]) <= 3
+    assert weight_coder.write_weight(np.zeros((100, 100), np.float32), Matrix.of((100, 100))) == (b"", Spent())
+    assert len(weight_coder.write_weight(np.full((100, 100), -3, np.float32), Matrix.of((100, 100)))[0]) <= 8
+
+
+def uniform(shape: tuple[int, ...], nonzeros: int, levels: int, seed: int) -> np.ndarray:
+    """A weight with nonzeros at uniformly random positions, of values that are drawn at random."""
+    rng = np.random.default_rng(seed)
+    values = np.zeros(math.prod(shape), np.float32)
+    book = rng.standard_normal(levels).astype(np.float16).astype(np.float32)
+    values[rng.choice(len(values), nonzeros, replace=False)] = rng.choice(book, nonzeros)
+    return values
+
+
+def floor(values: np.ndarray) -> float:
+    """log2 C(N, k) + k H(codes), bits."""
+    nonzero = values[values != 0]
+    return log2_binomial(values.size, len(nonzero)) + entropy_bits(nonzero)
+
+
+@pytest.mark.parametrize(
+    ("shape", "nonzeros", "levels"),
+    [
+        ((500, 800), 2_000, 4),
+        ((500, 800), 20_000, 16),
+        ((64, 64, 3, 3), 3_000, 8),
+        ((50, 20, 5, 5), 12_000, 64),
+        ((10, 500), 2_500, 2),
+        ((256, 300), 40_000, 256),
+    ],
+)
+def test_on_uniform_positions_within_3_percent_of_the_floor(shape, nonzeros, levels):
+    values = uniform(shape, nonzeros, levels, seed=levels)
+    spent = weight_coder.write_weight(values, Matrix.of(shape))[1]
+    assert spent.positions + spent.values <= 1.03 * floor(values)
+
+
+@given(
+    st.sampled_from([(100, 200), (20, 2000), (1500, 30), (32, 48, 3, 3), (30, 25, 5, 5)]),
+    st.floats(0.1, 0.95),
+    st.integers(0, 6),
+    st.integers(0, 999),
+)
+@settings(max_examples=8, deadline=None)
+def test_never_above_5_percent_over_the_floor(shape, density, bits, seed):
+    """More than 2,000 nonzeros and at least 40 of them a codebook value."""
+    nonzeros = max(int(density * math.prod(shape)), 2001)
+    values = uniform(shape, nonzeros, min(2**bits, nonzeros // 40), seed)
+    spent = weight_coder.write_weight(values, Matrix.of(shape))[1]
+    assert spent.positions + spent.values <= 1.05 * floor(values)
+
+
+def test_dead_rows_and_columns_cost_next_to_nothing():
+    """Positions cost those of the part that is alive, and at most four bits more for each dead row and column."""
+    rng = np.random.default_rng(0)
+    live = uniform((150, 160), 2_400, 1, seed=1)
+    values = np.zeros((300, 400), np.float32)
+    rows, columns = np.sort(rng.permutation(300)[:150]), np.sort(rng.permutation(400)[:160])
+    values[np.ix_(rows, columns)] = live.reshape(150, 160)
+    spent = weight_coder.write_weight(values, Matrix.of((300, 400)))[1]
+    assert spent.positions <= 1.05 * floor(live) + 4 * (150 + 240)
+    assert spent.positions < 0.8 * floor(values)
+
+
+def test_dead_inputs_are_known_from_the_weight_before():
+    """Columns fed by rows without nonzeros are expected to be empty: the hint makes the positions shorter."""
+    rng = np.random.default_rng(0)
+    fed = rng.integers(0, 2, 120) * 9
+    values = np.where((rng.random((60, 120)) < 0.2) & (fed > 0), np.float32(1), np.float32(0))
+    matrix = Matrix.of((60, 120))
+    hinted, plain = (
+        weight_coder.write_weight(values, matrix, hint)[1].positions for hint in (fed.astype(np.int64), None)
+    )
+    assert hinted < plain - 60
+
+
+class TestSurroundings:
+    """Contexts of a value's row, input channel and neighbours, where they tell something."""
+
+    def sizes(self, values: np.ndarray, monkeypatch: pytest.MonkeyPatch) -> tuple[float, float]:
+        """Bits of the values as they are coded, and without the contexts; both come back as they were."""
+        lengths = []
+        matrix = Matrix.of(values.shape)
+        for most in (weight_coder.MAX_NEAR, 0):
+            monkeypatch.setattr(weight_coder, "MAX_NEAR", most)
+            data, spent = weight_coder.write_weight(values, matrix)
+            assert np.array_equal(weight_coder.read_weight(data, matrix)[0], values.reshape(-1))
+            lengths.append(spent.values)
+        return lengths[0], lengths[1]
+
+    @pytest.mark.parametrize("plain", [False, True])
+    def test_signs_shared_in_a_kernel(self, plain, monkeypatch):
+        rng = np.random.default_rng(0)
+        sign = np.where(rng.random((30, 30, 1, 1)) < 0.5, -1.0, 1.0)
+        size = 1 + rng.random((30, 30, 3, 3)) if plain else rng.integers(1, 5, (30, 30, 3, 3))
+        there = rng.random((30, 30, 3, 3)) < 0.7
+        near, alone = self.sizes((sign * size * there).astype(np.float32), monkeypatch)
+        assert near < alone - 0.4 * there.sum()  # of the bit that a sign takes
+
+    @pytest.mark.parametrize("axis", [0, 1])
+    def test_signs_of_rows_and_columns(self, axis, monkeypatch):
+        rng = np.random.default_rng(1)
+        sign = (
+            np.where(rng.random((60, 60)) < 0.5, -1.0, 1.0)[:1] if axis else np.where(rng.random((60, 1)) < 0.5, -1, 1)
+        )
+        there = rng.random((60, 60)) < 0.5
+        near, alone = self.sizes((sign * rng.integers(1, 3, (60, 60)) * there).astype(np.float32), monkeypatch)
+        assert near < alone - 0.5 * there.sum()
+
+    def test_sizes_of_neighbours(self, monkeypatch):
+        rng = np.random.default_rng(2)
+        large = np.repeat(rng.random((40, 40, 1)) < 0.5, 9, axis=2).reshape(40, 40, 3, 3)
+        values = (np.where(large, 3, 1) + rng.integers(0, 2, large.shape)) * rng.choice([-1, 1], large.shape)
+        near, alone = self.sizes(values.astype(np.float32), monkeypatch)
+        assert near < alone - 0.4 * values.size
+
+    def test_nothing_to_learn_costs_next_to_nothing(self, monkeypatch):
+        values = uniform((50, 60, 3, 3), 3000, 16, seed=3)
+        near, alone = self.sizes(values, monkeypatch)
+        assert near <= alone + 1
+
+
+class TestStrangers:
+    """Any bytes whatever: an error with a name, or finite values of the right shape."""
+
+    @given(st.one_of(st.binary(max_size=60), st.integers(0, 40).map(lambda n: b"\xff" * n)), st.sampled_from(SHAPES))
+    @settings(max_examples=200, deadline=None)
+    def test_random_bytes(self, data, shape):
+        matrix = Matrix.of(shape)
+        try:
+            values, _ = weight_coder.read_weight(data, matrix)
+        except CodingError:
+            return
+        assert values.shape == (math.prod(shape),)
+        assert np.isfinite(values).all()
+
+    @given(st.binary(max_size=60), st.lists(st.tuples(st.sampled_from(TYPES), st.integers(0, 30)), max_size=5))
+    @settings(max_examples=100, deadline=None)
+    def test_random_bytes_as_small_tensors(self, data, kinds):
+        asked = [("bias", np.dtype(kind), size) for kind, size in kinds]
+        try:
+            found, _ = read_small(data, asked)
+        except CodingError:
+            return
+        assert [(values.dtype, len(values)) for values in found] == [(dtype, size) for _, dtype, size in asked]
+        assert all(np.isfinite(values).all() for values in found)
+
+    def test_plain_bits_beyond_all_parts(self):
+        """12 bits at a time do not divide the interval: what lies above the last part, no encoder writes."""
+        reader = Stream(DECODE, data=b"\xff" * 40)
+        reader.symbols(np.zeros(3, np.int64), 2, 1, 1, reader.model(1, 0))  # an interval that is no power of two
+        numbers = [reader.number(11) for _ in range(30)]
+        assert min(numbers) >= 0
+        assert max(numbers) < 2**11
+        assert reader.over_read
+
+    def test_a_short_code_of_a_large_tensor_is_given_up_early(self):
+        """Not after 800 million values, nor with memory for them."""
+        data = weight_coder.write_weight(uniform((20, 2000), 3000, 2, seed=0), Matrix.of((20, 2000)))[0]
+        with pytest.raises(CodingError, match=r"cut off|out of range"):
+            weight_coder.read_weight(data[: len(data) // 2], Matrix.of((20, 2000)))
+        with pytest.raises(CodingError, match="the code is cut off"):
+            read_small(b"\x55" * 40, [("ids", np.dtype(np.int64), 100_000_000)])
+
+    def code(self, *numbers: tuple[int, int]) -> bytes:
+        writer = Stream(ENCODE, room=200)
+        for width, number in numbers:
+            writer.number(width, number)
+        return writer.finish()
+
+    @pytest.mark.parametrize(
+        ("numbers", "message"),
+        [
+            ([(1, 0), (2, 3)], "unknown layout 3"),
+            ([(1, 0), (2, 0), (1, 0), (1, 0), (1, 0), (3, 0)], "cut off"),
+        ],
+    )
+    def test_headers_that_make_no_sense(self, numbers, message):
+        with pytest.raises(CodingError, match=message):
+            weight_coder.read_weight(self.code(*numbers), Matrix(2, 3))
+
+    def test_contexts_for_more_sides_than_are_allowed(self):
+        wide = Matrix(1, weight_coder.MAX_NEAR)
+        with pytest.raises(CodingError, match="too many rows and channels"):
+            weight_coder.read_weight(self.code((1, 0), (2, 0), (1, 0), (1, 0), (1, 1), (3, 0)), wide)
+
+    def test_values_that_are_not_finite(self, monkeypatch):
+        monkeypatch.setattr(weight_coder, "cleaned", lambda values: values.reshape(-1))
+        for value in (np.nan, np.inf):
+            array = np.array([[value, 1]], np.float32)
+            with pytest.raises(CodingError, match="not finite"):
+                weight_coder.read_weight(weight_coder.write_weight(array, Matrix.of((1, 2)))[0], Matrix.of((1, 2)))
+
+    def test_a_codebook_value_that_no_float16_has(self):
+        writer = Stream(ENCODE, room=100)
+        for width, number in ((1, 0), (2, 0), (1, 1), (1, 1), (8, 0), (1, 0), (3, 0)):
+            writer.number(width, number)
+        writer.ascending(np.array([70_000]))
+        with pytest.raises(CodingError, match="codebook value is out of range"):
+            weight_coder.read_weight(writer.finish(), Matrix(2, 3))
+
+    def test_truth_values(self):
+        data = write_small([("flag", np.array([0, 1, 2], np.uint8))])[0]
+        with pytest.raises(CodingError, match="neither 0 nor 1"):
+            read_small(data, [("flag", np.dtype(np.bool_), 3)])
+
+
+def test_values_that_cannot_be_written():
+    for value in (np.nan, np.inf):
+        with pytest.raises(ValueError, match="expected finite values"):
+            weight_coder.write_weight(np.array([[value]], np.float32), Matrix.of((1, 1)))
+        for kind in (np.float32, np.float64):
+            with pytest.raises(ValueError, match="expected finite values"):
+                write_small([("bias", np.array([value], kind))])
+    with pytest.raises(CodingError, match="4,194,304 together"):
+        Matrix.of((3, 2**22))
+
+
+def test_floors():
+    assert log2_binomial(10, 0) == pytest.approx(0, abs=1e-9)
+    assert entropy_bits(np.array([1, 1, 2, 2])) == 4
+    assert entropy_bits(np.array([])) == 0
+    assert Spent(1, 2, 3, 4).total == 10

@@ -1,0 +1,102 @@
+"""What is decided after training: what has no effect is dropped, and nothing else."""
+
+import pytest
+import torch
+from torch import nn
+
+from atmc.compress.constraints import NonzeroBudget
+from atmc.compress.factorize import compressible, factorize
+from atmc.models import build
+from atmc.models.batch_norm import to_affine
+from atmc.pack import artifact
+from atmc.training.dead_weights import drop_idle
+from atmc.training.finalize import smallest_model, to_final
+from atmc.training.loop import assign
+
+
+def network() -> nn.Module:
+    """4 -> 6 -> 3 with a unit that nothing reads, one that is never awake, and one whose weights are pruned."""
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Flatten(), nn.Linear(4, 6), nn.ReLU(), nn.Linear(6, 3))
+    with torch.no_grad():
+        model[1].weight.abs_()  # images are not negative: these units are awake
+        model[1].bias.abs_()
+        model[3].weight[:, 0] = 0.0  # nobody reads unit 0
+        model[1].weight[1] = 0.0
+        model[1].bias[1] = -0.5  # unit 1 is constant zero
+        model[1].weight[2] = 0.0
+        model[1].bias[2] = 0.5  # unit 2 is constant, but not zero
+    return model
+
+
+def test_only_what_has_no_effect_is_dropped():
+    model, x = network(), torch.rand(64, 1, 2, 2)
+    before, weight, bias = model(x), model[1].weight.detach().clone(), model[1].bias.detach().clone()
+    reading = model[3].weight.detach().clone()
+    assert drop_idle(model, x) == 4 + 1 + 1  # weights and bias of unit 0, the bias of unit 1
+    assert torch.allclose(model(x), before, atol=1e-6)
+    assert not model[1].weight[0].any()
+    assert torch.equal(model[1].weight[1:], weight[1:])
+    assert model[1].bias[:2].tolist() == [0.0, 0.0]
+    assert torch.equal(model[1].bias[2:], bias[2:])
+    assert drop_idle(model, x) == 3  # and now what reads unit 1, which has nothing any more
+    assert torch.equal(model[3].weight[:, 2:], reading[:, 2:])
+    assert drop_idle(model, x) == 0
+
+
+def test_a_unit_that_sleeps_on_these_images_alone_is_kept():
+    model, x = network(), torch.rand(64, 1, 2, 2)
+    with torch.no_grad():
+        model[1].bias[4] = -100.0
+    drop_idle(model, x)
+    assert model[1].bias[4] == -100.0
+    assert model[1].weight[4].all()
+
+
+@pytest.mark.parametrize("name", ["lenet", "resnet18", "wrn-10-1", "mobilenetv2"])
+def test_a_dense_network_is_read_everywhere(name):
+    model = to_affine(build(name, 10, seed=0)).eval()
+    shape = (4, 1, 28, 28) if name == "lenet" else (4, 3, 32, 32)
+    with torch.no_grad():
+        for vector in (p for p in model.parameters() if p.dim() == 1):
+            vector.add_(0.1)
+    assert drop_idle(model, torch.rand(shape)) == 0
+
+
+def test_a_pruned_network_computes_the_same_without_what_nobody_reads():
+    model = factorize(build("lenet", 10, seed=0))
+    tensors = compressible(model)
+    generator = torch.Generator().manual_seed(0)
+    values = {name: torch.randn(t.shape, generator=generator) for name, t in tensors.items() if name.endswith("V")}
+    assign(tensors, {**{n: torch.zeros_like(t) for n, t in tensors.items()}, **NonzeroBudget(800).project(values)})
+    x = torch.rand(100, 1, 28, 28)
+    before = model.eval()(x)
+    assert drop_idle(model, x[:10]) > 50
+    assert torch.allclose(model(x), before, atol=1e-5 * float(before.detach().abs().max()))
+
+
+def test_a_model_that_reads_nothing_keeps_its_weights():
+    model = nn.Sequential(nn.Flatten(), nn.Linear(4, 5), nn.ReLU(), nn.Linear(5, 3))
+    with torch.no_grad():
+        model[3].weight.zero_()
+    weight = model[1].weight.detach().clone()
+    drop_idle(model, torch.rand(8, 1, 2, 2))
+    assert torch.equal(model[1].weight, weight)
+
+
+def test_measuring_leaves_the_model_alone():
+    model = build("resnet18", 10, seed=0).train()
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    final = to_final(model, torch.rand(4, 3, 32, 32))
+    assert model.training
+    assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
+    assert all(torch.equal(p, p.half().float()) for p in final.parameters())
+
+
+def test_the_smallest_file_has_something_in_every_layer():
+    small = smallest_model("atmc", build("lenet", 10, seed=0), ())
+    counts = [int(p.count_nonzero()) for p in small.parameters() if p.dim() >= 2]
+    assert counts == [1, 1, 1, 1]
+    assert all(bool(p.all()) for p in small.parameters() if p.dim() == 1)
+    biases = sum(2 * p.numel() for p in small.parameters() if p.dim() == 1)
+    assert 0.85 * biases < len(artifact.to_bytes(small)) < biases + 250
