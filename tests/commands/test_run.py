@@ -20,7 +20,8 @@ from atmc.api import evaluate
 from atmc.commands import run as runs
 from atmc.commands.checkpoints import load_weights
 from atmc.commands.config import parse, read_toml
-from atmc.commands.run import Finished, FolderInUse, run
+from atmc.commands.outputs import FolderInUse
+from atmc.commands.run import Finished, run
 from atmc.compress.factorize import compressible, structure
 from atmc.pack import artifact
 from atmc.robust.threats import parse_threat
@@ -146,7 +147,7 @@ def test_killed_by_the_system_and_resumed(here):
 def test_killed_in_the_final_evaluation_and_resumed(here):
     """SIGKILL once the model file is there and its figures are not."""
     killed = "import os, signal; from atmc.cli.main import main; from atmc.evaluation import evaluate; "
-    killed += "evaluate.attacked = lambda *_, **__: os.kill(os.getpid(), signal.SIGKILL); main()"
+    killed += "evaluate.run_protocol = lambda *_, **__: os.kill(os.getpid(), signal.SIGKILL); main()"
     (here / "run.toml").write_text(parse(SMALL).to_toml())
     options = ["compress", "--config", "run.toml", "--out", "cut"]
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}

@@ -6,12 +6,10 @@ The checkpoint of an epoch is written beside the old one and renamed; it says ho
 
 from __future__ import annotations
 
-import fcntl
 import json
 import shutil
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from io import BytesIO
 from pathlib import Path
@@ -23,13 +21,14 @@ from torch import nn
 from atmc import models
 from atmc.commands.checkpoints import UNREADABLE, load_weights
 from atmc.commands.config import RunConfig, parse, read_toml
+from atmc.commands.outputs import FolderInUse, check_run_folder, clear_run_folder, lock_run_folder, write_json
 from atmc.compress.factorize import fold
-from atmc.core.files import append_line, remove_leftovers, write_beside
+from atmc.core.files import append_line, write_beside
 from atmc.core.numerics import deterministic
 from atmc.core.version import __version__
 from atmc.data import Data, load_data
 from atmc.evaluation.attacks import Custom, paper_steps
-from atmc.evaluation.evaluate import Options, Report, evaluation
+from atmc.evaluation.evaluate import EvaluationOptions, Report, run_evaluation
 from atmc.pack import artifact
 from atmc.report.report import write_report
 from atmc.training.job import Job, Result
@@ -52,10 +51,6 @@ class Finished:
     metrics: dict[str, Any]
 
 
-class FolderInUse(ValueError):
-    """Another process is writing to the run folder."""
-
-
 def run(config: RunConfig, folder: Path, *, resume: bool = False, overwrite: bool = False) -> Iterator[Any]:
     """Carry a run out; yields `Stage`, `Progress`, `EpochEnd`, the evaluation's events and at last `Finished`.
 
@@ -65,7 +60,7 @@ def run(config: RunConfig, folder: Path, *, resume: bool = False, overwrite: boo
     config = config.resolved()
     if config.threads:
         torch.set_num_threads(config.threads)
-    resuming = _check_folder(folder, resume=resume, overwrite=overwrite)
+    resuming = check_run_folder(folder, resume=resume, overwrite=overwrite)
     yield Stage(f"reading {config.data}", resumable=resuming)
     data = load_data(
         config.data, image_column=config.image_column, label_column=config.label_column, limit=config.limit
@@ -89,12 +84,12 @@ def run(config: RunConfig, folder: Path, *, resume: bool = False, overwrite: boo
             shutil.rmtree(folder / "checkpoint", ignore_errors=True)  # killed before it was taken away
             yield Finished(json.loads((folder / "metrics.json").read_text()))
             return
-    with _locked(folder), deterministic(torch.device(config.device)):
-        if resuming != _check_folder(folder, resume=resume, overwrite=overwrite):
+    with lock_run_folder(folder), deterministic(torch.device(config.device)):
+        if resuming != check_run_folder(folder, resume=resume, overwrite=overwrite):
             raise FolderInUse(f"{folder} was changed by another run meanwhile")
         yield Stage(_what_is_used(data, job.recipe))
         if not resuming:
-            _clear(folder)
+            clear_run_folder(folder)
             write_beside(folder / "config.toml", config.to_toml().encode())
         yield from _train_and_judge(job, config, data, folder)
 
@@ -122,9 +117,9 @@ def _train_and_judge(job: Job, config: RunConfig, data: Data, folder: Path) -> I
     device = torch.device(config.device)
     decoded = artifact.load(folder / "model.atmc", factory=lambda num_classes: fold(build_model(config, data)))
     steps = config.steps if {"pgd", "pgd-strong"} & set(config.attacks) else None
-    options = Options(tuple(config.attacks), config.eval_n, Custom(steps), config.seed, config.checks)
+    options = EvaluationOptions(tuple(config.attacks), config.eval_n, Custom(steps), config.seed, config.checks)
     report = None
-    for judged in evaluation(decoded.to(device), data.test, config.parsed_threat(), options):
+    for judged in run_evaluation(decoded.to(device), data.test, config.parsed_threat(), options):
         yield judged
         report = judged if isinstance(judged, Report) else None
     assert report is not None
@@ -140,7 +135,7 @@ def _train_and_judge(job: Job, config: RunConfig, data: Data, folder: Path) -> I
         config_toml=config.to_toml(),
         class_names=data.class_names,
     )
-    write_beside(folder / "metrics.json", (json.dumps(metrics, indent=1) + "\n").encode())
+    write_json(folder / "metrics.json", metrics)
     shutil.rmtree(folder / "checkpoint", ignore_errors=True)
     yield Finished(metrics)
 
@@ -192,42 +187,6 @@ def build_model(config: RunConfig, data: Data) -> nn.Module:
     if config.checkpoint:
         load_weights(model, config.checkpoint, factorized=config.method == "atmc")
     return model
-
-
-def _check_folder(folder: Path, *, resume: bool, overwrite: bool) -> bool:
-    """Whether there is a run to go on with."""
-    if folder.exists() and not folder.is_dir():
-        raise ValueError(f"{folder} is a file: give a folder")
-    started = (folder / "config.toml").exists()
-    if started and not (resume or overwrite):
-        raise ValueError(f"{folder} holds a run already: add --resume to go on with it or --overwrite to replace it")
-    if folder.exists() and not started and any(not path.name.startswith(".") for path in folder.iterdir()):
-        raise ValueError(f"{folder} is not empty and holds no run of atmc: choose another folder")
-    return started and resume
-
-
-def _clear(folder: Path) -> None:
-    """Take a run away; its configuration last, which marks the folder as a run's."""
-    shutil.rmtree(folder / "checkpoint", ignore_errors=True)
-    for name in ("model.atmc", "metrics.json", "report.html", "log.jsonl", "config.toml"):
-        (folder / name).unlink(missing_ok=True)
-
-
-@contextmanager
-def _locked(folder: Path) -> Iterator[None]:
-    """Only one process at a time writes to a folder; the lock ends with the process, however it ends."""
-    folder.mkdir(parents=True, exist_ok=True)
-    with open(folder / ".lock", "w") as lock:
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise FolderInUse(f"{folder} is in use by another run") from None
-        remove_leftovers(folder)
-        remove_leftovers(folder / "checkpoint")
-        try:
-            yield
-        finally:
-            (folder / ".lock").unlink(missing_ok=True)
 
 
 def _expect_same(asked: RunConfig, stored: RunConfig, folder: Path) -> None:
