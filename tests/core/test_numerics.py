@@ -165,7 +165,7 @@ class TestDeterministic:
         settings = {"model": "lenet", "data": "digits", "threat": "linf:0.1", "ratio": 0.1, "limit": 20, "eval_n": 5}
         config = parse({**settings, "device": "cpu", "training": {"epochs": 0, "val_n": 5}})
         for event in runs.run(config, tmp_path / "out"):
-            if not isinstance(event, runs.Stage) or "evaluating" in event.text:
+            if not isinstance(event, runs.Message) or "evaluating" in event.text:
                 seen.append(event)
                 assert isinstance(event, runs.Finished) or algorithms() == REPEATABLE
         assert len(seen) > 2

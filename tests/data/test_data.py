@@ -701,7 +701,10 @@ class TestBatches:
     def test_refusals_come_at_the_call(self, ramp: Images) -> None:
         with pytest.raises(ValueError, match="expected batch_size >= 1, got 0"):
             batches(ramp, 0, seed=0, epoch=0)
-        with pytest.raises(ValueError, match="none, crop, flip, crop-flip, got flop, did you mean flip"):
+        with pytest.raises(
+            ValueError,
+            match="unknown augmentation 'flop': expected one of none, crop, flip, crop-flip; did you mean 'flip'",
+        ):
             batches(ramp, 1, seed=0, epoch=0, augment="flop")
 
     @pytest.mark.parametrize("name", ["crop", "flip", "crop-flip"])

@@ -128,7 +128,7 @@ def nominal_bits(tensors: Mapping[str, Tensor], bits: Bits) -> int:
     return total
 
 
-def expect_budget(budget: object) -> None:
+def check_budget(budget: object) -> None:
     """ValueError for what is no budget."""
     if not isinstance(budget, Budget):
         raise ValueError(f"expected a budget such as Budget(ratio=0.01, bits=4), got {budget!r:.80}")

@@ -34,9 +34,16 @@ class Allocation:
     nonzeros: int
     bits: Bits = None
 
+    def step_constraint(self, nonzeros: int) -> Constraint:
+        """Return what the tensors satisfy after a training step: at most `nonzeros`, and in every layer at least one.
+
+        A method may pass more than k, to shrink the model gradually.
+        """
+        return NonzeroBudget(nonzeros, keep_alive=True)
+
     def constraint(self) -> Constraint:
-        """Q: prune to k, every layer keeping something, then quantize."""
-        prune = NonzeroBudget(self.nonzeros, keep_alive=True)
+        """Return Q: prune to k, every layer keeping something, then quantize."""
+        prune = self.step_constraint(self.nonzeros)
         return prune if self.bits is None else Each((prune, Codebook(self.bits, exact_below=EXACT_BELOW)))
 
 

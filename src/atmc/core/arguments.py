@@ -1,4 +1,4 @@
-"""What a Python user hands over, made into what is meant, or refused in one sentence."""
+"""Check what a Python user hands over: each function returns it in the form that is used, or raises one sentence."""
 
 from __future__ import annotations
 
@@ -6,22 +6,25 @@ import torch
 from torch import nn
 
 
-def as_device(device: str | torch.device) -> torch.device:
-    """A device that is here. ValueError otherwise.
+def parse_device(device: str | torch.device) -> torch.device:
+    """Return the device that a name means.
 
-    >>> as_device("cpu")
+    Raises:
+        ValueError: no such kind of device, or torch sees no such CUDA device.
+
+    >>> parse_device("cpu")
     device(type='cpu')
     """
     try:
-        found = torch.device(device)
+        parsed = torch.device(device)
     except (RuntimeError, TypeError) as error:
         raise ValueError(f"expected a device such as 'cpu' or 'cuda', got {device!r}") from error
-    if found.type == "cuda" and (found.index or 0) >= torch.cuda.device_count():
-        raise ValueError(f"device {found} was asked for, but torch sees no such CUDA device here; use cpu")
-    return found
+    if parsed.type == "cuda" and (parsed.index or 0) >= torch.cuda.device_count():
+        raise ValueError(f"device {parsed} was asked for, but torch sees no such CUDA device here; use cpu")
+    return parsed
 
 
-def expect_module(model: object) -> None:
-    """ValueError for what is no module."""
+def check_module(model: object) -> None:
+    """Raise ValueError unless the model is a torch.nn.Module."""
     if not isinstance(model, nn.Module):
         raise ValueError(f"expected a torch.nn.Module, such as atmc.models.build makes, got {model!r:.80}")

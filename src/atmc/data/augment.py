@@ -6,12 +6,12 @@ Package-private: `atmc.data.batches` applies them. The images of a batch are cha
 from __future__ import annotations
 
 from collections.abc import Callable
-from difflib import get_close_matches
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from atmc.core.errors import unknown
 from atmc.core.rng import Noise
 
 PADDING = 4  # pixels of zero around an image before it is cropped, as is usual on CIFAR-10 (He et al. 2016, sec. 4.2)
@@ -46,9 +46,7 @@ def changes(name: str) -> tuple[Change, ...]:
         ValueError: the name is unknown.
     """
     if name not in AUGMENTATIONS:
-        near = get_close_matches(name, AUGMENTATIONS, n=1)
-        hint = f", did you mean {near[0]}?" if near else ""
-        raise ValueError(f"expected augment to be one of {', '.join(AUGMENTATIONS)}, got {name}{hint}")
+        raise unknown("augmentation", name, AUGMENTATIONS)
     return AUGMENTATIONS[name]
 
 

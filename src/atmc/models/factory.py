@@ -5,7 +5,6 @@ What the factory or its module raises becomes one sentence that names it.
 
 from __future__ import annotations
 
-import difflib
 import importlib
 import inspect
 import os
@@ -15,6 +14,8 @@ from collections.abc import Callable
 from typing import cast
 
 from torch import nn
+
+from atmc.core.errors import unknown
 
 USER_CODE_ERRORS = (  # what a user's code that has a mistake raises; an exception class of its own is not among them
     ArithmeticError,
@@ -89,9 +90,7 @@ def import_factory(name: str) -> Callable[..., nn.Module]:
         if folder in sys.path:
             sys.path.remove(folder)
     if not hasattr(module, attribute):
-        near = difflib.get_close_matches(attribute, dir(module), n=1)
-        hint = f"; did you mean {near[0]!r}?" if near else ""
-        raise ValueError(f"the module {module_name!r} has no {attribute!r}{hint}")
+        raise unknown("factory", attribute, dir(module), expected=f"a callable of the module {module_name!r}")
     factory = getattr(module, attribute)
     if not callable(factory):
         raise ValueError(f"expected {name} to be callable, got {type(factory).__name__}")

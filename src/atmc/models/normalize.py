@@ -35,7 +35,7 @@ class Normalize(nn.Module):
 
     def __init__(self, mean: Sequence[float], std: Sequence[float]) -> None:
         super().__init__()
-        means, stds = checked_statistics(mean, std)
+        means, stds = check_statistics(mean, std)
         self.register_buffer("mean", torch.tensor(means, dtype=torch.float32).view(-1, 1, 1))
         self.register_buffer("std", torch.tensor(stds, dtype=torch.float32).view(-1, 1, 1))
 
@@ -49,7 +49,7 @@ class Normalize(nn.Module):
         return f"channels={self.mean.shape[0]}"
 
 
-def checked_statistics(mean: object, std: object, channels: int | None = None) -> tuple[list[float], list[float]]:
+def check_statistics(mean: object, std: object, channels: int | None = None) -> tuple[list[float], list[float]]:
     """The per-channel means and standard deviations as plain floats.
 
     Args:

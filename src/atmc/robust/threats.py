@@ -12,13 +12,13 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
-from difflib import get_close_matches
 from fractions import Fraction
 from typing import ClassVar, Protocol
 
 import torch
 from torch import Tensor
 
+from atmc.core.errors import unknown
 from atmc.core.rng import Noise
 
 
@@ -251,9 +251,7 @@ def parse_threat(text: str) -> Threat:
     if not colon:
         raise ValueError(f"expected a threat like linf:8/255, l2:0.5 or l1:12, got {text!r}")
     if norm not in BALLS:
-        near = get_close_matches(norm, BALLS, n=1)
-        hint = f"; did you mean {near[0]!r}?" if near else ""
-        raise ValueError(f"unknown norm {norm!r} in threat {text!r}: expected linf, l2 or l1{hint}")
+        raise unknown("norm", norm, BALLS)
     numerator, slash, denominator = radius.partition("/")
     try:
         eps = float(numerator) / (float(denominator) if slash else 1.0)
