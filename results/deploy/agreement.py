@@ -26,8 +26,8 @@ from atmc.data import Images, load_data
 from atmc.deploy.engine import native
 from atmc.deploy.engine.sparse import SparseNetwork
 from atmc.evaluation import adversarial_file
-from atmc.evaluation.accuracy import Verdicts, attacked, judged
-from atmc.evaluation.attacks import protocol_of
+from atmc.evaluation.accuracy import Verdicts, run_protocol, summarize
+from atmc.evaluation.attacks import build_protocol
 
 HERE = Path(__file__).parent
 RESULTS = HERE.parent
@@ -49,11 +49,11 @@ def compare(model: nn.Module, network: Network, images: torch.Tensor) -> dict[st
 
 def saved(model: nn.Module, test: Images, threat: atmc.Linf, n: int, path: Path) -> None:
     """Adversarial examples of `pgd-strong` in a file."""
-    protocol, verdicts = protocol_of(model, test, threat, "pgd-strong"), Verdicts.fresh(test, n, keep=True)
-    for _ in attacked(model, test, protocol, verdicts, batch_size=250):
+    protocol, verdicts = build_protocol(model, test, threat, "pgd-strong"), Verdicts.fresh(test, n, keep=True)
+    for _ in run_protocol(model, test, protocol, verdicts, batch_size=250):
         pass
     found = adversarial_file.collect(
-        model, test.labels, {"pgd-strong": judged(protocol, verdicts)}, threat=str(threat), seed=0
+        model, test.labels, {"pgd-strong": summarize(protocol, verdicts)}, threat=str(threat), seed=0
     )
     found.save(path)
 

@@ -14,7 +14,7 @@ from common import lenet, write
 import atmc
 from atmc.data import load_data
 from atmc.evaluation.accuracy import robust_accuracy
-from atmc.evaluation.evaluate import prepared
+from atmc.evaluation.evaluate import prepare
 from atmc.evaluation.statistics import compare
 
 LIKE = {"steps": 100, "step_size": 76 / 255 / 20}  # as many gradients as APGD takes
@@ -32,7 +32,7 @@ def main() -> None:
     torch.set_num_threads(1)
     threat, rows = atmc.Linf(76 / 255), []
     for run in ("dense", "atmc8-01", "atmc8-0015"):
-        model, test = prepared(lenet(Path(options.models) / run), load_data(options.data).test)
+        model, test = prepare(lenet(Path(options.models) / run), load_data(options.data).test)
         theirs = {name: robust_accuracy(model, test, threat, name, n=options.n) for name in set(THEIRS.values())}
         for name, settings in OURS.items():
             attack = "pgd-strong" if name == "pgd-strong" else "pgd"

@@ -21,9 +21,9 @@ from common import BATCH, HERE, RUNS, mark_of, state_path, values
 import atmc
 from atmc.data import Images, load_data
 from atmc.evaluation import resume
-from atmc.evaluation.accuracy import Verdicts, attacked, clean_accuracy, judged
-from atmc.evaluation.attacks import protocol_of
-from atmc.evaluation.evaluate import prepared
+from atmc.evaluation.accuracy import Verdicts, clean_accuracy, run_protocol, summarize
+from atmc.evaluation.attacks import build_protocol
+from atmc.evaluation.evaluate import prepare
 from atmc.evaluation.statistics import Accuracy
 from atmc.robust.threats import parse_threat
 
@@ -34,7 +34,7 @@ def evaluate(folder: Path, attack: str, options: argparse.Namespace) -> None:
     found = json.loads(out.read_text()) if out.exists() else {}
     metrics = json.loads((folder / "metrics.json").read_text())
     threat = parse_threat(metrics["threat"])
-    model, test = prepared(atmc.load(folder / "model.atmc"), load_data(metrics["data"]).test)
+    model, test = prepare(atmc.load(folder / "model.atmc"), load_data(metrics["data"]).test)
     n = min(options.n, len(test))
     if found and found["values"] != values(model):
         raise ValueError(f"{out} is of another model: remove it")
@@ -75,18 +75,18 @@ def judge(
     """The attack's figure on the first n images of test."""
     n = min(options.n, len(test))
     mark = mark_of(model, test, n, threat, attack)
-    stored = resume.read(path)[attack] if path.exists() else (mark, Verdicts.fresh(test, n, keep=True))
+    stored = resume.read_state(path)[attack] if path.exists() else (mark, Verdicts.fresh(test, n, keep=True))
     if stored[0] != mark:
         raise ValueError(f"{path} is of another evaluation")
-    protocol = protocol_of(model, test, threat, attack)
+    protocol = build_protocol(model, test, threat, attack)
     saved = time.monotonic()
-    for event in attacked(model, test, protocol, stored[1], batch_size=BATCH):
+    for event in run_protocol(model, test, protocol, stored[1], batch_size=BATCH):
         if time.monotonic() - saved > 60:
-            resume.write(path, {attack: (mark, event.verdicts)})
+            resume.write_state(path, {attack: (mark, event.verdicts)})
             saved = time.monotonic()
-            print(run, event.attack, event.stage, event.verdicts.done, f"{event.right}/{event.judged}", flush=True)
-    resume.write(path, {attack: (mark, stored[1])})
-    return judged(protocol, stored[1])
+            print(run, event.attack, event.stage, event.verdicts.done, f"{event.right}/{event.n}", flush=True)
+    resume.write_state(path, {attack: (mark, stored[1])})
+    return summarize(protocol, stored[1])
 
 
 def main() -> None:

@@ -21,10 +21,10 @@ from common import HERE, RUNS, lenet, mark_of, state_path, write
 import atmc
 from atmc.data import load_data
 from atmc.evaluation import resume
-from atmc.evaluation.accuracy import clean_accuracy, judged
-from atmc.evaluation.attacks import protocol_of
+from atmc.evaluation.accuracy import clean_accuracy, summarize
+from atmc.evaluation.attacks import build_protocol
 from atmc.evaluation.checks import run_checks
-from atmc.evaluation.evaluate import prepared
+from atmc.evaluation.evaluate import prepare
 from atmc.evaluation.suspect import suspect
 
 
@@ -38,18 +38,18 @@ def main() -> None:
     options = parser.parse_args()
     torch.set_num_threads(1)
     threat, data = atmc.Linf(76 / 255), load_data(options.data).test
-    dense, _ = prepared(lenet(Path(options.models) / "dense"), data)
+    dense, _ = prepare(lenet(Path(options.models) / "dense"), data)
     for run in options.runs:
-        model, test = prepared(lenet(Path(options.models) / run), data)
+        model, test = prepare(lenet(Path(options.models) / run), data)
         clean, attacks, found = clean_accuracy(model, test), {}, {}
         for attack in ("pgd", "pgd-strong", "autoattack"):
             path = state_path(options.state, Path(options.models) / run, attack)
-            mark, verdicts = resume.read(path)[attack] if path.exists() else ("", None)
+            mark, verdicts = resume.read_state(path)[attack] if path.exists() else ("", None)
             if verdicts is None or verdicts.start < len(verdicts.right):
                 break
             if mark != mark_of(model, test, len(verdicts.right), threat, attack):
                 raise ValueError(f"{path} is of another model or data")
-            attacks[attack] = judged(protocol_of(model, test, threat, attack), verdicts)
+            attacks[attack] = summarize(build_protocol(model, test, threat, attack), verdicts)
             key = ", ".join(attacks)
             if key in _there(run):
                 found[key] = _there(run)[key]

@@ -27,7 +27,7 @@ def lenet(folder: Path) -> nn.Module:
 
 def values(model: nn.Module) -> str:
     """A fingerprint of a model's values, whatever file they came from."""
-    return resume.fingerprint(model, NO_IMAGES, 0)[:16]
+    return resume.compute_fingerprint(model, NO_IMAGES, 0)[:16]
 
 
 def state_path(folder: str | Path, run: Path, attack: str, *, left: bool = False) -> Path:
@@ -37,7 +37,7 @@ def state_path(folder: str | Path, run: Path, attack: str, *, left: bool = False
 
 def mark_of(model: nn.Module, test: Images, n: int, threat: atmc.Threat, attack: str) -> str:
     """The fingerprint of such a state."""
-    return resume.fingerprint(model, test, n, threat=str(threat), attack=attack, seed=0, batch_size=BATCH)
+    return resume.compute_fingerprint(model, test, n, threat=str(threat), attack=attack, seed=0, batch_size=BATCH)
 
 
 def write(name: str, found: Any) -> None:

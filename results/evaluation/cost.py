@@ -21,7 +21,7 @@ from pyautoattack import AutoAttack
 
 import atmc
 from atmc.data import load_data
-from atmc.evaluation.evaluate import prepared
+from atmc.evaluation.evaluate import prepare
 
 
 def seconds(run: Callable[[], object]) -> float:
@@ -45,7 +45,7 @@ def main() -> None:
     threat, model = atmc.Linf(76 / 255), lenet(Path(options.models) / options.run)
     test = load_data(options.data).test.take(slice(0, options.n))
     x, y = test.float_pixels(slice(None)), test.labels
-    fast, _ = prepared(model, test)
+    fast, _ = prepare(model, test)
 
     def direct(network: torch.nn.Module) -> None:
         attack = AutoAttack(network, norm="Linf", eps=threat.eps, seed=0, version="standard")

@@ -21,7 +21,7 @@ from torch import nn
 import atmc
 from atmc.data import Images
 from atmc.evaluation.accuracy import robust_accuracy
-from atmc.evaluation.evaluate import Options, Report, evaluation
+from atmc.evaluation.evaluate import EvaluationOptions, Report, run_evaluation
 from atmc.evaluation.statistics import wilson
 from atmc.robust.attacks import pgd
 from atmc.robust.threats import Threat
@@ -82,7 +82,7 @@ def main() -> None:
                     for position, block in enumerate(blocks):
                         for attack in verdicts:
                             began = time.perf_counter()
-                            *_, report = evaluation(model, block, threat, Options((attack,)))
+                            *_, report = run_evaluation(model, block, threat, EvaluationOptions((attack,)))
                             assert isinstance(report, Report)
                             spent, evaluations = spent + time.perf_counter() - began, evaluations + 1
                             verdicts[attack].update(f"{check.name}: {check.ok}" for check in report.checks)

@@ -23,7 +23,7 @@ from atmc.commands.run import run
 from atmc.core import files
 from atmc.evaluation import evaluate
 from atmc.training.loop import TrainingDiverged
-from atmc.training.runner import EpochEnd
+from atmc.training.runner import EpochDone
 
 MODELS = '''
 from torch import nn
@@ -428,7 +428,7 @@ class TestRefused:
         def attacked(*_, **__):
             raise AssertionError("attacked first")
 
-        monkeypatch.setattr(evaluate, "attacked", attacked)
+        monkeypatch.setattr(evaluate, "run_protocol", attacked)
         command = ["evaluate", done / "model.atmc", "--data", "digits", "--threat", "linf:0.1"]
         refused(capsys, *command, "--model", "cli_models:build", *options)
 
@@ -471,7 +471,7 @@ class TestFolders:
     def test_a_damaged_checkpoint_of_its_own(self, tmp_path, capsys, content):
         out = tmp_path / "out"
         for event in run(config.parse(config.read_toml("run.toml")), out):
-            if isinstance(event, EpochEnd):
+            if isinstance(event, EpochDone):
                 break
         state = out / "checkpoint" / "state.pt"
         state.write_bytes(state.read_bytes()[: state.stat().st_size // 2] if content is None else content)
@@ -544,7 +544,7 @@ class TestFailed:
             ("atmc.core.files.os.replace", 4),  # the third epoch's checkpoint
             ("atmc.training.job.artifact.to_bytes", 2),  # the last choices are made
             ("atmc.core.files.os.replace", 7),  # model.atmc
-            ("atmc.evaluation.evaluate.attacked", 1),
+            ("atmc.evaluation.evaluate.run_protocol", 1),
             ("atmc.commands.run.write_report", 1),
             ("atmc.core.files.os.replace", 9),  # metrics.json
         ],
@@ -596,7 +596,7 @@ class TestFailed:
         assert call(*command) == 0
 
     def test_evaluate_interrupted(self, done, tmp_path, capsys, monkeypatch):
-        monkeypatch.setattr(evaluate, "attacked", lambda *_, **__: signal.raise_signal(signal.SIGINT))
+        monkeypatch.setattr(evaluate, "run_protocol", lambda *_, **__: signal.raise_signal(signal.SIGINT))
         command = ["evaluate", done / "model.atmc", "--data", "digits", "--threat", "linf:0.1"]
         command += ["--model", "cli_models:build", "--json", tmp_path / "figures.json"]
         assert call(*command) == 1

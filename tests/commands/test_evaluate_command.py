@@ -178,7 +178,7 @@ class TestDone:
     def test_certify(self, here, capsys):
         options = ["--n", 4, "--no-checks", "--certify", 0.25, "--certify-samples", 1000, "--json", "certify.json"]
         assert run_evaluate("a.atmc", *options, threat="l2:0.25") == 0
-        found = figures("certify.json")["certified"]
+        found = figures("certify.json")["smoothing"]
         assert found["failure_probability"] == 0.001
         assert found["n"] == 4
         assert [point["radius"] for point in found["curve"]][:3] == [0, 0.0625, 0.125]
@@ -210,7 +210,7 @@ class TestResume:
         victim.send_signal(signal.SIGKILL)
         assert victim.wait() == -signal.SIGKILL
         assert not (here / "cut.json").exists()
-        begun = resume.read(here / "cut.json.state")["pgd-strong"][1]
+        begun = resume.read_state(here / "cut.json.state")["pgd-strong"][1]
         assert begun.done or begun.stage > 0
         assert run_evaluate("a.atmc", *self.OPTIONS, "cut.npz", "--json", "cut.json", "--resume") == 0
         one, two = figures("whole.json"), figures("cut.json")
@@ -220,7 +220,7 @@ class TestResume:
         assert not (here / "cut.json.state").exists()
 
     @pytest.mark.parametrize(
-        ("module", "function", "count"), [(curves, "at_steps", len(curves.STEPS)), (smoothing, "radius", 12)]
+        ("module", "function", "count"), [(curves, "at_steps", len(curves.STEPS)), (smoothing, "certify_radius", 12)]
     )
     def test_curves_and_certificate_go_on(self, here, monkeypatch, capsys, module, function, count):
         """Interrupted in the middle of either: nothing that was measured before is measured again."""
@@ -243,7 +243,7 @@ class TestResume:
             f"{cut}.against.state", f"{cut}.parts.state", f"{cut}.state",
         ]  # fmt: skip
         assert "add --resume" in refused(capsys, "a.atmc", *asked, cut, threat="l2:0.3")
-        monkeypatch.setattr(evaluate, "attacked", lambda *_, **__: iter(()))  # whose verdicts are the state's
+        monkeypatch.setattr(evaluate, "run_protocol", lambda *_, **__: iter(()))  # whose verdicts are the state's
         assert run_evaluate("a.atmc", *asked, cut, "--resume", threat="l2:0.3") == 0
         assert {**figures(f"{function}.json"), "seconds": 0} == {**figures(cut), "seconds": 0}
         assert len(calls) == 4 + count - 3
@@ -265,7 +265,7 @@ class TestResume:
     def test_more_may_be_asked_for_when_going_on(self, here, monkeypatch):
         """Certified radii stay where curves come to them; other numbers of samples are measured anew."""
         asked = ["--n", 3, "--no-checks", "--certify", 0.1, "--json", "w.json"]
-        measure, calls = smoothing.radius, []
+        measure, calls = smoothing.certify_radius, []
 
         def cut_off(*arguments, **options):
             calls.append(arguments)
@@ -274,12 +274,12 @@ class TestResume:
             return measure(*arguments, **options)
 
         monkeypatch.setattr(partial_results, "SAVE_EVERY", 0.0)
-        monkeypatch.setattr(smoothing, "radius", cut_off)
+        monkeypatch.setattr(smoothing, "certify_radius", cut_off)
         assert run_evaluate("a.atmc", *asked, "--certify-samples", 200, threat="l2:0.3") == 1
         more = [*asked, "--curves", 5, "--resume", "--certify-samples"]
         assert run_evaluate("a.atmc", *more, 200, threat="l2:0.3") == 0
         assert len(calls) == 3 + 1
-        assert figures("w.json")["certified"]["n"] == 3
+        assert figures("w.json")["smoothing"]["n"] == 3
 
     def test_a_state_of_other_curves(self, here, capsys):
         state = here / "y.json.parts.state"
@@ -298,24 +298,24 @@ class TestResume:
         """Going on really goes on: a finished attack in the state is not run again, whatever its verdicts say."""
         model = atmc.load("a.atmc", factory=sys.modules["assess_models"].build)
         test = atmc.load_data("digits").test
-        options = evaluate.Options(("pgd",), 20, checks=False, state=here / "state")
-        events = evaluate.evaluation(model, test, "linf:0.05", options)
+        options = evaluate.EvaluationOptions(("pgd",), 20, checks=False, state=here / "state")
+        events = evaluate.run_evaluation(model, test, "linf:0.05", options)
         next(events)
         stored = Verdicts.fresh(test, 20, keep=False)
         stored.start = 20  # all judged, all wrong
         events.close()
         mark = None
-        original = resume.fingerprint
+        original = resume.compute_fingerprint
         with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(resume, "fingerprint", lambda *a, **k: "mark")
-            mark = resume.fingerprint(model, test, 20)
-            resume.write(here / "state", {"pgd": (mark, stored)})
-            *_, report = evaluate.evaluation(model, test, "linf:0.05", options)
+            patch.setattr(resume, "compute_fingerprint", lambda *a, **k: "mark")
+            mark = resume.compute_fingerprint(model, test, 20)
+            resume.write_state(here / "state", {"pgd": (mark, stored)})
+            *_, report = evaluate.run_evaluation(model, test, "linf:0.05", options)
         assert report.attacks["pgd"].accuracy == 0
-        assert original is resume.fingerprint
+        assert original is resume.compute_fingerprint
 
     def test_a_state_of_something_else(self, here, capsys):
-        resume.write(
+        resume.write_state(
             here / "x.json.state", {"pgd": ("another", Verdicts.fresh(atmc.load_data("digits").test, 5, keep=False))}
         )
         said = refused(capsys, "a.atmc", "--n", 5, "--no-checks", "--json", "x.json")
@@ -339,13 +339,16 @@ class TestResume:
 
     def test_every_deciding_thing_is_in_the_fingerprint(self, here):
         model, test = trained(), atmc.load_data("digits").test
-        marks = {resume.fingerprint(model, test, 20, seed=0), resume.fingerprint(model, test, 21, seed=0)}
-        marks |= {resume.fingerprint(model, test, 20, seed=1)}
+        marks = {
+            resume.compute_fingerprint(model, test, 20, seed=0),
+            resume.compute_fingerprint(model, test, 21, seed=0),
+        }
+        marks |= {resume.compute_fingerprint(model, test, 20, seed=1)}
         with torch.no_grad():
             model[1].bias[0] += 1e-6
-        marks |= {resume.fingerprint(model, test, 20, seed=0)}
+        marks |= {resume.compute_fingerprint(model, test, 20, seed=0)}
         assert len(marks) == 4
-        assert resume.fingerprint(model, test, 20, seed=0) in marks
+        assert resume.compute_fingerprint(model, test, 20, seed=0) in marks
 
 
 class TestRefused:
@@ -372,7 +375,7 @@ class TestRefused:
         def attacked(*_, **__):
             raise AssertionError("attacked first")
 
-        monkeypatch.setattr(evaluate, "attacked", attacked)
+        monkeypatch.setattr(evaluate, "run_protocol", attacked)
         assert message in refused(capsys, "a.atmc", *options)
 
     @pytest.mark.parametrize(

@@ -25,7 +25,7 @@ from atmc.commands.run import Finished, run
 from atmc.compress.factorize import compressible, structure
 from atmc.pack import artifact
 from atmc.robust.threats import parse_threat
-from atmc.training.runner import EpochEnd
+from atmc.training.runner import EpochDone
 
 SMALL = {
     "model": "small_model:build",
@@ -66,7 +66,7 @@ def finish(folder: Path, **options) -> dict:
 def interrupt(folder: Path, epochs: int) -> None:
     ends = 0
     for event in run(parse(SMALL), folder):
-        if isinstance(event, EpochEnd):
+        if isinstance(event, EpochDone):
             ends += 1
             if ends == epochs:
                 return
@@ -186,7 +186,7 @@ def test_a_quick_trial_validates_on_fewer_images_and_says_so(here):
     changes = {
         "training": {**SMALL["training"], "val_clean_n": 30, "epochs": {"dense": 1, "l0": 0, "admm": 0, "tune": 0}}
     }
-    stages = [event.text for event in run(parse({**SMALL, **changes}), here / "out") if isinstance(event, runs.Stage)]
+    stages = [event.text for event in run(parse({**SMALL, **changes}), here / "out") if isinstance(event, runs.Message)]
     assert "training on 300 images, validating on 30 of 143, under attack on 20" in stages
     log = [json.loads(line) for line in (here / "out" / "log.jsonl").read_text().splitlines()]
     assert {(line["clean_n"], line["robust_n"]) for line in log} == {(30, 20)}
@@ -235,7 +235,7 @@ def test_folders_that_cannot_be_used(here):
 def test_a_folder_in_use(here):
     one = run(parse(SMALL), here / "out")
     for event in one:
-        if isinstance(event, EpochEnd):
+        if isinstance(event, EpochDone):
             break
     with pytest.raises(FolderInUse, match="in use by another run"):
         finish(here / "out", resume=True)
@@ -312,9 +312,7 @@ class TestConfig:
 
 def held(path: Path) -> dict:
     """The weights of a file as they are stored."""
-    content = artifact.read(path)
-    decoded = artifact.decode(content, artifact.stored_fields(content))
-    return {name: weight for name, (weight, _) in decoded.weights.items()}
+    return {name: weight for name, (weight, _) in artifact.decode(artifact.read(path)).weights.items()}
 
 
 class TestWeights:

@@ -12,8 +12,8 @@ from torch import Tensor, nn
 from atmc.core.rng import Noise
 from atmc.data import Images
 from atmc.evaluation import autoattack
-from atmc.evaluation.accuracy import Verdicts, attacked, judged, predictions, robust_accuracy
-from atmc.evaluation.attacks import ATTACKS, NORMS, Custom, check_norm, protocol_of
+from atmc.evaluation.accuracy import Verdicts, predictions, robust_accuracy, run_protocol, summarize
+from atmc.evaluation.attacks import ATTACKS, NORMS, Custom, build_protocol, check_norm
 from atmc.robust.attacks import dlr, margin
 from atmc.robust.threats import L1, L2, Linf
 
@@ -191,22 +191,22 @@ class TestTime:
         """Those judged are judged in full; without more time than none, one batch is."""
         model = Net(3).eval()
         data = images(model, 10)
-        protocol = protocol_of(model, data, Linf(0.05), "pgd-strong")
+        protocol = build_protocol(model, data, Linf(0.05), "pgd-strong")
         verdicts = Verdicts.fresh(data, 10, keep=False)
-        events = list(attacked(model, data, protocol, verdicts, batch_size=4, until=0.0))
-        found = judged(protocol, verdicts)
+        events = list(run_protocol(model, data, protocol, verdicts, batch_size=4, until=0.0))
+        found = summarize(protocol, verdicts)
         assert found.n == 4
-        assert events[-1].judged == 4
+        assert events[-1].n == 4
         assert torch.equal(found.right, robust_accuracy(model, data, Linf(0.05), "pgd-strong", n=4).right)
 
     def test_blocks_do_not_matter_to_our_attacks(self):
         model = Net(3).eval()
         data = images(model, 10)
-        protocol = protocol_of(model, data, Linf(0.05), "pgd-strong")
+        protocol = build_protocol(model, data, Linf(0.05), "pgd-strong")
         verdicts = Verdicts.fresh(data, 10, keep=False)
-        list(attacked(model, data, protocol, verdicts, batch_size=3, until=1e30))
+        list(run_protocol(model, data, protocol, verdicts, batch_size=3, until=1e30))
         assert torch.equal(
-            judged(protocol, verdicts).right, robust_accuracy(model, data, Linf(0.05), "pgd-strong").right
+            summarize(protocol, verdicts).right, robust_accuracy(model, data, Linf(0.05), "pgd-strong").right
         )
 
 

@@ -16,7 +16,7 @@ from atmc.evaluation import autoattack
 from atmc.evaluation.accuracy import clean_accuracy, robust_accuracy
 from atmc.evaluation.attacks import Custom
 from atmc.evaluation.checks import CHECKS, labels, pixel_range, run_checks
-from atmc.evaluation.evaluate import Options, evaluation
+from atmc.evaluation.evaluate import EvaluationOptions, run_evaluation
 from atmc.evaluation.statistics import Accuracy
 from atmc.evaluation.suspect import suspect
 from atmc.robust.attacks import pgd
@@ -276,8 +276,8 @@ def test_a_figure_does_not_change_by_being_doubted(two_tone, natural):
     with_checks = atmc.evaluate(natural, two_tone[1], threat=THREAT, n=50, attack="pgd-strong")
     without = atmc.evaluate(natural, two_tone[1], threat=THREAT, n=50, attack="pgd-strong", checks=False)
     assert torch.equal(with_checks.attacks["pgd-strong"].right, without.attacks["pgd-strong"].right)
-    options = Options(("pgd-strong",), 50)
-    *_, again = evaluation(natural, two_tone[1], THREAT, options)
+    options = EvaluationOptions(("pgd-strong",), 50)
+    *_, again = run_evaluation(natural, two_tone[1], THREAT, options)
     assert [check.to_json() for check in again.checks] == [check.to_json() for check in with_checks.checks]
 
 

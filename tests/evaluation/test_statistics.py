@@ -167,19 +167,31 @@ class TestGallery:
             gallery([], Linf(0.1))
 
 
+def certify(images: Images, *, samples: int, seed: int = 0) -> smoothing.SmoothingCertificate:
+    """The certificate of the threshold model on all images, at sigma 0.2."""
+    model = threshold_model()
+    radii, answered = zip(
+        *(smoothing.certify_radius(model, images, i, 0.2, samples=samples, seed=seed) for i in range(len(images))),
+        strict=True,
+    )
+    return smoothing.SmoothingCertificate(
+        radii=torch.tensor(radii, dtype=torch.float64), abstained=answered.count(False), sigma=0.2, samples=samples
+    )
+
+
 class TestCertificate:
     """Of a threshold on one pixel the smoothed classifier has exactly the distance to the threshold as its radius."""
 
     def test_never_beyond_the_truth_and_close_to_it(self):
         images = ramp(20)
-        found = smoothing.certified(threshold_model(), images, 0.2, n=20, samples=4000)
+        certificate = certify(images, samples=4000)
         truth = (images.pixels[:, 0, 0, 0].double() - 0.5).abs()
-        certain = found.radii >= 0
-        assert (found.radii <= truth).all()
+        certain = certificate.radii >= 0
+        assert (certificate.radii <= truth).all()
         limit = 0.2 * norm.ppf(0.001 ** (1 / 4000))
-        assert (found.radii[certain] >= 0.85 * truth[certain].clamp_max(limit) - 0.02).all()
-        assert found.abstained == int((found.radii < 0).sum())
-        assert found.at(0.1).accuracy == pytest.approx(float((found.radii >= 0.1).double().mean()))
+        assert (certificate.radii[certain] >= 0.85 * truth[certain].clamp_max(limit) - 0.02).all()
+        assert certificate.abstained == int((certificate.radii < 0).sum())
+        assert certificate.at(0.1).accuracy == pytest.approx(float((certificate.radii >= 0.1).double().mean()))
 
     def test_bound_is_clopper_and_pearsons(self):
         for hits, n in ((90, 100), (100, 100), (51, 100)):
@@ -191,13 +203,13 @@ class TestCertificate:
     def test_wrong_classes_are_not_certified(self):
         images = ramp(20)
         wrong = Images(images.pixels, 1 - images.labels)
-        found = smoothing.certified(threshold_model(), wrong, 0.2, n=20, samples=500)
+        found = certify(wrong, samples=500)
         assert (found.radii < 0).all()
 
     def test_depends_on_the_seed_alone(self):
-        one, two = (smoothing.certified(threshold_model(), ramp(10), 0.2, n=10, samples=200).radii for _ in range(2))
+        one, two = (certify(ramp(10), samples=200).radii for _ in range(2))
         assert torch.equal(one, two)
-        other = smoothing.certified(threshold_model(), ramp(10), 0.2, n=10, samples=200, seed=1).radii
+        other = certify(ramp(10), samples=200, seed=1).radii
         assert not torch.equal(one, other)
 
     @pytest.mark.parametrize(
@@ -211,4 +223,4 @@ class TestCertificate:
     )
     def test_refused(self, threat, sigma, samples, message):
         with pytest.raises(ValueError, match=message):
-            smoothing.check(threat, sigma, samples)
+            smoothing.check_settings(threat, sigma, samples)

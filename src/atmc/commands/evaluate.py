@@ -14,15 +14,16 @@ from torch import nn
 from atmc import models
 from atmc.commands.checkpoints import load_weights
 from atmc.commands.partial_results import Measured, Parts, measured_certificate, measured_curves
-from atmc.core.arguments import as_device
+from atmc.core.arguments import parse_device
 from atmc.core.files import write_beside
 from atmc.core.version import __version__
 from atmc.data import Data, Images, load_data
 from atmc.evaluation import adversarial_file, resume, smoothing
-from atmc.evaluation.accuracy import Attacked
-from atmc.evaluation.evaluate import Options, Report, evaluation
+from atmc.evaluation.accuracy import BatchAttacked
+from atmc.evaluation.evaluate import EvaluationOptions, Report, run_evaluation
 from atmc.evaluation.suspect import Check
 from atmc.pack import artifact
+from atmc.pack.artifact import LoadedModel
 from atmc.report.gallery import chosen, gallery
 from atmc.robust.threats import Threat
 
@@ -37,7 +38,7 @@ class Request:
     file: Path
     data: str
     threat: Threat
-    options: Options = field(default_factory=Options)
+    options: EvaluationOptions = field(default_factory=EvaluationOptions)
     model: str | None = None
     image_column: str | None = None
     label_column: str | None = None
@@ -75,32 +76,35 @@ class Assessed:
     figures: dict[str, Any]
 
 
-def assess(request: Request) -> Iterator[Attacked | Check | Measured | Report | Assessed]:
+def assess(request: Request) -> Iterator[BatchAttacked | Check | Measured | Report | Assessed]:
     """Carry a request out; yields what happens, and at last `Assessed`.
 
     Raises:
         ValueError: something asked for makes no sense; nothing was attacked or written.
     """
     _check_outputs(request)
-    as_device(request.device)
+    parse_device(request.device)
     if request.file.suffix in WEIGHTS and not request.model:
         raise ValueError(f"{request.file} holds weights only: name their model with --model")
     if request.curves is not None and request.curves < 1:
         raise ValueError(f"expected at least 1 image for the curves, got {request.curves}")
     if request.certify is not None:
-        smoothing.check(request.threat, request.certify, request.certify_samples)
+        smoothing.check_settings(request.threat, request.certify, request.certify_samples)
     stored = adversarial_file.read(request.replay) if request.replay else None
-    model = open_model(request.file, request.model) if request.file.suffix not in WEIGHTS else None
+    loaded = open_model(request.file, request.model) if request.file.suffix not in WEIGHTS else None
     data = load_data(request.data, image_column=request.image_column, label_column=request.label_column)
-    model = (model or open_model(request.file, request.model, data)).to(request.device)
-    check_size(request.file, data)
+    loaded = loaded or open_model(request.file, request.model, data)
+    model = loaded.model.to(request.device)
+    check_size(loaded, data)
     if stored is not None and stored.adv.shape[1:] != data.test.pixels.shape[1:]:
         shapes = f"{tuple(stored.adv.shape[1:])}, the data {tuple(data.test.pixels.shape[1:])}"
         raise ValueError(f"{request.replay} holds images of shape {shapes}")
-    source = open_model(request.transfer_from, request.model, data) if request.transfer_from else None
-    other = open_model(request.against, request.model, data).to(request.device) if request.against else None
+    source = open_model(request.transfer_from, request.model, data).model if request.transfer_from else None
+    other = None
     if request.against:
-        check_size(request.against, data)
+        loaded_other = open_model(request.against, request.model, data)
+        other = loaded_other.model.to(request.device)
+        check_size(loaded_other, data)
     for path in () if request.resume else request.existing_states().values():
         path.unlink()
     parts = _parts(request, model, data.test)
@@ -109,7 +113,7 @@ def assess(request: Request) -> Iterator[Attacked | Check | Measured | Report | 
     figures: dict[str, Any] = {"model": str(request.file), "data": request.data, "threat": str(request.threat)}
     figures["seed"] = options.seed
     report = None
-    for event in evaluation(model, data.test, request.threat, options, source=source and source.to(request.device)):
+    for event in run_evaluation(model, data.test, request.threat, options, source=source and source.to(request.device)):
         yield event
         report = event if isinstance(event, Report) else None
     assert report is not None
@@ -130,7 +134,7 @@ def _parts(request: Request, model: nn.Module, test: Images) -> Parts:
     if not (request.json_path and request.uses(PARTS)):
         return Parts(None, "")
     about = {"threat": str(request.threat), "seed": request.options.seed, "atmc": __version__}
-    return Parts(request.state_path(PARTS), resume.fingerprint(model, test, len(test), **about))
+    return Parts(request.state_path(PARTS), resume.compute_fingerprint(model, test, len(test), **about))
 
 
 def _check_outputs(request: Request) -> None:
@@ -151,7 +155,7 @@ def _check_outputs(request: Request) -> None:
             raise ValueError(f"{path} holds part of an evaluation that is not asked for now: ask for it, or remove it")
 
 
-def open_model(path: Path, model: str | None, data: Data | None = None) -> nn.Module:
+def open_model(path: Path, model: str | None, data: Data | None = None) -> LoadedModel:
     """The model of an .atmc file, or a zoo model or own class (`model`) with the weights of another checkpoint.
 
     Args:
@@ -161,41 +165,40 @@ def open_model(path: Path, model: str | None, data: Data | None = None) -> nn.Mo
         ValueError: the file is missing, damaged or of another model, or a checkpoint came without a model's name.
     """
     if path.suffix not in WEIGHTS:
-        return artifact.load(path, factory=models.import_factory(model) if model and ":" in model else None)
+        return artifact.open(path, factory=models.import_factory(model) if model and ":" in model else None)
     if model is None:
         raise ValueError(f"{path} holds weights only: name their model with --model")
     assert data is not None
     mean, std = (None, None) if ":" in model else (data.mean, data.std)
     network = models.build(model, data.num_classes, input_shape=data.input_shape, mean=mean, std=std)
     load_weights(network, str(path))
-    return network.eval()
+    return LoadedModel(network.eval(), factors={}, metadata={}, source=str(path))
 
 
-def known_shape(content: artifact.Content) -> tuple[int, int, int]:
-    """(c, h, w) of the images that a model file is for; ValueError where it does not say."""
-    if content.input_shape is None:
-        raise ValueError(f"{content.source} does not say what images its model takes: add --data")
-    return content.input_shape
+def known_shape(loaded: LoadedModel) -> tuple[int, int, int]:
+    """Return (c, h, w) of the images that a model file is for. Raises ValueError if the file does not say it."""
+    shape = loaded.input_shape
+    if shape is None:
+        raise ValueError(f"{loaded.source} does not say what images its model takes: add --data")
+    return shape
 
 
-def check_size(path: Path, data: Data) -> None:
-    """ValueError where a model file says that it takes images of another size, or has another number of classes."""
-    if path.suffix in WEIGHTS:
-        return
-    shape = artifact.read(path).input_shape
+def check_size(loaded: LoadedModel, data: Data) -> None:
+    """Raise ValueError if a model file says that it takes images of another shape than the data have."""
+    shape = loaded.input_shape
     if shape is not None and shape != data.input_shape:
         raise ValueError(
-            f"{path} is for images of shape {shape} and does not take images of shape {data.input_shape}, "
+            f"{loaded.source} is for images of shape {shape} and does not take images of shape {data.input_shape}, "
             f"as {data.name} has them"
         )
 
 
 def _against(
-    request: Request, other: nn.Module, report: Report, data: Data, options: Options, figures: dict[str, Any]
-) -> Iterator[Attacked | Check]:
+    request: Request, other: nn.Module, report: Report, data: Data, options: EvaluationOptions, figures: dict[str, Any]
+) -> Iterator[BatchAttacked | Check]:
     """The other model through the same, and McNemar's test, put into figures."""
     second, second_options = None, replace(options, state=request.state_path(AGAINST), keep=False)
-    for event in evaluation(other, data.test, request.threat, second_options):
+    for event in run_evaluation(other, data.test, request.threat, second_options):
         if isinstance(event, Report):
             second = event
         else:
@@ -218,7 +221,7 @@ def _more(
         found["replay"] = {"file": str(request.replay), **adversarial_file.replay(request.replay, model).to_json()}
     if request.certify is not None:
         n = request.options.number(request.options.attacks[0]) or len(test)
-        found["certified"] = yield from measured_certificate(
+        found["smoothing"] = yield from measured_certificate(
             parts, model, images, request.certify, n, request.certify_samples, seed
         )
     if request.save_examples or request.gallery:

@@ -99,11 +99,11 @@ def measured_certificate(
     radii: list[float] = []
     abstained, n = 0, min(n, len(images))
     for i in range(n):
-        measure = partial(smoothing.radius, model, images, i, sigma, samples=samples, seed=seed)
+        measure = partial(smoothing.certify_radius, model, images, i, sigma, samples=samples, seed=seed)
         radius, answered = parts.part(f"radius {i} at {sigma!r}, {samples} samples", measure)
         radii.append(radius)
         abstained += not answered
         share = sum(radius >= 0 for radius in radii) / len(radii)
         yield Measured("certificate", i + 1, n, f"{share:.1%} certified right")
     parts.save()
-    return smoothing.Certified(torch.tensor(radii, dtype=torch.float64), abstained, sigma, samples).to_json()
+    return smoothing.SmoothingCertificate(torch.tensor(radii, dtype=torch.float64), abstained, sigma, samples).to_json()

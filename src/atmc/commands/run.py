@@ -32,12 +32,12 @@ from atmc.evaluation.evaluate import EvaluationOptions, Report, run_evaluation
 from atmc.pack import artifact
 from atmc.report.report import write_report
 from atmc.training.job import Job, Result
-from atmc.training.runner import EpochEnd, State
+from atmc.training.runner import EpochDone, State
 from atmc.training.settings import Recipe
 
 
 @dataclass(frozen=True)
-class Stage:
+class Message:
     """Another part of a run begins; text for a person. From here on `resume` goes on, where resumable."""
 
     text: str
@@ -52,7 +52,7 @@ class Finished:
 
 
 def run(config: RunConfig, folder: Path, *, resume: bool = False, overwrite: bool = False) -> Iterator[Any]:
-    """Carry a run out; yields `Stage`, `Progress`, `EpochEnd`, the evaluation's events and at last `Finished`.
+    """Carry a run out; yields `Message`, `StepDone`, `EpochDone`, the evaluation's events and at last `Finished`.
 
     Raises:
         ValueError: the configuration, its data, checkpoint or folder are not as they must be; nothing was lost.
@@ -61,7 +61,7 @@ def run(config: RunConfig, folder: Path, *, resume: bool = False, overwrite: boo
     if config.threads:
         torch.set_num_threads(config.threads)
     resuming = check_run_folder(folder, resume=resume, overwrite=overwrite)
-    yield Stage(f"reading {config.data}", resumable=resuming)
+    yield Message(f"reading {config.data}", resumable=resuming)
     data = load_data(
         config.data, image_column=config.image_column, label_column=config.label_column, limit=config.limit
     )
@@ -87,7 +87,7 @@ def run(config: RunConfig, folder: Path, *, resume: bool = False, overwrite: boo
     with lock_run_folder(folder), deterministic(torch.device(config.device)):
         if resuming != check_run_folder(folder, resume=resume, overwrite=overwrite):
             raise FolderInUse(f"{folder} was changed by another run meanwhile")
-        yield Stage(_what_is_used(data, job.recipe))
+        yield Message(_what_is_used(data, job.recipe))
         if not resuming:
             clear_run_folder(folder)
             write_beside(folder / "config.toml", config.to_toml().encode())
@@ -106,14 +106,14 @@ def _train_and_judge(job: Job, config: RunConfig, data: Data, folder: Path) -> I
     state, spent = _read_checkpoint(folder)
     began = time.monotonic() - spent
     for event in job.run(state):
-        if isinstance(event, EpochEnd):
+        if isinstance(event, EpochDone):
             append_line(folder / "log.jsonl", json.dumps(asdict(event.record)))
             _write_checkpoint(folder, event.state, time.monotonic() - began)
         yield event
-    yield Stage("last choices on the validation split")
+    yield Message("last choices on the validation split")
     result = job.result()
     size = result.save(folder / "model.atmc")
-    yield Stage("evaluating the file on the test split")
+    yield Message("evaluating the file on the test split")
     device = torch.device(config.device)
     decoded = artifact.load(folder / "model.atmc", factory=lambda num_classes: fold(build_model(config, data)))
     steps = config.steps if {"pgd", "pgd-strong"} & set(config.attacks) else None

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from atmc.core.numerics import full_float32
 from atmc.data import Images
-from atmc.evaluation.attacks import Custom, Protocol, protocol_of
+from atmc.evaluation.attacks import Custom, Protocol, build_protocol
 from atmc.evaluation.statistics import Accuracy
 from atmc.robust.attacks import attack_mode
 from atmc.robust.threats import Threat
@@ -56,19 +56,19 @@ class Verdicts:
 
 
 @dataclass(frozen=True)
-class Attacked:
-    """A batch was attacked. `right` of `judged` examples still stand: an upper bound until the last stage."""
+class BatchAttacked:
+    """A batch was attacked: `right` of the first `n` examples are still right, an upper bound until the last stage."""
 
     attack: str
     stage: str
     right: int
-    judged: int
+    n: int
     verdicts: Verdicts
 
 
 def clean_accuracy(model: nn.Module, images: Images, *, n: int | None = None, batch_size: int = 500) -> Accuracy:
     """Accuracy on the first n unchanged images, all by default."""
-    count = number_of(images, n)
+    count = count_examples(images, n)
     return Accuracy.of(torch.cat([predictions(model, x) == y for x, y in _chunks(images, count, batch_size)]))
 
 
@@ -114,15 +114,15 @@ def robust_accuracy(
             that make no sense.
     """
     custom = Custom(steps, step_size, restarts, loss)
-    count = number_of(images, n)
-    protocol = protocol_of(model, images, threat, attack, custom=custom, seed=seed)
+    count = count_examples(images, n)
+    protocol = build_protocol(model, images, threat, attack, custom=custom, seed=seed)
     verdicts = Verdicts.fresh(images, count, keep=keep)
-    for _ in attacked(model, images, protocol, verdicts, batch_size=batch_size):
+    for _ in run_protocol(model, images, protocol, verdicts, batch_size=batch_size):
         pass
-    return judged(protocol, verdicts)
+    return summarize(protocol, verdicts)
 
 
-def number_of(images: Images, n: int | None) -> int:
+def count_examples(images: Images, n: int | None) -> int:
     """How many of the images n asks for: all where it is None, and at most all."""
     if n is not None and n < 1:
         raise ValueError(f"expected n >= 1 examples, got {n}")
@@ -131,7 +131,7 @@ def number_of(images: Images, n: int | None) -> int:
     return min(n or len(images), len(images))
 
 
-def attacked(
+def run_protocol(
     model: nn.Module,
     images: Images,
     protocol: Protocol,
@@ -139,7 +139,7 @@ def attacked(
     *,
     batch_size: int = 500,
     until: float | None = None,
-) -> Iterator[Attacked]:
+) -> Iterator[BatchAttacked]:
     """Attack the examples of `verdicts`, from where it stands, in place; yields after every batch.
 
     Args:
@@ -158,7 +158,7 @@ def attacked(
 
 def _block(
     model: nn.Module, images: Images, protocol: Protocol, verdicts: Verdicts, end: int, batch_size: int
-) -> Iterator[Attacked]:
+) -> Iterator[BatchAttacked]:
     whole = torch.arange(verdicts.start, end)
     if verdicts.stage < 0:
         for part in torch.split(whole, batch_size):
@@ -171,7 +171,7 @@ def _block(
             part = verdicts.queue[verdicts.done : verdicts.done + batch_size]
             _attack_batch(model, images, protocol, verdicts, part)
             verdicts.done += len(part)
-            yield Attacked(protocol.attack, stage.name, int(verdicts.right[:end].sum()), end, verdicts)
+            yield BatchAttacked(protocol.attack, stage.name, int(verdicts.right[:end].sum()), end, verdicts)
         verdicts.stage, verdicts.done, verdicts.queue = verdicts.stage + 1, 0, whole[verdicts.right[whole]]
 
 
@@ -199,7 +199,7 @@ def _attack_batch(model: nn.Module, images: Images, protocol: Protocol, verdicts
         verdicts.adv[gone] = adv.cpu()[fooled]
 
 
-def judged(protocol: Protocol, verdicts: Verdicts) -> Accuracy:
+def summarize(protocol: Protocol, verdicts: Verdicts) -> Accuracy:
     """The figure of the examples that are judged, which is all of them unless the time was over."""
     n = verdicts.start
     found = dict(protocol.settings)

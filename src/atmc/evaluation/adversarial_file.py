@@ -28,7 +28,7 @@ Engine = Callable[[np.ndarray], np.ndarray]
 
 
 @dataclass(frozen=True, eq=False)
-class Examples:
+class AdversarialExamples:
     """Adversarial images of one model, as in the file."""
 
     adv: Tensor
@@ -59,7 +59,7 @@ class Replay:
         return figures | {"accuracy_of_the_attacked_model": round(self.attacked, 6)}
 
 
-def collect(model: nn.Module, labels: Tensor, attacks: dict[str, Accuracy], /, **about: Any) -> Examples:
+def collect(model: nn.Module, labels: Tensor, attacks: dict[str, Accuracy], /, **about: Any) -> AdversarialExamples:
     """The worst case of several attacks, each evaluated with `keep`: what the first successful one found.
 
     Args:
@@ -80,10 +80,10 @@ def collect(model: nn.Module, labels: Tensor, attacks: dict[str, Accuracy], /, *
     assert adv is not None
     device = next((p.device for p in model.parameters()), torch.device("cpu"))
     seen = [predictions(model, part.to(device)).cpu() for part in torch.split(adv, 500)]
-    return Examples(adv, labels[:n].cpu(), fooled, torch.cat(seen), {"attacks": list(attacks), **about})
+    return AdversarialExamples(adv, labels[:n].cpu(), fooled, torch.cat(seen), {"attacks": list(attacks), **about})
 
 
-def read(path: str | os.PathLike[str]) -> Examples:
+def read(path: str | os.PathLike[str]) -> AdversarialExamples:
     """The examples of a file.
 
     Raises:
@@ -100,7 +100,7 @@ def read(path: str | os.PathLike[str]) -> Examples:
     n = len(arrays["labels"])
     if arrays["adv"].dim() != 4 or any(len(array) != n for array in arrays.values()):
         raise ValueError(f"{path} holds no saved adversarial examples: expected (n, c, h, w) images and n of the rest")
-    return Examples(**arrays, about=about)
+    return AdversarialExamples(**arrays, about=about)
 
 
 def replay(path: str | os.PathLike[str], engine: nn.Module | Engine, *, batch_size: int = 500) -> Replay:

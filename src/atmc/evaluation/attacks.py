@@ -102,7 +102,7 @@ def _near(name: str, known: Iterable[str]) -> str:
     return f"; did you mean {near[0]!r}?" if near else ""
 
 
-def protocol_of(
+def build_protocol(
     model: nn.Module, images: Images, threat: Threat, attack: str, *, custom: Custom | None = None, seed: int = 0
 ) -> Protocol:
     """The stages that a name stands for, and the settings that metrics.json shows.

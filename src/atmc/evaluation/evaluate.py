@@ -15,11 +15,11 @@ from torch import Tensor, nn
 
 from atmc import models
 from atmc.compress.factorize import use_channels_last
-from atmc.core.arguments import expect_module
+from atmc.core.arguments import check_module
 from atmc.data import Images, as_images, mixed_order
 from atmc.evaluation import resume
-from atmc.evaluation.accuracy import Attacked, Verdicts, attacked, clean_accuracy, judged, number_of
-from atmc.evaluation.attacks import Custom, check_attacks, check_norm, protocol_of
+from atmc.evaluation.accuracy import BatchAttacked, Verdicts, clean_accuracy, count_examples, run_protocol, summarize
+from atmc.evaluation.attacks import Custom, build_protocol, check_attacks, check_norm
 from atmc.evaluation.checks import looks_like_probabilities, run_checks
 from atmc.evaluation.statistics import Accuracy, Comparison, compare, per_class, worst_case
 from atmc.evaluation.suspect import Check, suspect
@@ -93,7 +93,7 @@ class Report:
 
 
 @dataclass(frozen=True)
-class Options:
+class EvaluationOptions:
     """How an evaluation is done; see `evaluate`."""
 
     attacks: tuple[str, ...] = ("pgd",)
@@ -166,7 +166,7 @@ def evaluate(
         ValueError: unknown attack, one that does not exist for the norm, a threat too large for the images, or a model
             that does not fit them.
     """
-    options = Options(
+    options = EvaluationOptions(
         (attack,) if isinstance(attack, str) else tuple(attack),
         n,
         Custom(steps, step_size, restarts, loss),
@@ -177,7 +177,7 @@ def evaluate(
         keep,
         Path(state) if state is not None else None,
     )
-    *_, report = evaluation(model, test, threat, options, source=transfer_from)
+    *_, report = run_evaluation(model, test, threat, options, source=transfer_from)
     assert isinstance(report, Report)
     if options.state:
         options.state.unlink(missing_ok=True)
@@ -187,25 +187,25 @@ def evaluate(
     return report
 
 
-def evaluation(
-    model: nn.Module, test: Any, threat: Threat | str, options: Options, *, source: nn.Module | None = None
-) -> Iterator[Attacked | Check | Report]:
+def run_evaluation(
+    model: nn.Module, test: Any, threat: Threat | str, options: EvaluationOptions, *, source: nn.Module | None = None
+) -> Iterator[BatchAttacked | Check | Report]:
     """`evaluate`, step by step: yields every attacked batch, every check, and at last the report.
 
     A state file, where one is kept, stays; the caller removes it.
     """
-    expect_module(model)
+    check_module(model)
     threat = as_threat(threat)
     images = mixed_order(as_images(test))
     check_threat(threat, images.pixels[0].numel())
     for name in options.attacks:
         check_norm(name, threat)
-        number_of(images, options.number(name))
+        count_examples(images, options.number(name))
     classes = check_model(model, images, None, probabilities=options.checks)
-    model, images = prepared(model, images)
+    model, images = prepare(model, images)
     if source is not None:
         check_model(source, images, classes)
-        source, _ = prepared(source, images)
+        source, _ = prepare(source, images)
     attacks: dict[str, Accuracy] = {}
     spent: dict[str, float] = {}
     clean = clean_accuracy(model, images, batch_size=options.batch_size)
@@ -225,37 +225,37 @@ def _attack_all(
     model: nn.Module,
     images: Images,
     threat: Threat,
-    options: Options,
+    options: EvaluationOptions,
     attacks: dict[str, Accuracy],
     spent: dict[str, float],
-) -> Iterator[Attacked]:
+) -> Iterator[BatchAttacked]:
     """Every attack in turn, its figure put into `attacks`; the state is saved now and then."""
-    stored = resume.read(options.state) if options.state and options.state.exists() else {}
+    stored = resume.read_state(options.state) if options.state and options.state.exists() else {}
     began = saved = time.monotonic()
     for position, name in enumerate(options.attacks):
-        count = number_of(images, options.number(name))
-        protocol = protocol_of(model, images, threat, name, custom=options.custom, seed=options.seed)
+        count = count_examples(images, options.number(name))
+        protocol = build_protocol(model, images, threat, name, custom=options.custom, seed=options.seed)
         asked = {**protocol.settings, "threat": str(threat), "attack": name, "batch_size": options.batch_size}
         asked |= {"keep": options.keep, "timed": options.seconds is not None}
-        mark = resume.fingerprint(model, images, count, **asked) if options.state else ""
+        mark = resume.compute_fingerprint(model, images, count, **asked) if options.state else ""
         if name in stored and stored[name][0] != mark:
             raise ValueError(f"{options.state} is of another evaluation: remove it, or ask for the same as then")
         stored.setdefault(name, (mark, Verdicts.fresh(images, count, keep=options.keep)))
         verdicts, start, until = stored[name][1], time.monotonic(), None
         if options.seconds is not None:  # what is left of the time, shared by the attacks that are left
             until = start + max(0.0, began + options.seconds - start) / (len(options.attacks) - position)
-        for event in attacked(model, images, protocol, verdicts, batch_size=options.batch_size, until=until):
+        for event in run_protocol(model, images, protocol, verdicts, batch_size=options.batch_size, until=until):
             if options.state and time.monotonic() - saved > SAVE_EVERY:
-                resume.write(options.state, stored)
+                resume.write_state(options.state, stored)
                 saved = time.monotonic()
             yield event
-        attacks[name] = judged(protocol, verdicts)
+        attacks[name] = summarize(protocol, verdicts)
         spent[name] = round(time.monotonic() - start, 2)
         if options.state:
-            resume.write(options.state, stored)
+            resume.write_state(options.state, stored)
 
 
-def prepared(model: nn.Module, images: Images) -> tuple[nn.Module, Images]:
+def prepare(model: nn.Module, images: Images) -> tuple[nn.Module, Images]:
     """A copy of the model in float32 and in the layout it runs fastest in, and the images on its device."""
     device = next((parameter.device for parameter in model.parameters()), torch.device("cpu"))
     images = images.to(device)

@@ -29,7 +29,7 @@ TENSORS = ("right", "fooled_by", "l2", "linf", "distance", "queue", "adv")
 NUMBERS = ("start", "stage", "done", "refused")
 
 
-def fingerprint(model: nn.Module, images: Images, n: int, **settings: Any) -> str:
+def compute_fingerprint(model: nn.Module, images: Images, n: int, **settings: Any) -> str:
     """SHA-256 of the model's values, the first n images with labels, and settings that JSON can hold."""
     digest = hashlib.sha256(json.dumps(settings, sort_keys=True).encode())
     for name, value in model.state_dict().items():
@@ -44,7 +44,7 @@ def _bytes(values: Tensor) -> bytes:
     return values.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes()
 
 
-def write(path: Path, standing: Mapping[str, tuple[str, Verdicts]]) -> None:
+def write_state(path: Path, standing: Mapping[str, tuple[str, Verdicts]]) -> None:
     """Save attack -> (fingerprint, verdicts)."""
     arrays: dict[str, Any] = {"attacks": np.array(list(standing)), "marks": np.array([m for m, _ in standing.values()])}
     for position, (_, verdicts) in enumerate(standing.values()):
@@ -58,8 +58,8 @@ def write(path: Path, standing: Mapping[str, tuple[str, Verdicts]]) -> None:
     write_beside(path, buffer.getvalue())
 
 
-def read(path: Path) -> dict[str, tuple[str, Verdicts]]:
-    """What `write` saved.
+def read_state(path: Path) -> dict[str, tuple[str, Verdicts]]:
+    """What `write_state` saved.
 
     Raises:
         ValueError: the file is no such state.

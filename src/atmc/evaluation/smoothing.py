@@ -28,7 +28,7 @@ FAILURE, SELECTION = 0.001, 100  # probability of a wrong radius, an image; samp
 
 
 @dataclass(frozen=True)
-class Certified:
+class SmoothingCertificate:
     """Certified radii of n images: -1 where the smoothed classifier abstains or is wrong.
 
     Args:
@@ -54,7 +54,7 @@ class Certified:
         return about | {"n": len(self.radii), "abstained": self.abstained, "curve": curve}
 
 
-def check(threat: Threat, sigma: float, samples: int) -> None:
+def check_settings(threat: Threat, sigma: float, samples: int) -> None:
     """ValueError where a certificate makes no sense."""
     if not isinstance(threat, L2):
         raise ValueError(f"randomized smoothing certifies l2 only, the threat is {threat}")
@@ -73,23 +73,8 @@ def lower_bound(successes: int, n: int, failure: float = FAILURE) -> float:
     return float(beta.ppf(failure, successes, n - successes + 1)) if successes else 0.0
 
 
-def certified(
-    model: nn.Module, images: Images, sigma: float, *, n: int, samples: int = 10_000, seed: int = 0
-) -> Certified:
-    """The smoothed classifier's radii on the first n images (Cohen et al. 2019, algorithm "Certify").
-
-    Args:
-        model: on the images' device.
-        sigma: of the noise, pixel units.
-        samples: noisy copies of an image that bound the probability, besides 100 that choose the class.
-    """
-    found = [radius(model, images, i, sigma, samples=samples, seed=seed) for i in range(min(n, len(images)))]
-    radii = torch.tensor([each for each, _ in found], dtype=torch.float64)
-    return Certified(radii, sum(not answered for _, answered in found), sigma, samples)
-
-
 @full_float32()
-def radius(
+def certify_radius(
     model: nn.Module, images: Images, i: int, sigma: float, *, samples: int = 10_000, seed: int = 0
 ) -> tuple[float, bool]:
     """The certified radius of image i, -1 where the smoothed classifier abstains or is wrong; whether it answered."""
