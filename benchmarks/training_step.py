@@ -29,13 +29,13 @@ from atmc.compress.constraints import Codebook, NonzeroBudget
 from atmc.compress.factorize import compressible, factorize
 from atmc.data import Images
 from atmc.robust.objectives import TrainingAttack, pgd_at
-from atmc.training.loop import Loop, Progress, assign, cosine, fit
+from atmc.training.loop import Loop, StepDone, assign, cosine, fit
 from atmc.training.settings import default_recipe
 
 STEPS = 10  # one refresh of ADMM each
 
 
-def steps(kind: str, name: str, batch: int, attack_steps: int, bf16: bool) -> Iterator[Progress]:
+def steps(kind: str, name: str, batch: int, attack_steps: int, bf16: bool) -> Iterator[StepDone]:
     """An endless run of training steps of one kind on random images."""
     model = models.build(name, 10, seed=0).to(memory_format=torch.channels_last)  # type: ignore[call-overload]
     constraint, admm = None, None
@@ -71,7 +71,7 @@ def steps(kind: str, name: str, batch: int, attack_steps: int, bf16: bool) -> It
     )
 
 
-def timed(run: Iterator[Progress]) -> float:
+def timed(run: Iterator[StepDone]) -> float:
     """Seconds a step, over one block."""
     began = time.perf_counter()
     for _ in range(STEPS):

@@ -18,8 +18,8 @@ from torch import Tensor, nn
 
 import atmc
 from atmc.data import load_data
-from atmc.training.loop import Progress
-from atmc.training.runner import EpochEnd
+from atmc.training.loop import StepDone
+from atmc.training.runner import EpochDone
 
 
 class VisionTransformer(nn.Module):
@@ -48,9 +48,9 @@ def vision_transformer(num_classes: int) -> nn.Module:
     return VisionTransformer(num_classes)
 
 
-def show(event: Progress | EpochEnd) -> None:
+def show(event: StepDone | EpochDone) -> None:
     """One line an epoch."""
-    if isinstance(event, EpochEnd):
+    if isinstance(event, EpochDone):
         record = event.record
         print(
             f"{record.phase:>5} {record.epoch:>2}  clean {record.clean:.1%}  robust {record.robust:.1%}"

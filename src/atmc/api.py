@@ -8,16 +8,16 @@ from typing import Any
 import torch
 from torch import nn
 
-from atmc.compress.budget import Budget, expect_budget
-from atmc.core.arguments import as_device, expect_module
+from atmc.compress.budget import Budget, check_budget
+from atmc.core.arguments import check_module, parse_device
 from atmc.core.numerics import deterministic
 from atmc.data import as_images
 from atmc.evaluation.evaluate import evaluate
 from atmc.pack.artifact import load, save
 from atmc.robust.threats import Threat, as_threat
 from atmc.training.job import Job, Result
-from atmc.training.loop import Progress
-from atmc.training.runner import EpochEnd
+from atmc.training.loop import StepDone
+from atmc.training.runner import EpochDone
 from atmc.training.settings import Recipe, default_recipe
 
 __all__ = ["compress", "evaluate", "load", "save"]
@@ -33,7 +33,7 @@ def compress(
     method: str = "atmc",
     recipe: Recipe | None = None,
     device: str | torch.device = "cpu",
-    on_event: Callable[[Progress | EpochEnd], None] | None = None,
+    on_event: Callable[[StepDone | EpochDone], None] | None = None,
     **settings: Any,
 ) -> Result:
     """The most robust model of this architecture that fits the budget.
@@ -61,9 +61,9 @@ def compress(
     """
     if recipe is not None and settings:
         raise ValueError(f"expected a recipe or settings, got both: {', '.join(settings)}")
-    place = as_device(device)
-    expect_module(model)
-    expect_budget(budget)
+    place = parse_device(device)
+    check_module(model)
+    check_budget(budget)
     job = Job(
         model,
         as_images(train),

@@ -7,13 +7,13 @@ import pytest
 from rich.console import Console
 
 from atmc.cli.display import HEADING, Display, inspection_table
-from atmc.commands.run import Stage
+from atmc.commands.run import Message
 from atmc.compress.admm import Admm
 from atmc.compress.constraints import Codebook
 from atmc.pack import artifact
 from atmc.pack.inspect import inspection
-from atmc.training.loop import Progress
-from atmc.training.runner import EpochEnd, Record, State
+from atmc.training.loop import StepDone
+from atmc.training.runner import EpochDone, Record, State
 
 
 def record(**changes) -> Record:
@@ -41,22 +41,22 @@ def shown(*events: object, terminal: bool, width: int = 120) -> str:
 
 
 def test_a_line_an_epoch_holds_every_figure():
-    lines = shown(Stage("reading digits"), EpochEnd(record(), State()), terminal=False).splitlines()
+    lines = shown(Message("reading digits"), EpochDone(record(), State()), terminal=False).splitlines()
     assert lines[:2] == ["reading digits", HEADING]
     assert lines[2].split() == ["admm", "3", "0.5000", "90.00%", "60.00%", "1,234", "0.25", "/", "0.12", "2.0", "s"]
-    start = shown(EpochEnd(record(epoch=0, loss=None, primal=None, dual=None), State()), terminal=False)
+    start = shown(EpochDone(record(epoch=0, loss=None, primal=None, dual=None), State()), terminal=False)
     assert start.splitlines()[1].split() == ["admm", "0", "-", "90.00%", "60.00%", "1,234", "-", "2.0", "s"]
 
 
 def test_each_phase_has_its_heading():
-    events = [EpochEnd(record(phase=phase), State()) for phase in ("dense", "dense", "l0", "l0", "l0", "admm")]
+    events = [EpochDone(record(phase=phase), State()) for phase in ("dense", "dense", "l0", "l0", "l0", "admm")]
     words = [line.split()[0] for line in shown(*events, terminal=False).splitlines()]
     assert words == ["phase", "dense", "dense", "phase", "l0", "l0", "l0", "phase", "admm"]
 
 
 def test_the_live_line_tells_phase_loss_accuracy_and_time_left():
-    progress = Progress(2, 8, 5, 5, 0.75, 1.0, None, phase="l0", share=0.4)
-    text = shown(EpochEnd(record(), State()), progress, terminal=True)
+    progress = StepDone(2, 8, 5, 5, 0.75, 1.0, None, phase="l0", share=0.4)
+    text = shown(EpochDone(record(), State()), progress, terminal=True)
     for part in ("l0 2/8", "loss 0.7500", "clean 90.0%", "robust 60.0%", ":"):
         assert part in text
     assert "l0 2/8" not in shown(progress, terminal=False)
@@ -76,11 +76,11 @@ LARGE = {"loss": 123.45678, "clean": 1.0, "robust": 1.0, "nonzeros": 21_265_088,
 def test_nothing_wraps_or_is_cut(width, epochs, figures):
     """Wide figures in a terminal of 80 columns."""
     admm = Admm(Codebook(8), primal=0.000123456, dual=0.0000456789)
-    progress = Progress(*map(int, epochs.split("/")), 5, 5, 2.345678, 1.0, admm, phase="admm", share=0.4)
+    progress = StepDone(*map(int, epochs.split("/")), 5, 5, 2.345678, 1.0, admm, phase="admm", share=0.4)
     events = [
-        Stage("training on 45,000 images, validating on 4,000 of 5,000, under attack on 1,000"),
-        EpochEnd(record(epoch=200, primal=0.000123456, dual=0.0000456789, **LARGE), State()),
-        EpochEnd(record(clean=0.975, robust=0.85), State()),
+        Message("training on 45,000 images, validating on 4,000 of 5,000, under attack on 1,000"),
+        EpochDone(record(epoch=200, primal=0.000123456, dual=0.0000456789, **LARGE), State()),
+        EpochDone(record(clean=0.975, robust=0.85), State()),
         progress,
     ]
     text = re.sub(r"\x1b\[[0-9;?]*[A-Za-z]", "", shown(*events, terminal=True, width=width))
@@ -93,8 +93,8 @@ def test_nothing_wraps_or_is_cut(width, epochs, figures):
 
 
 def test_a_stage_takes_the_phase_off_the_live_line():
-    progress = Progress(2, 2, 5, 5, 0.75, 1.0, None, phase="tune", share=1.0)
-    text = shown(progress, Stage("evaluating the file on the test split"), terminal=True)
+    progress = StepDone(2, 2, 5, 5, 0.75, 1.0, None, phase="tune", share=1.0)
+    text = shown(progress, Message("evaluating the file on the test split"), terminal=True)
     assert "tune 2/2" not in text[text.index("evaluating") :]
 
 

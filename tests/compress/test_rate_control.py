@@ -19,7 +19,7 @@ from atmc.compress.factorize import compressible, fold
 from atmc.compress.rate_control import Allocation, BudgetTooSmall, RateControl
 from atmc.data import Images
 from atmc.training.job import Job
-from atmc.training.runner import EpochEnd, State
+from atmc.training.runner import EpochDone, State
 from atmc.training.settings import default_recipe
 
 
@@ -257,7 +257,7 @@ def test_from_python_in_one_call(few):
 
 def test_resumed_anywhere_the_file_is_the_same(few):
     whole = job(few, 700)
-    ends = [copy.deepcopy(event.state) for event in whole.run() if isinstance(event, EpochEnd)]
+    ends = [copy.deepcopy(event.state) for event in whole.run() if isinstance(event, EpochDone)]
     data = whole.result().data
     assert len(ends) == 5  # of four epochs, and the start of the last phase
     for end in ends[1:-1]:

@@ -9,8 +9,8 @@ from atmc.compress.factorize import compressible, factorize
 from atmc.models import build
 from atmc.models.batch_norm import to_affine
 from atmc.pack import artifact
-from atmc.training.dead_weights import drop_idle
-from atmc.training.finalize import smallest_model, to_final
+from atmc.training.dead_weights import zero_dead_weights
+from atmc.training.finalize import finalize_copy, smallest_model
 from atmc.training.loop import assign
 
 
@@ -33,22 +33,22 @@ def test_only_what_has_no_effect_is_dropped():
     model, x = network(), torch.rand(64, 1, 2, 2)
     before, weight, bias = model(x), model[1].weight.detach().clone(), model[1].bias.detach().clone()
     reading = model[3].weight.detach().clone()
-    assert drop_idle(model, x) == 4 + 1 + 1  # weights and bias of unit 0, the bias of unit 1
+    assert zero_dead_weights(model, x) == 4 + 1 + 1  # weights and bias of unit 0, the bias of unit 1
     assert torch.allclose(model(x), before, atol=1e-6)
     assert not model[1].weight[0].any()
     assert torch.equal(model[1].weight[1:], weight[1:])
     assert model[1].bias[:2].tolist() == [0.0, 0.0]
     assert torch.equal(model[1].bias[2:], bias[2:])
-    assert drop_idle(model, x) == 3  # and now what reads unit 1, which has nothing any more
+    assert zero_dead_weights(model, x) == 3  # and now what reads unit 1, which has nothing any more
     assert torch.equal(model[3].weight[:, 2:], reading[:, 2:])
-    assert drop_idle(model, x) == 0
+    assert zero_dead_weights(model, x) == 0
 
 
 def test_a_unit_that_sleeps_on_these_images_alone_is_kept():
     model, x = network(), torch.rand(64, 1, 2, 2)
     with torch.no_grad():
         model[1].bias[4] = -100.0
-    drop_idle(model, x)
+    zero_dead_weights(model, x)
     assert model[1].bias[4] == -100.0
     assert model[1].weight[4].all()
 
@@ -60,7 +60,7 @@ def test_a_dense_network_is_read_everywhere(name):
     with torch.no_grad():
         for vector in (p for p in model.parameters() if p.dim() == 1):
             vector.add_(0.1)
-    assert drop_idle(model, torch.rand(shape)) == 0
+    assert zero_dead_weights(model, torch.rand(shape)) == 0
 
 
 def test_a_pruned_network_computes_the_same_without_what_nobody_reads():
@@ -71,7 +71,7 @@ def test_a_pruned_network_computes_the_same_without_what_nobody_reads():
     assign(tensors, {**{n: torch.zeros_like(t) for n, t in tensors.items()}, **NonzeroBudget(800).project(values)})
     x = torch.rand(100, 1, 28, 28)
     before = model.eval()(x)
-    assert drop_idle(model, x[:10]) > 50
+    assert zero_dead_weights(model, x[:10]) > 50
     assert torch.allclose(model(x), before, atol=1e-5 * float(before.detach().abs().max()))
 
 
@@ -80,14 +80,14 @@ def test_a_model_that_reads_nothing_keeps_its_weights():
     with torch.no_grad():
         model[3].weight.zero_()
     weight = model[1].weight.detach().clone()
-    drop_idle(model, torch.rand(8, 1, 2, 2))
+    zero_dead_weights(model, torch.rand(8, 1, 2, 2))
     assert torch.equal(model[1].weight, weight)
 
 
 def test_measuring_leaves_the_model_alone():
     model = build("resnet18", 10, seed=0).train()
     before = {name: value.clone() for name, value in model.state_dict().items()}
-    final = to_final(model, torch.rand(4, 3, 32, 32))
+    final = finalize_copy(model, torch.rand(4, 3, 32, 32))
     assert model.training
     assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
     assert all(torch.equal(p, p.half().float()) for p in final.parameters())

@@ -19,9 +19,9 @@ from atmc.robust.objectives import OBJECTIVES, TrainingAttack, mixed
 from atmc.training import settings
 from atmc.training.batch_norm import reestimate_batch_norm
 from atmc.training.job import Job
-from atmc.training.loop import Loop, Progress, TrainingDiverged, cosine
-from atmc.training.methods import METHODS, Plan, floor_of, phases_of
-from atmc.training.runner import EpochEnd, State
+from atmc.training.loop import Loop, StepDone, TrainingDiverged, cosine
+from atmc.training.methods import METHODS, Plan, build_phases, smallest_budget
+from atmc.training.runner import EpochDone, State
 from atmc.training.settings import default_recipe
 
 EPOCHS = {"dense": 1, "l0": 1, "admm": 1, "tune": 1}
@@ -66,7 +66,7 @@ def test_method_end_to_end(few, method, bits):
     lenet = models.build("lenet", 10, seed=0)
     work = job(few, method=method, bits=bits, model=lenet, batch_size=128, attack_steps=1)
     events = list(work.run())
-    records = [event.record for event in events if isinstance(event, EpochEnd)]
+    records = [event.record for event in events if isinstance(event, EpochDone)]
     tensors = compressible(work.runner.model)
     if method != "da":
         for record in records:
@@ -100,7 +100,7 @@ def test_the_budget_is_reached_gradually_and_held(few):
     tensors = compressible(work.runner.model)
     counts = []
     for event in work.run():
-        if isinstance(event, Progress):
+        if isinstance(event, StepDone):
             counts.append(sum(int(tensor.count_nonzero()) for tensor in tensors.values()))
     assert counts == sorted(counts, reverse=True)
     assert counts[0] > 1500
@@ -123,7 +123,7 @@ def test_tuning_moves_only_the_codebook(few):
     work = job(few, epochs={"dense": 1, "l0": 1, "admm": 1, "tune": 2}, bits=2)
     patterns = {}
     for event in work.run():
-        if isinstance(event, EpochEnd) and event.record.phase == "tune":
+        if isinstance(event, EpochDone) and event.record.phase == "tune":
             for name, tensor in compressible(work.runner.model).items():
                 levels = torch.unique(tensor.detach(), return_inverse=True)[1]
                 assert torch.equal(levels, patterns.setdefault(name, levels))
@@ -142,7 +142,7 @@ def test_w_is_built_once_a_step_not_once_a_pass(few, monkeypatch, objective):
     monkeypatch.setattr(Factors, "forward", counted)
     settings = {"epochs": {"dense": 0, "l0": 0, "admm": 2, "tune": 0}, "attack_steps": 3, "interval": 1}
     for event in job(few, objective=objective, ratio=0.3, **settings).run():
-        if isinstance(event, Progress):
+        if isinstance(event, StepDone):
             builds.append((event.step, sorted(built)))
         built.clear()
     weights = sorted([(4, 1, 5, 5), (10, 256)])
@@ -228,7 +228,7 @@ def test_resumed_anywhere_the_file_is_the_same(few, uninterrupted, stop):
     """A checkpoint goes through torch.save, as in a run folder."""
     begun, ends = job(few, **RESUMED), 0
     for event in begun.run():
-        if isinstance(event, EpochEnd):
+        if isinstance(event, EpochDone):
             ends += 1
             if ends == stop:
                 buffer = io.BytesIO()
@@ -415,15 +415,15 @@ def test_validation_uses_the_first_images_and_says_how_many(few, settings, count
 
 
 def test_floors(lenet):
-    assert floor_of("alr", lenet) == 2405
-    assert floor_of("atmc", lenet) == 4
-    assert floor_of("da", lenet) == 1
+    assert smallest_budget("alr", lenet) == 2405
+    assert smallest_budget("atmc", lenet) == 4
+    assert smallest_budget("da", lenet) == 1
 
 
 def test_every_method_has_phases():
     for method in METHODS:
         bits = 4 if method == "al0q" else None
-        assert phases_of(method, Plan(10, 100, bits, default_recipe(tiny())))[0].name == "dense"
+        assert build_phases(method, Plan(10, 100, bits, default_recipe(tiny())))[0].name == "dense"
 
 
 def test_recipe_follows_the_model():
@@ -439,7 +439,7 @@ def test_recipe_follows_the_model():
 def test_rank_budget_counts_what_cannot_be_factored(few):
     torch.manual_seed(0)
     model = nn.Sequential(nn.Conv2d(1, 8, 5, stride=4), nn.Conv2d(8, 8, 3, groups=8), nn.Flatten(), nn.Linear(128, 10))
-    assert floor_of("alr", model) == (8 + 25) + (10 + 128) + 72
+    assert smallest_budget("alr", model) == (8 + 25) + (10 + 128) + 72
     work = job(few, model=model, method="alr", bits=None, ratio=0.4, epochs={"dense": 0, "tune": 0})
     list(work.run())
     assert sum(tensor.numel() for tensor in compressible(work.runner.model).values()) <= work.nonzeros
@@ -500,7 +500,7 @@ class TestALastImageAlone:
 
     def test_joins_the_batch_before_it(self, few):
         work = job(few, model=normed(), **ALONE)
-        steps = [event for event in work.run() if isinstance(event, Progress)]
+        steps = [event for event in work.run() if isinstance(event, StepDone)]
         assert [(event.step, event.steps) for event in steps[:5]] == [(step, 5) for step in range(1, 6)]
         assert len(steps) == 4 * 5
         assert steps[-1].share == 1
@@ -510,7 +510,7 @@ class TestALastImageAlone:
         whole = job(few, model=normed(), **ALONE)
         list(whole.run())
         cut = job(few, model=normed(), **ALONE)
-        state = next(event.state for event in cut.run() if isinstance(event, EpochEnd))
+        state = next(event.state for event in cut.run() if isinstance(event, EpochDone))
         resumed = job(few, model=normed(), **ALONE)
         list(resumed.run(copy.deepcopy(state)))
         assert resumed.result().data == whole.result().data

@@ -29,9 +29,9 @@ from atmc.training.settings import (
     LEARNING_RATES,
     SETTINGS,
     Recipe,
-    by_phase,
     check_setting,
     default_recipe,
+    fill_phases,
 )
 
 MAX_THREADS = 1024  # torch crashes where the system gives it no more
@@ -43,9 +43,9 @@ def _training_field(name: str, hint: Any) -> tuple[Any, Any]:
     typed: Any = str if about["choices"] else hint
     check: Callable[[Any], object] = partial(check_setting, name)
     if name == "epochs":
-        typed, check = dict[str, int] | int, partial(by_phase, defaults=DEFAULT_EPOCHS, what=name)
+        typed, check = dict[str, int] | int, partial(fill_phases, defaults=DEFAULT_EPOCHS, what=name)
     elif name == "learning_rate":
-        typed, check = dict[str, float] | float, partial(by_phase, defaults=LEARNING_RATES["sgd"], what=name)
+        typed, check = dict[str, float] | float, partial(fill_phases, defaults=LEARNING_RATES["sgd"], what=name)
     elif name == "objective_options":
         typed = dict[str, float]
     elif name == "exclude":

@@ -21,7 +21,7 @@ def probe_images(images: Images, n: int = 64) -> Tensor:
     return images.float_pixels(torch.arange(min(n, len(images)), device=images.labels.device))
 
 
-def drop_idle(model: nn.Module, probe: Tensor) -> int:
+def zero_dead_weights(model: nn.Module, probe: Tensor) -> int:
     """Zero every parameter that has no effect on any image; in place. How many they are.
 
     The model is in evaluation mode, its batch norms affine (`pack.norms`). Should its logits on the probe (n, c, h, w)

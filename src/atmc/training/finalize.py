@@ -15,13 +15,12 @@ import torch
 from torch import Tensor, nn
 
 from atmc.compress.budget import Bits, distinct_nonzero, mean_bits, nominal_bits
-from atmc.compress.constraints import NonzeroBudget
 from atmc.compress.factorize import compressible, cut_ranks, fold, sites
-from atmc.compress.rate_control import RateControl
+from atmc.compress.rate_control import Allocation, RateControl
 from atmc.evaluation.statistics import Accuracy
 from atmc.models.batch_norm import to_affine
 from atmc.pack.weight_forms import shorten
-from atmc.training.dead_weights import drop_idle
+from atmc.training.dead_weights import zero_dead_weights
 from atmc.training.loop import assign
 
 Validate = Callable[[nn.Module], tuple[Accuracy, Accuracy]]
@@ -40,7 +39,7 @@ class Size:
 
 
 @dataclass(frozen=True)
-class Decided:
+class FinalChoices:
     """The last choices, with the validation accuracies of the model that they led to.
 
     Args:
@@ -48,7 +47,7 @@ class Decided:
         fp16: floating point values were rounded to float16, codebooks included.
         unrounded: clean and robust validation accuracy before that.
         size: of the model as it was trained, before the file's forms were chosen.
-        idle: values without effect that were set to zero, see `idle.drop_idle`.
+        idle: values without effect that were set to zero, see `idle.zero_dead_weights`.
         pruned: nonzeros that were given up in the end for a budget in bytes.
     """
 
@@ -62,7 +61,7 @@ class Decided:
     pruned: int = 0
 
 
-def final_choices(
+def finalize(
     model: nn.Module,
     *,
     exclude: tuple[str, ...],
@@ -72,7 +71,7 @@ def final_choices(
     reestimate: Callable[[nn.Module], bool],
     rate: RateControl | None,
     probe: Tensor,
-) -> tuple[nn.Module, Decided]:
+) -> tuple[nn.Module, FinalChoices]:
     """The model as it will be written, in place (still factorized where that is shorter), and what was decided.
 
     Batch norm is estimated anew where that raises the validation score; float16 is taken where neither validation
@@ -96,14 +95,14 @@ def final_choices(
     if not all(bool(value.isfinite().all()) for value in rounded.values()):
         if not fits:
             raise RuntimeError("values are too large for float16, and in float32 the file is over its budget")
-        return model, Decided(renewed, False, *exact, exact, size, idle)
+        return model, FinalChoices(renewed, False, *exact, exact, size, idle)
     model.load_state_dict(rounded)
     pruned = _fit_bytes(model, exclude, rate) if rate else 0
     half = validate(fold(model))
     if fits and (half[0].accuracy < exact[0].accuracy or half[1].accuracy < exact[1].accuracy):
         model.load_state_dict(before)
-        return model, Decided(renewed, False, *exact, exact, size, idle)
-    return model, Decided(renewed, True, *half, exact, size, idle, pruned)
+        return model, FinalChoices(renewed, False, *exact, exact, size, idle)
+    return model, FinalChoices(renewed, True, *half, exact, size, idle, pruned)
 
 
 def _counts(tensors: Mapping[str, Tensor], bits: int | None, rate: RateControl | None) -> Size:
@@ -115,8 +114,8 @@ def _counts(tensors: Mapping[str, Tensor], bits: int | None, rate: RateControl |
     return Size(nonzeros, nominal_bits(tensors, held), mean_bits(tensors, held))
 
 
-def to_final(model: nn.Module, probe: Tensor) -> nn.Module:
-    """A copy as `final_choices` would leave it if float16 were taken: what rate control measures; probe: images."""
+def finalize_copy(model: nn.Module, probe: Tensor) -> nn.Module:
+    """A copy as `finalize` would leave it if float16 were taken: what rate control measures; probe: images."""
     final = copy.deepcopy(model).cpu()
     _shortened(final, probe.cpu())
     final.load_state_dict({name: _to_fp16(value) for name, value in final.state_dict().items()})
@@ -126,9 +125,9 @@ def to_final(model: nn.Module, probe: Tensor) -> nn.Module:
 def _shortened(model: nn.Module, probe: Tensor) -> int:
     """Norms affine, each weight in its shortest form, and zeros where nothing reads; how many these are."""
     to_affine(model).eval()
-    idle = drop_idle(model, probe)
+    idle = zero_dead_weights(model, probe)
     shorten(model)
-    return idle + drop_idle(model, probe)  # W's rows may be unread where V's, which other rows share, are not
+    return idle + zero_dead_weights(model, probe)  # W's rows may be unread where V's, which other rows share, are not
 
 
 @torch.no_grad()
@@ -178,7 +177,7 @@ def _fit_bytes(model: nn.Module, exclude: tuple[str, ...], rate: RateControl) ->
     there = sum(int(tensor.count_nonzero()) for tensor in held.values())
 
     def length(k: int) -> int:
-        assign(tensors, NonzeroBudget(k, keep_alive=True).project(held))
+        assign(tensors, Allocation(k).constraint().project(held))
         return rate.measure_exact(model)
 
     kept, _ = rate.largest(length, min(rate.layers, there), there, start=there - 1)

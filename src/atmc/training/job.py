@@ -22,10 +22,10 @@ from atmc.pack import artifact
 from atmc.robust.threats import Threat, check_threat
 from atmc.training.batch_norm import restore_batch_norm
 from atmc.training.dead_weights import probe_images
-from atmc.training.finalize import Decided, smallest_model, to_final
-from atmc.training.loop import Progress
-from atmc.training.methods import CODEBOOK_METHODS, Plan, floor_of, phases_of, recipe_of
-from atmc.training.runner import EpochEnd, Record, Runner, State
+from atmc.training.finalize import FinalChoices, finalize_copy, smallest_model
+from atmc.training.loop import StepDone
+from atmc.training.methods import CODEBOOK_METHODS, Plan, build_phases, choose_recipe, smallest_budget
+from atmc.training.runner import EpochDone, Record, Runner, State
 from atmc.training.settings import Recipe, has_batch_norm
 
 
@@ -37,13 +37,13 @@ class Result:
         model: plain module in evaluation mode, decoded from `data`.
         data: the bytes of the model file.
         records: one an epoch, as in log.jsonl.
-        decided: what the last validation decided, see `finish.Decided`.
+        decided: what the last validation decided, see `finish.FinalChoices`.
     """
 
     model: nn.Module
     data: bytes
     records: list[Record]
-    decided: Decided
+    decided: FinalChoices
 
     def save(self, path: str | os.PathLike[str]) -> int:
         """Write the model file; its size in bytes."""
@@ -90,18 +90,18 @@ class Job:
             "method": method,
         }
         self._refuse_unwritable(model)
-        floor = floor_of(method, model, recipe.exclude)
+        floor = smallest_budget(method, model, recipe.exclude)
         self.nonzeros = budget.resolve(self.dense_weights, floor=floor) if method != "da" else self.dense_weights
         rate = self._rate(model, budget, method, recipe, train) if budget.max_bytes is not None else None
         plan = Plan(
             nonzeros=self.nonzeros, dense_weights=self.dense_weights, bits=budget.bits, recipe=recipe, rate=rate
         )
-        phases = phases_of(method, plan)
+        phases = build_phases(method, plan)
         working = copy.deepcopy(model).to(device)
         train, val = train.to(device), mixed_order(val).to(device)
         restore_batch_norm(working, train)
         recipe = replace(
-            recipe_of(method, recipe),
+            choose_recipe(method, recipe),
             channels_last=recipe.channels_last and takes_channels_last(working, train),
         )
         if recipe.channels_last:
@@ -131,7 +131,7 @@ class Job:
         probe = probe_images(train)
 
         def measure(trained: nn.Module) -> int:
-            return len(artifact.to_bytes(to_final(trained, probe), **self._about))
+            return len(artifact.to_bytes(finalize_copy(trained, probe), **self._about))
 
         def measure_exact(rounded: nn.Module) -> int:
             return len(artifact.to_bytes(rounded, **self._about))
@@ -149,16 +149,16 @@ class Job:
     def _plain_copy(self, num_classes: int) -> nn.Module:
         return copy.deepcopy(self._plain)
 
-    def run(self, state: State | None = None) -> Iterator[Progress | EpochEnd]:
+    def run(self, state: State | None = None) -> Iterator[StepDone | EpochDone]:
         """Train, from a saved state if there is one; yields every step and every epoch's end."""
         for event in self.runner.run(state):
-            if isinstance(event, EpochEnd):
+            if isinstance(event, EpochDone):
                 self.records.append(event.record)
             yield event
 
     def result(self) -> Result:
         """The final choices, the file, and the model decoded from it."""
-        model, decided = self.runner.finish()
+        model, decided = self.runner.finalize()
         data = artifact.to_bytes(model, **self._about)
         decoded = artifact.from_bytes(data, factory=self._plain_copy)
         return Result(decoded, data, self.records, decided)

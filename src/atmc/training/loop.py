@@ -31,7 +31,7 @@ class TrainingDiverged(RuntimeError):
 
 
 @dataclass(frozen=True)
-class Progress:
+class StepDone:
     """Where training stands after a step. Epochs and steps count from 1; loss is the epoch's mean so far.
 
     `phase` and `share`, of all the run's epochs that are done, are filled in by whoever runs several phases.
@@ -92,13 +92,13 @@ def fit(
     start: int = 0,
     constraint: Callable[[float], Constraint] | None = None,
     admm: Admm | None = None,
-) -> Iterator[Progress]:
+) -> Iterator[StepDone]:
     """Train in place, from epoch `start` (0-based) on; yields after every step.
 
     Args:
         tensors: the constrained parameters, name -> parameter.
         constraint: fraction of the phase done -> what the tensors must satisfy after the step.
-        admm: state to start from; the current state comes with every `Progress`.
+        admm: state to start from; the current state comes with every `StepDone`.
 
     Raises:
         TrainingDiverged: the loss is not finite.
@@ -130,7 +130,7 @@ def fit(
             if admm is not None and step % loop.recipe.interval == 0:
                 admm = admm.step(tensors)
             seconds = time.perf_counter() - began
-            yield Progress(epoch + 1, epochs, step + 1, steps, total / (step + 1), seconds, admm)
+            yield StepDone(epoch + 1, epochs, step + 1, steps, total / (step + 1), seconds, admm)
 
 
 @torch.no_grad()

@@ -1,6 +1,7 @@
-"""ATMC and the methods it is compared with: each a short composition of the same phases.
+"""ATMC and the methods it is compared with: each is a short list of the same phases.
 
-Sources: Gui et al. 2019, section 4 (all but `al0q`, which the paper leaves out); docs/method.md says what each shows.
+Sources: Gui et al. 2019, section 4 (for all but `al0q`, which the paper does not have). docs/method.md says what each
+method shows.
 """
 
 from __future__ import annotations
@@ -13,7 +14,7 @@ import torch
 from torch import nn
 
 from atmc.compress.admm import Admm
-from atmc.compress.constraints import Codebook, Constraint, FixedCodes, FixedMask, NonzeroBudget
+from atmc.compress.constraints import Codebook, Constraint, FixedCodes, FixedMask
 from atmc.compress.factorize import Site, cut_ranks, factorize, sites, structure
 from atmc.compress.projections import allocate_ranks
 from atmc.compress.rate_control import Allocation, RateControl
@@ -24,14 +25,14 @@ from atmc.training.settings import Recipe
 
 @dataclass(frozen=True)
 class Plan:
-    """What a method needs to know.
+    """What a method needs to know to build its phases.
 
     Args:
-        nonzeros: k, the budget over all compressed tensors; where it is in bytes, a first guess.
+        nonzeros: k, the budget over all compressed tensors; a first guess if the budget is in bytes.
         dense_weights: N, the entries of those tensors in the dense model.
-        bits: bits per code, None for 32-bit values.
+        bits: bits per code; None for 32-bit values.
         recipe: the settings of the run.
-        rate: holds a budget in bytes; None if the budget is a number of nonzeros.
+        rate: the rate control of a budget in bytes; None if the budget is a number of nonzeros.
     """
 
     nonzeros: int
@@ -42,37 +43,37 @@ class Plan:
 
     @property
     def codebook(self) -> bool:
-        """Whether values are quantized, by a method that can: as many bits as given, or as rate control chooses."""
+        """Whether a method that has a codebook quantizes values: bits are given, or rate control chooses them."""
         return self.bits is not None or self.rate is not None
 
 
 def atmc(plan: Plan) -> list[Phase]:
-    """The whole method: l0 on W, then W = U V + C under the budget with ADMM's codebook, then the codebook's values.
+    """Build the phases of ATMC: l0 on W, then W = U V + C with ADMM's codebook, then the values of the codebook.
 
-    Without bits the middle stage is projected descent on the factors, the paper's ATMC-32bit; under a budget in bytes
+    Without bits the middle phase is projected descent on the factors, the paper's ATMC-32bit; under a budget in bytes
     rate control chooses the bits of each tensor.
     """
-    return [_dense(), _l0(plan), _held(plan, factored=True), _tune(plan.codebook)]
+    return [_dense_phase(), _l0_phase(plan), _admm_phase(plan, factored=True), _tune_phase(plan.codebook)]
 
 
 def al0(plan: Plan) -> list[Phase]:
-    """l0 projection on W with a support free to move: no factors, no codebook."""
-    return [_dense(), _l0(plan), _tune(False)]
+    """Build the phases of l0 projection on W with a support free to move: no factors, no codebook."""
+    return [_dense_phase(), _l0_phase(plan), _tune_phase(False)]
 
 
 def al0q(plan: Plan) -> list[Phase]:
-    """`al0` with the codebook constraint on W: `atmc` without its factors."""
-    return [_dense(), _l0(plan), _held(plan, factored=False), _tune(plan.codebook)]
+    """Build the phases of `al0` with the codebook constraint on W: `atmc` without its factors."""
+    return [_dense_phase(), _l0_phase(plan), _admm_phase(plan, factored=False), _tune_phase(plan.codebook)]
 
 
 def ap(plan: Plan) -> list[Phase]:
-    """One-shot magnitude pruning of the robust dense model, then fine-tuning on that support."""
-
-    return [_dense(), Phase("tune", constraint=_support, feasible=_pruned, starts_feasible=True, keeps_start=True)]
+    """Build one-shot magnitude pruning of the robust dense model, then fine-tuning on that support."""
+    prune = Phase("tune", constraint=_keep_support, feasible=_prune, starts_feasible=True, keeps_start=True)
+    return [_dense_phase(), prune]
 
 
 def alr(plan: Plan) -> list[Phase]:
-    """Low rank: the largest singular values of all weights that fit the budget, then fine-tuning of the factors."""
+    """Build the low-rank baseline: keep the largest singular values that fit the budget, then fine-tune the factors."""
 
     def cut(model: nn.Module) -> None:
         paths, values, costs = [], [], []
@@ -84,23 +85,23 @@ def alr(plan: Plan) -> list[Phase]:
             costs.append(sum(matrix.shape))
 
         def cut_to(target: nn.Module, entries: int) -> nn.Module:
-            ranks = allocate_ranks(values, costs, entries - _unfactored(model, plan.recipe.exclude))
+            ranks = allocate_ranks(values, costs, entries - _count_unfactored(model, plan.recipe.exclude))
             return cut_ranks(target, dict(zip(paths, ranks, strict=True)))
 
         entries = plan.nonzeros
         if plan.rate:
-            measure, least = plan.rate.measure, floor_of("alr", model, plan.recipe.exclude)
+            measure, least = plan.rate.measure, smallest_budget("alr", model, plan.recipe.exclude)
             entries, _ = plan.rate.largest(
                 lambda k: measure(cut_to(copy.deepcopy(model), k)), least, plan.dense_weights, start=max(entries, least)
             )
         cut_to(model, entries)
 
-    return [_dense(), Phase("tune", enter=cut, keeps_start=True)]
+    return [_dense_phase(), Phase("tune", enter=cut, keeps_start=True)]
 
 
 def da(plan: Plan) -> list[Phase]:
-    """Dense adversarial training: defense without compression."""
-    return [_dense()]
+    """Build dense adversarial training: defense without compression."""
+    return [_dense_phase()]
 
 
 METHODS: dict[str, Callable[[Plan], list[Phase]]] = {
@@ -109,20 +110,20 @@ METHODS: dict[str, Callable[[Plan], list[Phase]]] = {
     "al0q": al0q,
     "alr": alr,
     "ap": ap,
-    "nap": al0,  # the same phases under the natural objective (see `recipe_of`)
+    "nap": al0,  # the same phases under the natural objective (see `choose_recipe`)
     "da": da,
 }
 CODEBOOK_METHODS = ("atmc", "al0q")
 
 
-def phases_of(method: str, plan: Plan) -> list[Phase]:
-    """The phases of a method by name. Raises ValueError as `check_method`."""
+def build_phases(method: str, plan: Plan) -> list[Phase]:
+    """Return the phases of a method by name. Raises ValueError as `check_method` does."""
     check_method(method, plan.bits, max_bytes=plan.rate is not None)
     return METHODS[method](plan)
 
 
 def check_method(method: str, bits: int | None, *, max_bytes: bool = False) -> None:
-    """ValueError for an unknown method (the nearest is named), bits without a codebook, or `al0q` without bits."""
+    """Raise ValueError for an unknown method, bits for a method without a codebook, or `al0q` without bits."""
     if method not in METHODS:
         raise unknown("method", method, METHODS)
     if bits is not None and method not in CODEBOOK_METHODS:
@@ -133,83 +134,94 @@ def check_method(method: str, bits: int | None, *, max_bytes: bool = False) -> N
         raise ValueError("method 'al0q' is al0 with a codebook: give bits")
 
 
-def recipe_of(method: str, recipe: Recipe) -> Recipe:
-    """Return the recipe that a method trains with: `nap` takes clean images, whatever the objective."""
+def choose_recipe(method: str, recipe: Recipe) -> Recipe:
+    """Return the recipe that a method trains with: for `nap` the natural objective, for others the given one."""
     return replace(recipe, objective="natural", objective_options={}) if method == "nap" else recipe
 
 
-def floor_of(method: str, model: nn.Module, exclude: tuple[str, ...] = ()) -> int:
-    """The smallest k with which a method leaves every layer something: one nonzero, or one rank, a layer."""
+def smallest_budget(method: str, model: nn.Module, exclude: tuple[str, ...] = ()) -> int:
+    """Return the smallest k that leaves every layer one nonzero, or one rank for `alr`."""
     if method == "alr":
         shapes: list[torch.Size] = [getattr(site.module, site.parameter).shape for site in _rank_sites(model, exclude)]
-        return sum(shape[0] + shape[1:].numel() for shape in shapes) + _unfactored(model, exclude)
+        return sum(shape[0] + shape[1:].numel() for shape in shapes) + _count_unfactored(model, exclude)
     return 1 if method == "da" else len(sites(model, exclude=exclude))
 
 
 def _rank_sites(model: nn.Module, exclude: tuple[str, ...]) -> list[Site]:
+    """Return the weights that have a matrix to factor."""
     return [site for site in sites(model, exclude=exclude) if site.factorable]
 
 
-def _unfactored(model: nn.Module, exclude: tuple[str, ...]) -> int:
-    """Entries of the weights that have no matrix to factor (grouped convolutions) and stay dense."""
-    left = [site for site in sites(model, exclude=exclude) if not site.factorable]
-    counts: list[int] = [getattr(site.module, site.parameter).numel() for site in left]
+def _count_unfactored(model: nn.Module, exclude: tuple[str, ...]) -> int:
+    """Count the entries of weights that have no matrix to factor (grouped convolutions) and stay dense."""
+    dense = [site for site in sites(model, exclude=exclude) if not site.factorable]
+    counts: list[int] = [getattr(site.module, site.parameter).numel() for site in dense]
     return sum(counts)
 
 
-def _dense() -> Phase:
+def _dense_phase() -> Phase:
+    """Train the plain model without a constraint."""
     return Phase("dense")
 
 
-def _l0(plan: Plan) -> Phase:
-    """Projection on a number of nonzeros that falls from N to k over the first part of the phase."""
-    constraint = _shrinking(plan, lambda k: plan.dense_weights)
-    return Phase("l0", constraint=constraint, feasible=_pruned)
+def _l0_phase(plan: Plan) -> Phase:
+    """Project W on a number of nonzeros that falls from N to k over the first part of the phase."""
+    constraint = _shrink_budget(plan, lambda k: plan.dense_weights)
+    return Phase("l0", constraint=constraint, feasible=_prune)
 
 
-def _pruned(given: Allocation) -> Constraint:
-    return Allocation(given.nonzeros).constraint()
+def _prune(allocation: Allocation) -> Constraint:
+    """Return the constraint of k nonzeros, without a codebook."""
+    return allocation.step_constraint(allocation.nonzeros)
 
 
-def _held(plan: Plan, *, factored: bool) -> Phase:
-    """The budget, with a codebook ADMM beside it, and a validated model that satisfies both."""
+def _admm_phase(plan: Plan, *, factored: bool) -> Phase:
+    """Train under the budget while ADMM pulls towards a codebook; the validated model satisfies both constraints."""
 
     def enter(model: nn.Module) -> None:
-        if factored:  # a checkpoint's factors stay as they are
+        if factored:  # factors that came from a checkpoint stay as they are
             factorize(model, start=plan.recipe.factor_start, exclude=(*plan.recipe.exclude, *structure(model)))
 
-    def admm(given: Allocation) -> Admm:
-        assert given.bits is not None
-        return Admm(Codebook(given.bits), rho=plan.recipe.rho, balance=plan.recipe.balance)
+    def admm(allocation: Allocation) -> Admm:
+        assert allocation.bits is not None
+        return Admm(Codebook(allocation.bits), rho=plan.recipe.rho, balance=plan.recipe.balance)
 
-    constraint = _shrinking(plan, lambda k: max(k, min(int(plan.recipe.regrow * k), plan.dense_weights)))
-    return Phase("admm", enter, constraint, Allocation.constraint, admm=admm if plan.codebook else None)
+    constraint = _shrink_budget(plan, lambda k: max(k, min(int(plan.recipe.regrow * k), plan.dense_weights)))
+    return Phase(
+        "admm",
+        enter=enter,
+        constraint=constraint,
+        feasible=Allocation.constraint,
+        admm=admm if plan.codebook else None,
+    )
 
 
-def _shrinking(
+def _shrink_budget(
     plan: Plan, start: Callable[[int], int]
 ) -> Callable[[Tensors], Callable[[float, Allocation], Constraint]]:
-    """A budget that falls cubically from start(k) to k while `gradual` of the phase goes by (Zhu and Gupta 2018)."""
+    """Let the budget fall cubically from start(k) to k in the first `gradual` of the phase (Zhu and Gupta 2018)."""
 
-    def at(done: float, given: Allocation) -> Constraint:
-        k = given.nonzeros
+    def at(done: float, allocation: Allocation) -> Constraint:
+        k = allocation.nonzeros
         if done < plan.recipe.gradual:
             k += int((start(k) - k) * (1 - done / plan.recipe.gradual) ** 3)
-        return NonzeroBudget(k, keep_alive=True)
+        return allocation.step_constraint(k)
 
     return lambda _: at
 
 
-def _tune(codebook: bool) -> Phase:
-    """Positions fixed; with a codebook codes too, so that only its values, biases and norms are learned."""
-    return Phase("tune", constraint=_codes if codebook else _support, keeps_start=True)
+def _tune_phase(codebook: bool) -> Phase:
+    """Train with positions fixed; with a codebook codes too, so that only its values, biases and norms are learned."""
+    return Phase("tune", constraint=_keep_codes if codebook else _keep_support, keeps_start=True)
 
 
-def _support(start: Tensors) -> Callable[[float, Allocation], Constraint]:
+def _keep_support(start: Tensors) -> Callable[[float, Allocation], Constraint]:
+    """Keep the zeros that the phase starts with."""
     mask = FixedMask.support(start)
     return lambda _, __: mask
 
 
-def _codes(start: Tensors) -> Callable[[float, Allocation], Constraint]:
+def _keep_codes(start: Tensors) -> Callable[[float, Allocation], Constraint]:
+    """Keep the zeros that the phase starts with, and which entries share a value."""
     codes = FixedCodes.of(start)
     return lambda _, __: codes

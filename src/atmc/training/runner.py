@@ -29,8 +29,8 @@ from atmc.robust.objectives import OBJECTIVES, TrainingAttack
 from atmc.robust.threats import Threat
 from atmc.training.batch_norm import reestimate_batch_norm
 from atmc.training.dead_weights import probe_images
-from atmc.training.finalize import Decided, final_choices
-from atmc.training.loop import Loop, Progress, assign, cosine, fit
+from atmc.training.finalize import FinalChoices, finalize
+from atmc.training.loop import Loop, StepDone, assign, cosine, fit
 from atmc.training.settings import Recipe
 
 Tensors = Mapping[str, Tensor]
@@ -99,7 +99,7 @@ class Record:
 
 
 @dataclass(frozen=True)
-class EpochEnd:
+class EpochDone:
     """An epoch is over: its record, and the state to save."""
 
     record: Record
@@ -107,7 +107,7 @@ class EpochEnd:
 
 
 class Runner:
-    """The phases of one method on one model; iterate `run` to the end, then `finish`.
+    """The phases of one method on one model; iterate `run` to the end, then `finalize`.
 
     Args:
         model: plain, trained in place (its structure changes as phases demand).
@@ -137,7 +137,7 @@ class Runner:
         )
         self._objective = OBJECTIVES[recipe.objective].build(recipe.objective_options)
 
-    def run(self, state: State | None = None) -> Iterator[Progress | EpochEnd]:
+    def run(self, state: State | None = None) -> Iterator[StepDone | EpochDone]:
         """Train from a state (by default from the start); yields every step and every epoch's end."""
         state = state or State(allocation=asdict(self._budget))
         if state.model:
@@ -148,7 +148,7 @@ class Runner:
                 state = State(phase=index, allocation=state.allocation)
             yield from self._phase(self.phases[index], state)
 
-    def _phase(self, phase: Phase, state: State) -> Iterator[Progress | EpochEnd]:
+    def _phase(self, phase: Phase, state: State) -> Iterator[StepDone | EpochDone]:
         resumed = bool(state.model)
         device = next(self.model.parameters()).device
         state.start = {name: value.to(device) for name, value in state.start.items()}
@@ -195,7 +195,7 @@ class Runner:
                 yield self._judge(phase, state, tensors, progress, progress.admm, optimizer)
         self.model.load_state_dict(state.best)
 
-    def _share(self, index: int, progress: Progress) -> float:
+    def _share(self, index: int, progress: StepDone) -> float:
         """Epochs done over epochs of all phases."""
         epochs = [self._recipe.epochs.get(phase.name, 0) for phase in self.phases]
         return (sum(epochs[:index]) + progress.epoch - 1 + progress.step / progress.steps) / sum(epochs)
@@ -205,10 +205,10 @@ class Runner:
         phase: Phase,
         state: State,
         tensors: Mapping[str, nn.Parameter],
-        progress: Progress | None,
+        progress: StepDone | None,
         admm: Admm | None,
         optimizer: torch.optim.Optimizer,
-    ) -> EpochEnd:
+    ) -> EpochDone:
         """Validate the feasible model, keep it if it is the best, and update the state."""
         held, now, size = _copy(tensors), _allocation(state), None
         if self.rate and phase.feasible:
@@ -240,16 +240,16 @@ class Runner:
         state.structure = dict(structure(self.model))
         state.model, state.optimizer = self.model.state_dict(), optimizer.state_dict()
         state.admm = admm.state() if admm else None
-        return EpochEnd(record, state)
+        return EpochDone(record, state)
 
-    def finish(self) -> tuple[nn.Module, Decided]:
-        """What the file will hold, see `finish.final_choices`."""
+    def finalize(self) -> tuple[nn.Module, FinalChoices]:
+        """What the file will hold, see `finalize.finalize`."""
         loop = self._loop(None, len(self.phases))
 
         def reestimate(model: nn.Module) -> bool:
             return reestimate_batch_norm(model, self._train, loop, objective=self._objective, attack=self._attack)
 
-        return final_choices(
+        return finalize(
             self.model,
             exclude=self._recipe.exclude,
             bits=self._budget.bits if isinstance(self._budget.bits, int) else None,

@@ -182,8 +182,8 @@ def default_recipe(model: nn.Module, **settings: Any) -> Recipe:
     optimizer = settings.setdefault("optimizer", "sgd" if normed else "adamw")
     check_setting("optimizer", optimizer)
     settings.setdefault("weight_decay", 5e-4 if normed else 1e-4)
-    settings["epochs"] = by_phase(settings.get("epochs"), DEFAULT_EPOCHS, "epochs")
-    settings["learning_rate"] = by_phase(settings.get("learning_rate"), LEARNING_RATES[optimizer], "learning_rate")
+    settings["epochs"] = fill_phases(settings.get("epochs"), DEFAULT_EPOCHS, "epochs")
+    settings["learning_rate"] = fill_phases(settings.get("learning_rate"), LEARNING_RATES[optimizer], "learning_rate")
     objective = settings.setdefault("objective", SETTINGS["objective"].default)
     check_setting("objective", objective)
     settings["objective_options"] = OBJECTIVES[objective].fill_options(objective, settings.get("objective_options"))
@@ -195,7 +195,7 @@ def has_batch_norm(model: nn.Module) -> bool:
     return any(isinstance(module, nn.modules.batchnorm._BatchNorm) for module in model.modules())
 
 
-def by_phase(given: Any, defaults: Mapping[str, Any], what: str) -> dict[str, Any]:
+def fill_phases(given: Any, defaults: Mapping[str, Any], what: str) -> dict[str, Any]:
     """Return a value per phase from one number for all or from a dict of some, filled up with the defaults.
 
     Raises:
