@@ -32,7 +32,7 @@ from atmc.data import load_data
 from atmc.data.images import Images
 from atmc.deploy.export.c.model import model_to_c
 from atmc.deploy.export.c.source import CSource
-from atmc.pack.artifact import load_with_factors
+from atmc.pack import artifact
 from atmc.robust.attacks import pgd
 from atmc.robust.threats import Linf
 
@@ -164,7 +164,8 @@ def agreement(
 
 
 def of_file(path: Path, test: Images, classes: int, eps: float, attacked: int, tools: set[str]) -> dict[str, Any]:
-    model, factors = load_with_factors(path)
+    loaded = artifact.open(path)
+    model, factors = loaded.model, loaded.factors
     start = time.perf_counter()
     made = model_to_c(model, factors=factors)
     seconds = time.perf_counter() - start

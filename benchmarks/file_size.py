@@ -284,7 +284,7 @@ def of_file(path: Path, python: str | None) -> dict[str, Any]:
     """A file's figures."""
     data = path.read_bytes()
     content = artifact.unpack(data)
-    decoded = artifact.decode(content, artifact.stored_fields(content))
+    decoded = artifact.decode(content)
     tensors, whole = [], {}
     for name, (weight, lengths) in decoded.weights.items():
         whole[name] = weight.value()

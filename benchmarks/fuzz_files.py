@@ -231,8 +231,7 @@ def outcome(base: Base, data: bytes, repaired: bool, *, inspecting: bool) -> tup
     """What came of a file, and whether that is allowed."""
     try:
         if inspecting:
-            content = artifact.unpack(data)
-            artifact.decode(content, artifact.stored_fields(content), max_values=MAX_VALUES)
+            artifact.decode(artifact.unpack(data), max_values=MAX_VALUES)
             return "decoded", repaired
         state = artifact.from_bytes(data, factory=base.factory, max_values=MAX_VALUES).state_dict()
     except artifact.ArtifactError as error:

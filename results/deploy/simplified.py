@@ -35,8 +35,9 @@ test images and on as many PGD examples of them (4 steps, eps 0.1); "same class"
 
 def row(file: Path, images: torch.Tensor | None, labels: torch.Tensor) -> str:
     """A line of the table; images (n, c, h, w) to compare on, if any."""
-    model, factors = artifact.load_with_factors(file)
-    found = simplify_report(model, artifact.read(file).input_shape, factors)
+    loaded = artifact.open(file)
+    model = loaded.model
+    found = simplify_report(model, loaded.input_shape, loaded.factors)
     before, after = (
         sum(getattr(layer, f"channels_{when}")[0] for layer in found.layers) for when in ("before", "after")
     )

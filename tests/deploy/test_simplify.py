@@ -500,7 +500,8 @@ def test_layers_as_their_factors(start, tmp_path, digits):
             v[:3] = torch.randn(3, v.shape[1])
             c *= torch.rand_like(c) < 0.02
     artifact.save(model, tmp_path / "m.atmc")
-    loaded, factors = artifact.load_with_factors(tmp_path / "m.atmc")
+    opened = artifact.open(tmp_path / "m.atmc")
+    loaded, factors = opened.model, opened.factors
     assert set(factors) == {"conv1.weight", "conv2.weight", "fc1.weight", "fc2.weight"}
     report = simplify_report(loaded, factors=factors)
     assert {"conv2", "fc1"} <= {layer.name for layer in report.layers if layer.factored}

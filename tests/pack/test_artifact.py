@@ -81,7 +81,7 @@ def test_round_trip_is_bit_for_bit(kind, bits, tmp_path):
     assert torch.equal(loaded(x), fold(model).eval()(x))
     content = artifact.read(tmp_path / "m.atmc")
     assert content.metadata["threat"] == "linf:0.1"
-    decoded = artifact.decode(content, artifact.stored_fields(content)).weights
+    decoded = artifact.decode(content).weights
     held = {f"{name}.{part}": x for name, (weight, _) in decoded.items() for part, x in weight.parts.items()}
     for name, tensor in compressible(model).items():
         stored = held[name if name in held else f"{name}.W"]

@@ -15,7 +15,6 @@ from torch import Tensor, nn
 
 from atmc.compress.factorize import assign_factors, restructure
 from atmc.pack import artifact
-from atmc.pack.weight_forms import PLAIN
 
 UNREADABLE = (  # what torch.load raises on bytes that are no checkpoint, depending on where it stumbles
     pickle.UnpicklingError,
@@ -46,16 +45,16 @@ def load_weights(model: nn.Module, path: str, *, factorized: bool = False) -> No
         raise ValueError(f"checkpoint {path} does not exist")
     if path.endswith(".atmc"):
         try:
-            loaded = artifact.load(path, factory=lambda num_classes: copy.deepcopy(model))
+            loaded = artifact.open(path, factory=lambda num_classes: copy.deepcopy(model))
         except artifact.ModelMismatch as error:  # without what it says of the factory, which is ours
             raise ValueError(f"checkpoint {path} is of another model: {error.__cause__ or error}") from error
-        _fill(model, loaded.state_dict(), path)
+        _fill(model, loaded.model.state_dict(), path)
         if factorized:
-            content = artifact.read(path)
-            decoded = artifact.decode(content, artifact.stored_fields(content))
-            held = {name: weight for name, (weight, _) in decoded.weights.items() if weight.form != PLAIN}
-            restructure(model, {name: (weight.form, weight.rank) for name, weight in held.items()})
-            assign_factors(model, {f"{n}.{part}": x for n, weight in held.items() for part, x in weight.parts.items()})
+            factors = loaded.factors
+            restructure(model, {name: (weight.form, weight.rank) for name, weight in factors.items()})
+            assign_factors(
+                model, {f"{n}.{part}": x for n, weight in factors.items() for part, x in weight.parts.items()}
+            )
     elif path.endswith(".safetensors"):
         try:
             state = load_file(path)

@@ -25,8 +25,7 @@ from atmc.deploy.export import onnx_export, safetensors_export
 from atmc.deploy.graph.simplify import simplify
 from atmc.evaluation.evaluate import check_model
 from atmc.pack import artifact
-from atmc.pack.container import Content
-from atmc.pack.weight_forms import Weight
+from atmc.pack.artifact import LoadedModel
 from atmc.robust.attacks import pgd
 from atmc.robust.threats import Threat, check_threat, parse_threat
 
@@ -102,19 +101,18 @@ def export(request: Request) -> Exported:
         RuntimeError: a package is missing, or the export does not compute what PyTorch does. Nothing was written.
     """
     _check_request(request)
-    content = artifact.read(request.file)
     factory = models.import_factory(request.model) if request.model and ":" in request.model else None
-    model, factors = artifact.load_with_factors(request.file, factory=factory)
+    loaded = artifact.open(request.file, factory=factory)
     if request.to == "safetensors":
-        return _write_safetensors(request, content, model)
+        return _write_safetensors(request, loaded)
     data = None
     if request.data is not None:
         data = load_data(request.data, image_column=request.image_column, label_column=request.label_column)
-        check_size(request.file, data)
-    images = _images(request, content, model, data)
+        check_size(loaded, data)
+    images = _images(request, loaded, data)
     if request.to == "onnx":
-        return _write_onnx(request, content, model, images)
-    return _write_c(request, model, factors, images, data.class_names if data else ())
+        return _write_onnx(request, loaded, images)
+    return _write_c(request, loaded, images, data.class_names if data else ())
 
 
 def _check_request(request: Request) -> None:
@@ -143,18 +141,19 @@ def _check_request(request: Request) -> None:
         onnx_export.installed("onnx")
 
 
-def _images(request: Request, content: Content, model: nn.Module, data: Data | None) -> dict[str, Tensor]:
+def _images(request: Request, loaded: LoadedModel, data: Data | None) -> dict[str, Tensor]:
     """Images (n, c, h, w) to compare on, by what they are: test or random images, and PGD examples of them."""
+    model = loaded.model
     if data is not None:
         kind, test = f"test images of {data.name}", data.test.take(slice(0, request.n))
         x, labels = test.float_pixels(slice(None)), test.labels
         check_model(model, test, None, probabilities=True)
     else:
-        shape = known_shape(content)
+        shape = known_shape(loaded)
         kind, x = "random images", torch.rand(request.n, *shape, generator=torch.Generator().manual_seed(0))
         check_model(model, Images(x, torch.zeros(len(x), dtype=torch.int64)), None, probabilities=True)
         labels = _logits(model, x).argmax(1)
-    threat = request.threat or _stored_threat(content)
+    threat = request.threat or _stored_threat(loaded)
     if threat is None:
         return {kind: x}
     check_threat(threat, x[0].numel())
@@ -164,10 +163,10 @@ def _images(request: Request, content: Content, model: nn.Module, data: Data | N
     return {kind: x, f"PGD-{PGD_STEPS} examples of these under {threat}": adv}
 
 
-def _stored_threat(content: Content) -> Threat | None:
+def _stored_threat(loaded: LoadedModel) -> Threat | None:
     """What the model was trained for; None where the file does not say it in a form that is known."""
     try:
-        return parse_threat(str(content.metadata.get("threat")))
+        return parse_threat(str(loaded.metadata.get("threat")))
     except ValueError:
         return None
 
@@ -194,14 +193,16 @@ def _about(metadata: Mapping[str, Any]) -> dict[str, str]:
     return {key: str(value) for key, value in found.items() if value is not None}
 
 
-def _write_safetensors(request: Request, content: Content, model: nn.Module) -> Exported:
-    about = _about(content.metadata)
-    size = safetensors_export.to_safetensors(model, request.out, about=about)
-    return Exported({request.out: size}, [f"the state dict of {about['model']}: {len(model.state_dict())} tensors"])
+def _write_safetensors(request: Request, loaded: LoadedModel) -> Exported:
+    about = _about(loaded.metadata)
+    size = safetensors_export.to_safetensors(loaded.model, request.out, about=about)
+    tensors = len(loaded.model.state_dict())
+    return Exported({request.out: size}, [f"the state dict of {about['model']}: {tensors} tensors"])
 
 
-def _write_onnx(request: Request, content: Content, model: nn.Module, images: Mapping[str, Tensor]) -> Exported:
-    data = onnx_export.to_bytes(simplify(model, _shape(images)), about=_about(content.metadata))
+def _write_onnx(request: Request, loaded: LoadedModel, images: Mapping[str, Tensor]) -> Exported:
+    model = loaded.model
+    data = onnx_export.to_bytes(simplify(model, _shape(images)), about=_about(loaded.metadata))
     notes, agreements = [f"opset {onnx_export.OPSET}, IR version {onnx_export.IR_VERSION}"], []
     try:
         onnx_export.installed("onnxruntime")
@@ -244,17 +245,16 @@ def _c_paths(request: Request) -> dict[str, Path]:
 
 def _write_c(
     request: Request,
-    model: nn.Module,
-    factors: Mapping[str, Weight],
+    loaded: LoadedModel,
     images: Mapping[str, Tensor],
     class_names: Sequence[str],
 ) -> Exported:
     from atmc.deploy.export.c.model import model_to_c
 
-    shape = _shape(images)
+    model, shape = loaded.model, _shape(images)
     classes = _logits(model, torch.zeros(1, *shape)).shape[1]
     labels = class_names if len(class_names) == classes else None
-    made = model_to_c(model, shape, factors, name=_c_name(request), labels=labels)
+    made = model_to_c(model, shape, loaded.factors, name=_c_name(request), labels=labels)
     notes, agreements = [f"{made.table_bytes:,} bytes of tables, an arena of {made.arena_bytes:,} bytes"], []
     with tempfile.TemporaryDirectory() as folder:
         run = _compiled(made, Path(folder), classes)

@@ -66,6 +66,7 @@ from atmc.pack.container import (
     Reader,
     TooLarge,
     UnsupportedVersion,
+    input_shape,
     pack_parts,
     unpack,
 )
@@ -82,6 +83,7 @@ __all__ = [
     "Content",
     "FactoryFailed",
     "FactoryNeeded",
+    "LoadedModel",
     "Malformed",
     "ModelMismatch",
     "NotAnArtifact",
@@ -90,11 +92,10 @@ __all__ = [
     "decode",
     "from_bytes",
     "load",
-    "load_with_factors",
+    "open",
     "pack",
     "read",
     "save",
-    "stored_fields",
     "to_bytes",
     "unpack",
 ]
@@ -104,16 +105,38 @@ WORK = 64  # multiply-adds that composing a file's factors may take, for each va
 
 
 @dataclass(frozen=True)
-class Decoded:
-    """A decoded file: weights as they are stored, with their code lengths, and all other tensors.
+class LoadedModel:
+    """A model file that was read and decoded once (see `open`).
 
     Args:
-        weights: name -> (weight, code length of each part).
-        small: name -> (values, code length in bits).
+        model: the plain module, in evaluation mode, on the CPU.
+        factors: name of a weight -> its factors, for each weight that the file holds as factors.
+        metadata: what the file says of its model.
+        source: name of the file in errors.
+    """
+
+    model: nn.Module
+    factors: dict[str, Weight]
+    metadata: dict[str, Any]
+    source: str
+
+    @property
+    def input_shape(self) -> tuple[int, int, int] | None:
+        """(c, h, w) of the images, or None if the file does not say it. Raises Malformed if it is no image shape."""
+        return input_shape(self.metadata, self.source)
+
+
+@dataclass(frozen=True)
+class Decoded:
+    """All tensors of a file as they are stored, with their code lengths.
+
+    Args:
+        weights: name -> (weight, code lengths of each of its matrices).
+        others: name -> (values in their shape, code length in bits).
     """
 
     weights: dict[str, tuple[Weight, list[Spent]]]
-    small: dict[str, tuple[np.ndarray, float]]
+    others: dict[str, tuple[np.ndarray, float]]
 
 
 def save(
@@ -217,30 +240,40 @@ def read(path: str | os.PathLike[str]) -> Content:
     return unpack(Path(path).read_bytes(), str(path))
 
 
+def open(
+    path: str | os.PathLike[str],
+    *,
+    factory: Callable[..., nn.Module] | None = None,
+    max_values: int = MAX_VALUES,
+) -> LoadedModel:
+    """Read and decode a model file once: its module, its factors and its metadata.
+
+    Args:
+        factory: called with num_classes=... if the model is of a user's own class; not called otherwise.
+        max_values: largest number of values that a file may ask memory for.
+
+    Raises:
+        ArtifactError: see its subclasses. OSError: the file cannot be read.
+    """
+    return _restore(Path(path).read_bytes(), factory, str(path), max_values)
+
+
 def load(
     path: str | os.PathLike[str],
     *,
     factory: Callable[..., nn.Module] | None = None,
     max_values: int = MAX_VALUES,
 ) -> nn.Module:
-    """The plain module that a file holds, in evaluation mode, on the CPU.
+    """Return the plain module that a file holds, in evaluation mode, on the CPU.
 
     Args:
-        factory: called with num_classes=... where the model is of a user's own class; not called otherwise.
+        factory: called with num_classes=... if the model is of a user's own class; not called otherwise.
         max_values: largest number of values that a file may ask memory for.
 
     Raises:
         ArtifactError: see its subclasses. OSError: the file cannot be read.
     """
-    return from_bytes(Path(path).read_bytes(), factory=factory, source=str(path), max_values=max_values)
-
-
-def load_with_factors(
-    path: str | os.PathLike[str], *, factory: Callable[..., nn.Module] | None = None, max_values: int = MAX_VALUES
-) -> tuple[nn.Module, dict[str, Weight]]:
-    """What `load` gives, and by name the weights that the file holds as factors. Arguments and errors as of `load`."""
-    model, decoded = _restored(Path(path).read_bytes(), factory, str(path), max_values)
-    return model, {name: weight for name, (weight, _) in decoded.weights.items() if weight.form != PLAIN}
+    return open(path, factory=factory, max_values=max_values).model
 
 
 def from_bytes(
@@ -250,16 +283,14 @@ def from_bytes(
     source: str = "file",
     max_values: int = MAX_VALUES,
 ) -> nn.Module:
-    """What `load` gives, from the bytes of a file. Raises `ArtifactError`."""
-    return _restored(data, factory, source, max_values)[0]
+    """Return what `load` returns, from the bytes of a file. Raises `ArtifactError`."""
+    return _restore(data, factory, source, max_values).model
 
 
-def _restored(
-    data: bytes, factory: Callable[..., nn.Module] | None, source: str, max_values: int
-) -> tuple[nn.Module, Decoded]:
+def _restore(data: bytes, factory: Callable[..., nn.Module] | None, source: str, max_values: int) -> LoadedModel:
     content = unpack(data, source)
     model = _build(content, factory, max_values)
-    implied = batch_norm.implied_statistics(model) if content.metadata.get("norms") is True else {}
+    implied = _implied_statistics(content, model)
     expected = fields(model, without=implied)
     try:
         expect_fields(content, expected)
@@ -269,20 +300,36 @@ def _restored(
         maker = content.metadata["model"].get("name")
         hint = f"{factory_name(factory)} is not its factory" + (f", which was {maker!r}" if maker else "")
         raise ModelMismatch(f"{error}; {hint}") from error
-    decoded = decode(content, expected, max_values=max_values)
+    decoded = _decode(content, expected, max_values)
     state: dict[str, Tensor] = dict(implied)
     for field in expected:
         stored = decoded.weights.get(field.name)
-        values = stored[0].value() if stored else decoded.small[field.name][0].reshape(field.shape)
+        values = stored[0].value() if stored else decoded.others[field.name][0]
         if not np.isfinite(values).all():
             raise content.bad(f"tensor {field.name}: a value is not finite")
         state[field.name] = torch.from_numpy(np.ascontiguousarray(values))
     model.load_state_dict(state, assign=True)
-    return model.eval(), decoded
+    factors = {name: weight for name, (weight, _) in decoded.weights.items() if weight.form != PLAIN}
+    return LoadedModel(model.eval(), factors, content.metadata, source)
 
 
-def decode(content: Content, expected: Sequence[Field], *, max_values: int = MAX_VALUES) -> Decoded:
-    """All tensors of a file, whose fields are known. Raises `ArtifactError`."""
+def decode(content: Content, *, max_values: int = MAX_VALUES) -> Decoded:
+    """Decode all tensors of a file, without the code of a user's own class. Raises `ArtifactError`."""
+    if is_zoo(content.metadata["model"]):
+        model = _build(content, None, max_values)
+        expected = fields(model, without=_implied_statistics(content, model))
+        expect_fields(content, expected)
+    else:
+        expected = list(listed(content))
+    return _decode(content, expected, max_values)
+
+
+def _implied_statistics(content: Content, model: nn.Module) -> dict[str, Tensor]:
+    """State dict entries that the file leaves out because its batch norms are affine."""
+    return batch_norm.implied_statistics(model) if content.metadata.get("norms") is True else {}
+
+
+def _decode(content: Content, expected: Sequence[Field], max_values: int) -> Decoded:
     _expect_room(content, expected, max_values)
     big = [field for field in expected if field.is_weight]
     small = [field for field in expected if not field.is_weight]
@@ -303,11 +350,12 @@ def decode(content: Content, expected: Sequence[Field], *, max_values: int = MAX
         raise TooLarge(f"{content.source}: its factors take over {WORK * max_values:,} multiply-adds to compose")
     kinds = [(field.role, np.dtype(field.dtype), field.size) for field in small]
     try:
-        found, lengths = read_small(content.parts[-1], kinds)
+        arrays, lengths = read_small(content.parts[-1], kinds)
     except CodingError as error:
         raise content.bad(f"biases and norms: {error}") from error
-    named = zip((field.name for field in small), zip(found, lengths, strict=True), strict=True)
-    return Decoded(weights, dict(named))
+    shaped = (array.reshape(field.shape) for array, field in zip(arrays, small, strict=True))
+    others = zip((field.name for field in small), zip(shaped, lengths, strict=True), strict=True)
+    return Decoded(weights, dict(others))
 
 
 def _expect_room(content: Content, expected: Iterable[Field], max_values: int) -> None:
@@ -374,13 +422,3 @@ def _build(content: Content, factory: Callable[..., nn.Module] | None, max_value
         raise FactoryFailed(f"{source} cannot be loaded: {error}") from error
     model.atmc_spec = spec
     return model
-
-
-def stored_fields(content: Content) -> list[Field]:
-    """The fields of a file: of a zoo model from its specification, of a user's own from the file. `ArtifactError`."""
-    if not is_zoo(content.metadata["model"]):
-        return list(listed(content))
-    model = _build(content, None)
-    kept = fields(model, without=batch_norm.implied_statistics(model) if content.metadata.get("norms") is True else {})
-    expect_fields(content, kept)
-    return kept

@@ -69,19 +69,23 @@ class Content:
     parts: tuple[bytes, ...]
     source: str = "file"
 
-    @property
-    def input_shape(self) -> tuple[int, int, int] | None:
-        """(c, h, w) of the images; None where the file does not say it. Malformed where it says something else."""
-        shape = self.metadata.get("input_shape")
-        if not shape:
-            return None
-        if not (isinstance(shape, list) and len(shape) == 3 and all(type(side) is int and side > 0 for side in shape)):
-            raise self.bad(f"its images have no valid shape: {shape!r:.40}")
-        return shape[0], shape[1], shape[2]
-
     def bad(self, text: str) -> Malformed:
         """The error that says so of this file."""
         return Malformed(f"{self.source}: {text}")
+
+
+def input_shape(metadata: Mapping[str, Any], source: str) -> tuple[int, int, int] | None:
+    """Return (c, h, w) of the images, or None if the metadata do not say it.
+
+    Raises:
+        Malformed: what they say is no shape of an image.
+    """
+    shape = metadata.get("input_shape")
+    if not shape:
+        return None
+    if not (isinstance(shape, list) and len(shape) == 3 and all(type(side) is int and side > 0 for side in shape)):
+        raise Malformed(f"{source}: its images have no valid shape: {shape!r:.40}")
+    return shape[0], shape[1], shape[2]
 
 
 def pack_parts(metadata: Mapping[str, Any], parts: Sequence[bytes]) -> bytes:

@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from atmc.pack.artifact import MAX_VALUES, decode, stored_fields, unpack
+from atmc.pack.artifact import MAX_VALUES, decode, unpack
 from atmc.pack.weight_coder import Spent, entropy_bits, log2_binomial
 from atmc.pack.weight_forms import PLAIN, Weight
 
@@ -28,8 +28,7 @@ def inspection(path: str | os.PathLike[str], *, max_values: int = MAX_VALUES) ->
     """
     data = Path(path).read_bytes()
     content = unpack(data, str(path))
-    expected = stored_fields(content)
-    decoded = decode(content, expected, max_values=max_values)
+    decoded = decode(content, max_values=max_values)
     rows, factorized, dead = [], {}, {}
     for name, (weight, spent) in decoded.weights.items():
         for (part, values), length in zip(weight.parts.items(), spent, strict=True):
@@ -37,9 +36,8 @@ def inspection(path: str | os.PathLike[str], *, max_values: int = MAX_VALUES) ->
         if weight.form != PLAIN:
             factorized[name] = _rank(weight)
         dead[name] = _dead(weight)
-    shapes = {field.name: field.shape for field in expected}
-    for name, (values, bits) in decoded.small.items():
-        rows.append(_row(name, values.reshape(shapes[name]), Spent(values=bits), small=True))
+    for name, (values, bits) in decoded.others.items():
+        rows.append(_row(name, values, Spent(values=bits), small=True))
     sums = {key: round(sum(row["bytes"][key] for row in rows), 3) for key in COLUMNS}
     return {
         "file": str(path),

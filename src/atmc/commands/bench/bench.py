@@ -111,10 +111,10 @@ def bench(request: Request) -> Iterator[Progress | Benched]:
     """
     _check(request)
     yield Progress("reading the model")
-    model = open_model(request.file, request.model)
+    loaded = open_model(request.file, request.model)
+    model = loaded.model
     inputs = inputs_of(
-        request.file,
-        model,
+        loaded,
         data=request.data,
         n=request.n,
         largest=max(request.batches),

@@ -26,6 +26,7 @@ from atmc.deploy.graph.trace import trace
 from atmc.evaluation.evaluate import check_model
 from atmc.models.factory import factory_name, first_line
 from atmc.pack import artifact
+from atmc.pack.artifact import LoadedModel
 
 EXTRA = "pip install 'atmc[bench]'"
 CALIBRATION, BATCH, SEED = 256, 64, 0
@@ -45,8 +46,7 @@ class Inputs:
 
 
 def inputs_of(
-    file: Path,
-    model: nn.Module,
+    loaded: LoadedModel,
     *,
     data: str | None,
     n: int,
@@ -56,13 +56,13 @@ def inputs_of(
 ) -> Inputs:
     """Test images and training images of the data; random ones where there is none. ValueError: they do not fit."""
     if data is None:
-        shape = known_shape(artifact.read(file))
+        shape = known_shape(loaded)
         pixels = torch.rand(max(BATCH, largest), *shape, generator=torch.Generator().manual_seed(SEED))
-        check_model(model, Images(pixels, torch.zeros(len(pixels), dtype=torch.int64)), None, probabilities=True)
+        check_model(loaded.model, Images(pixels, torch.zeros(len(pixels), dtype=torch.int64)), None, probabilities=True)
         return Inputs(pixels.numpy(), None, pixels.numpy())
     found = load_data(data, image_column=image_column, label_column=label_column)
-    check_size(file, found)
-    check_model(model, found.test, found.num_classes, probabilities=True)
+    check_size(loaded, found)
+    check_model(loaded.model, found.test, found.num_classes, probabilities=True)
     chosen = permutation(len(found.train), seed=SEED, purpose="calibration")[:CALIBRATION]
     some = slice(0, n)
     labels = cast(NDArray[np.int64], found.test.labels[some].numpy())

@@ -140,8 +140,8 @@ def _graph_of(
         return source
     if isinstance(source, nn.Module):
         return simplify(source, input_shape)
-    model, factors = artifact.load_with_factors(source, factory=factory)
-    return simplify(model, input_shape or artifact.read(source).input_shape, factors)
+    loaded = artifact.open(source, factory=factory)
+    return simplify(loaded.model, input_shape or loaded.input_shape, loaded.factors)
 
 
 def _counted(threads: int) -> str:

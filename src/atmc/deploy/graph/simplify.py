@@ -58,7 +58,7 @@ def simplify(
     Args:
         model: any module from images to logits; left as it is.
         input_shape: (c, h, w), where the model does not know it.
-        factors: name of a weight in the state dict -> its factors (`pack.artifact.load_with_factors`), for layers that
+        factors: name of a weight in the state dict -> its factors (`pack.artifact.LoadedModel.factors`), for layers that
             may be cheaper as two sparse layers; those of a factorized model are found without.
 
     Raises:
