@@ -6,7 +6,6 @@ Every activation gets its place in one block of memory, the arena; two that are 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
 from dataclasses import dataclass, field, replace
 
 import numpy as np
@@ -15,6 +14,7 @@ from numpy.typing import NDArray
 from atmc.deploy.engine.shifts import Diagonal, Entries, Phases
 from atmc.deploy.engine.steps import Step, Steps
 from atmc.deploy.graph.graph import Affine, AvgPool, Conv, Flatten, GlobalAvgPool, Linear, MaxPool
+from atmc.deploy.graph.memory import Buffer, last_reads, place_buffers
 
 VECTOR = 16  # floats: the unit of the kernel's lengths, whatever the machine's registers
 KINDS = (
@@ -96,7 +96,7 @@ def program_of(steps: Steps, batch: int) -> Program:
     Raises:
         ValueError: the activations of so many images take more floats than an offset of 32 bits can tell.
     """
-    places, arena = _placed(steps, batch)
+    places, arena = _place_all(steps, batch)
     if arena > np.iinfo(np.int32).max:
         raise ValueError(f"a batch of {batch} images needs {arena} floats for activations: expected less than 2^31")
     tables = _Tables()
@@ -133,33 +133,20 @@ def _place(steps: Steps, value: int, batch: int) -> _Place:
     return _Place(shape, batch, layout.row, image, stride, _round(layout.lead), _round(layout.tail) + 2 * VECTOR)
 
 
-def _placed(steps: Steps, batch: int) -> tuple[dict[int, _Place], int]:
-    """Where every activation lies, and floats in all; the largest are placed first, each as low as is free."""
-    born, dies = {0: -1}, {}
-    for index, step in enumerate(steps.steps):
-        born[step.output] = index
-        for value in (step.source, step.other):
-            if value is not None:
-                dies[value] = index
-    dies[steps.steps[-1].output] = len(steps.steps)
-    places = {value: _place(steps, value, batch) for value in born}
-    taken: dict[int, tuple[int, int]] = {}
-    for value in sorted(born, key=lambda value: (-places[value].floats, value)):
-        until = dies.get(value, born[value])
-        rivals = (other for other in taken if born[other] <= until and born[value] <= dies.get(other, born[other]))
-        at = _lowest(places[value].floats, (taken[other] for other in rivals))
-        taken[value] = at, at + _round(places[value].floats)
-    moved = {value: replace(places[value], at=taken[value][0] + places[value].lead) for value in born}
-    return moved, max(end for _, end in taken.values())
-
-
-def _lowest(length: int, taken: Iterable[tuple[int, int]]) -> int:
-    at = 0
-    for begin, end in sorted(taken):
-        if at + length <= begin:
-            break
-        at = max(at, end)
-    return at
+def _place_all(steps: Steps, batch: int) -> tuple[dict[int, _Place], int]:
+    """Place every activation in the arena; return the places by value, and the size of the arena in floats."""
+    written = {0: -1} | {step.output: index for index, step in enumerate(steps.steps)}
+    reads = [[value for value in (step.source, step.other) if value is not None] for step in steps.steps]
+    last = last_reads([*reads, [steps.steps[-1].output]])
+    values = sorted(written)
+    places = [_place(steps, value, batch) for value in values]
+    buffers = [
+        Buffer(place.floats, written[value], last.get(value, written[value]))
+        for value, place in zip(values, places, strict=True)
+    ]
+    offsets, size = place_buffers(buffers, alignment=VECTOR)
+    moved = [replace(place, at=offset + place.lead) for place, offset in zip(places, offsets, strict=True)]
+    return dict(zip(values, moved, strict=True)), size
 
 
 def _pack(steps: Steps, place: _Place, tables: _Tables) -> tuple[float, ...]:

@@ -18,6 +18,7 @@ from numpy.typing import NDArray
 
 from atmc.deploy.engine.shifts import Diagonal, Entries, Phases, entries_of, in_fours, phase_of_taps, range_of
 from atmc.deploy.graph.graph import Add, Affine, Conv, Flatten, Graph, Linear, Op, Pair, Relu, Shape
+from atmc.deploy.graph.rewrite import remove_dead_nodes
 
 
 @dataclass(frozen=True, eq=False)
@@ -79,6 +80,7 @@ def steps_of(graph: Graph, *, four_cost: float = math.inf) -> Steps:
     Raises:
         ValueError: the graph is not consistent, or does not end in (classes,).
     """
+    graph = remove_dead_nodes(graph)
     shapes = dict(enumerate(graph.shapes()))
     if len(shapes[len(graph.nodes)]) != 1:
         raise ValueError(
@@ -112,18 +114,7 @@ def _fused(graph: Graph) -> tuple[list[Step], NDArray[np.float32]]:
             steps.append(Step(Diagonal(op.scale, op.shift), inputs[0], output))
         else:
             steps.append(Step(op, inputs[0], output))
-    return _needed(steps, len(graph.nodes)), first
-
-
-def _needed(steps: Sequence[Step], last: int) -> list[Step]:
-    """Without those that the last value does not depend on, so that the one that writes it is the last."""
-    needed: set[int | None] = {last}
-    kept: list[Step] = []
-    for step in reversed(steps):
-        if step.output in needed:
-            kept.append(step)
-            needed |= {step.source, step.other}
-    return kept[::-1]
+    return steps, first
 
 
 def _writer(steps: Sequence[Step], readers: Sequence[int], value: int) -> int | None:

@@ -27,7 +27,7 @@ from atmc.deploy.graph.graph import (
     Shape,
 )
 from atmc.deploy.graph.operators import wide
-from atmc.deploy.graph.rewrite import after, is_padded, reachable, scaled_inputs, scaled_outputs
+from atmc.deploy.graph.rewrite import after, is_padded, remove_dead_nodes, scaled_inputs, scaled_outputs
 
 
 @dataclass
@@ -81,7 +81,7 @@ def fold_affines(graph: Graph) -> Graph:
         elif owed:
             owed = _behind(owed, op, shapes[source])
         new.settle(new.append(op, tuple(new.place[value] for value in node.inputs), node.name), owed)
-    return reachable(graph.input_shape, new.nodes, new.place[-1])
+    return remove_dead_nodes(Graph(graph.input_shape, tuple(new.nodes)), new.place[-1])
 
 
 def _is_identity(affine: Affine) -> bool:

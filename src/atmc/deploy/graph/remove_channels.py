@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 from atmc.deploy.graph.bounds import Bounds, bounds
 from atmc.deploy.graph.graph import Add, Affine, Conv, Flatten, Floats, Graph, Linear, Node, Op, Relu
 from atmc.deploy.graph.operators import wide
-from atmc.deploy.graph.rewrite import Layer, groups, inputs, is_padded, reachable, scaled_inputs
+from atmc.deploy.graph.rewrite import Layer, groups, inputs, is_padded, remove_dead_nodes, scaled_inputs
 
 Mask = NDArray[np.bool_]
 
@@ -50,7 +50,7 @@ def _with_constants(graph: Graph) -> Graph:
                     break
         nodes.append(Node(op, tuple(read), node.name))
         place.append(len(nodes))
-    return reachable(graph.input_shape, nodes, place[-1])
+    return remove_dead_nodes(Graph(graph.input_shape, tuple(nodes)), place[-1])
 
 
 def _does_nothing(relu: Relu, given: Bounds) -> bool:

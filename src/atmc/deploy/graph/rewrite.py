@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import replace
 from typing import cast
 
@@ -13,19 +12,25 @@ from atmc.deploy.graph.graph import Affine, Conv, Floats, Graph, Linear, Node
 Layer = Conv | Linear
 
 
-def reachable(input_shape: tuple[int, int, int], nodes: Sequence[Node], last: int) -> Graph:
-    """The graph of those nodes that value `last` is computed from, which becomes the logits."""
-    read = {last}
-    for index in range(last - 1, -1, -1):
-        if index + 1 in read:
-            read.update(nodes[index].inputs)
-    place = {0: 0}
+def remove_dead_nodes(graph: Graph, output: int | None = None) -> Graph:
+    """Return the graph of those nodes that the value `output` is computed from; it becomes the last value.
+
+    Args:
+        graph: any graph.
+        output: the number of a value; by default the last one.
+    """
+    output = len(graph.nodes) if output is None else output
+    needed = {output}
+    for index in range(output - 1, -1, -1):
+        if index + 1 in needed:
+            needed.update(graph.nodes[index].inputs)
+    number = {0: 0}  # of a value, before and after
     kept: list[Node] = []
-    for index, node in enumerate(nodes):
-        if index + 1 in read:
-            kept.append(Node(node.op, tuple(place[value] for value in node.inputs), node.name))
-            place[index + 1] = len(kept)
-    return Graph(input_shape, tuple(kept))
+    for index, node in enumerate(graph.nodes):
+        if index + 1 in needed:
+            kept.append(Node(node.op, tuple(number[value] for value in node.inputs), node.name))
+            number[index + 1] = len(kept)
+    return Graph(graph.input_shape, tuple(kept))
 
 
 def groups(layer: Layer) -> int:

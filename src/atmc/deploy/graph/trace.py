@@ -17,7 +17,7 @@ from torch.export.graph_signature import InputKind
 from atmc.compress.factorize import fold
 from atmc.deploy.graph.graph import Conv, Flatten, GlobalAvgPool, Graph, Linear, Node, Op
 from atmc.deploy.graph.operators import KNOWN, OPERATORS, RESHAPES, Arguments, Value
-from atmc.deploy.graph.rewrite import reachable
+from atmc.deploy.graph.rewrite import remove_dead_nodes
 from atmc.models.factory import USER_CODE_ERRORS, first_line
 
 BATCH = 2  # of the images that the module is traced with; what depends on the batch is no operation of the graph
@@ -58,7 +58,7 @@ def trace(model: nn.Module, input_shape: Sequence[int] | None = None) -> Raw:
             known[node] = _run(node, known, nodes)
             if nodes and isinstance(nodes[-1].op, Conv | Linear) and known[node] == len(nodes):
                 weights[nodes[-1].op] = names.get(str(node.args[1]), "")
-    graph = reachable(shape, nodes, _logits(output, known))
+    graph = remove_dead_nodes(Graph(shape, tuple(nodes)), _logits(output, known))
     graph.shapes()
     return Raw(graph, weights)
 

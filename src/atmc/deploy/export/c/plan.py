@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from atmc.deploy.graph.graph import (
     Add,
@@ -24,6 +24,8 @@ from atmc.deploy.graph.graph import (
     Relu,
     Shape,
 )
+from atmc.deploy.graph.memory import Buffer, last_reads, place_buffers
+from atmc.deploy.graph.rewrite import remove_dead_nodes
 
 Pool = MaxPool | AvgPool | GlobalAvgPool
 POOLS = (MaxPool, AvgPool, GlobalAvgPool)
@@ -77,60 +79,47 @@ class Plan:
     floats: int
 
 
-@dataclass
-class _Buffer:
-    size: int
-    first: int
-    last: int
-    offset: int = -1
-
-
 def make_plan(graph: Graph) -> Plan:
     """Stages in order, and an arena in which no two values that are needed at once overlap."""
     stages, output = find_stages(graph)
-    last = {output: len(stages)}
-    for index, stage in enumerate(stages):
-        for value in (stage.source, *stage.others):
-            last[value] = max(index, last.get(value, 0))
-    buffers: dict[int, _Buffer] = {}
-    planes: list[_Buffer | None] = []
+    last = last_reads([*((stage.source, *stage.others) for stage in stages), (output,)])
+    buffers: list[Buffer] = []
+    numbers: dict[int, int] = {}  # value -> its buffer
+    planes: list[int | None] = []
     in_place = []
     for index, stage in enumerate(stages):
         over = _written_over(stage, index, last)
         in_place.append(over)
         if over is None:
-            buffers[stage.result] = _Buffer(math.prod(stage.shape), index, last[stage.result])
+            numbers[stage.result] = len(buffers)
+            buffers.append(Buffer(math.prod(stage.shape), index, last[stage.result]))
         else:
-            buffers[stage.result] = buffers[over]
-            buffers[over].last = last[stage.result]
+            numbers[stage.result] = numbers[over]
+            buffers[numbers[over]] = replace(buffers[numbers[over]], last=last[stage.result])
         size = plane_size(stage, over)
-        planes.append(_Buffer(size, index, index) if size else None)
-    every = list({id(buffer): buffer for buffer in (*buffers.values(), *planes) if buffer is not None}.values())
-    _place(every)
+        planes.append(len(buffers) if size else None)
+        buffers += [Buffer(size, index, index)] if size else []
+    offsets, size = place_buffers(buffers)
     return Plan(
-        tuple(stages),
-        {value: buffer.offset for value, buffer in buffers.items()},
-        tuple(None if plane is None else plane.offset for plane in planes),
-        tuple(in_place),
-        output,
-        max(buffer.offset + buffer.size for buffer in every),
+        stages=tuple(stages),
+        offsets={value: offsets[number] for value, number in numbers.items()},
+        planes=tuple(None if number is None else offsets[number] for number in planes),
+        in_place=tuple(in_place),
+        output=output,
+        floats=size,
     )
 
 
 def find_stages(graph: Graph) -> tuple[list[Stage], int]:
     """The stages in an order in which they can run, and the value of the last; nodes without effect left out."""
-    shapes = graph.shapes()
+    graph = remove_dead_nodes(graph)
+    shapes, readers = graph.shapes(), graph.consumers()
     output = len(graph.nodes)
-    needed = {output}
-    for index in range(output - 1, -1, -1):
-        if index + 1 in needed:
-            needed.update(graph.nodes[index].inputs)
-    readers = [[node for node in found if node + 1 in needed] for found in graph.consumers()]
     root = list(range(output + 1))
     found: dict[int, Stage] = {}
     taken: set[int] = set()
     for index, node in enumerate(graph.nodes):
-        if index + 1 not in needed or index in taken:
+        if index in taken:
             continue
         if isinstance(node.op, Flatten):
             root[index + 1] = root[node.inputs[0]]
@@ -196,16 +185,3 @@ def _written_over(stage: Stage, index: int, last: dict[int, int]) -> int | None:
     if stage.start is None and stage.source not in stage.others:
         candidates.insert(0, stage.source)
     return next((value for value in candidates if value != IMAGE and last[value] == index), None)
-
-
-def _place(buffers: Sequence[_Buffer]) -> None:
-    """Offsets, the largest first, each as low as those it meets in time allow."""
-    placed: list[_Buffer] = []
-    for buffer in sorted(buffers, key=lambda one: (-one.size, one.first)):
-        offset = 0
-        for other in sorted(placed, key=lambda one: one.offset):
-            meets = other.first <= buffer.last and buffer.first <= other.last
-            if meets and other.offset < offset + buffer.size:
-                offset = max(offset, other.offset + other.size)
-        buffer.offset = offset
-        placed.append(buffer)
