@@ -17,9 +17,7 @@ from atmc.compress import projections
 from atmc.compress.projections import (
     allocate_ranks,
     keep_largest,
-    kth_largest_magnitude,
     largest_masks,
-    truncate_rank,
 )
 
 FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
@@ -42,9 +40,9 @@ def reference_masks(tensors: Sequence[Tensor], k: int) -> list[Tensor]:
     return [part.view(tensor.shape) for part, tensor in zip(parts, tensors, strict=True)]
 
 
-def assert_same(found: Sequence[Tensor], expected: Sequence[Tensor]) -> None:
-    assert len(found) == len(expected)
-    for a, b in zip(found, expected, strict=True):
+def assert_same(actual: Sequence[Tensor], expected: Sequence[Tensor]) -> None:
+    assert len(actual) == len(expected)
+    for a, b in zip(actual, expected, strict=True):
         assert torch.equal(a, b)
 
 
@@ -57,15 +55,15 @@ def assert_same(found: Sequence[Tensor], expected: Sequence[Tensor]) -> None:
 def test_masks_equal_a_stable_sort_of_everything(lists: list[list[float]], k: int, sample: int) -> None:
     tensors = [torch.tensor(values) for values in lists]
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(projections, "_SAMPLE", sample)  # a tiny sample misses often: the search must widen
-        patch.setattr(projections, "_BLOCK", 5)
+        patch.setattr(projections, "SAMPLE_SIZE", sample)  # a tiny sample misses often: the search must widen
+        patch.setattr(projections, "BLOCK_SIZE", 5)
         assert_same(largest_masks(tensors, k), reference_masks(tensors, k))
 
 
 @pytest.mark.parametrize("dtype", FLOATS)
 @pytest.mark.parametrize("k", [0, 1, 137, 5_000, 29_999, 30_000, 10**6])
 def test_masks_of_every_type_and_shape(dtype: torch.dtype, k: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(projections, "_SAMPLE", 500)
+    monkeypatch.setattr(projections, "SAMPLE_SIZE", 500)
     tensors = [
         gaussian(100, 200),
         gaussian(0, 3),
@@ -85,7 +83,7 @@ def test_masks_of_every_type_and_shape(dtype: torch.dtype, k: int, monkeypatch: 
 @pytest.mark.parametrize("k", [1, 999, 50_000, 99_999, 150_000])
 @pytest.mark.parametrize("kind", ["equal", "two", "adjacent", "sparse", "ends"])
 def test_masks_where_a_sample_misleads(kind: str, k: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(projections, "_SAMPLE", 1000)
+    monkeypatch.setattr(projections, "SAMPLE_SIZE", 1000)
     x = gaussian(100_000)
     step = float(torch.nextafter(torch.tensor(0.5), torch.tensor(1.0)))
     inputs = {
@@ -100,7 +98,7 @@ def test_masks_where_a_sample_misleads(kind: str, k: int, monkeypatch: pytest.Mo
 
 
 def test_a_sample_that_misses_altogether_is_repaired(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(projections, "_SAMPLE", 100)
+    monkeypatch.setattr(projections, "SAMPLE_SIZE", 100)
     x = gaussian(10_100).abs()
     step = 10_100 // 100 | 1
     x[::step] = torch.linspace(50, 60, len(x[::step]))  # every sampled entry is far above the rest
@@ -127,7 +125,7 @@ def test_mixed_types_compare_by_value() -> None:
     assert_same(largest_masks(tensors, 1), [torch.tensor([False]), torch.tensor([True])])
 
 
-def test_nothing_given() -> None:
+def test_empty_arguments() -> None:
     assert largest_masks([], 3) == []
     assert keep_largest([torch.zeros(0, 4)], 3)[0].shape == (0, 4)
     assert count(largest_masks([torch.zeros(5), torch.zeros(0)], 3)) == 0
@@ -136,8 +134,8 @@ def test_nothing_given() -> None:
 @pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf])
 @pytest.mark.parametrize("k", [0, 1, 500, 2000, 10**6])
 @pytest.mark.parametrize("dtype", FLOATS)
-def test_what_is_not_finite_is_refused(bad: float, k: int, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(projections, "_SAMPLE", 100)
+def test_nan_and_infinity_are_refused(bad: float, k: int, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(projections, "SAMPLE_SIZE", 100)
     x = gaussian(1000).to(dtype)
     x[777] = bad
     with pytest.raises(ValueError, match="finite"):
@@ -147,20 +145,8 @@ def test_what_is_not_finite_is_refused(bad: float, k: int, dtype: torch.dtype, m
 def test_wrong_arguments_of_keep_largest() -> None:
     with pytest.raises(ValueError, match="expected k >= 0, got -1"):
         keep_largest([torch.ones(2)], -1)
-    with pytest.raises(ValueError, match="expected k >= 0, got -1"):
-        kth_largest_magnitude([torch.ones(2)], -1)
     with pytest.raises(ValueError, match=r"floating point numbers, got torch\.int64"):
         largest_masks([torch.ones(2, dtype=torch.int64)], 1)
-
-
-def test_kth_largest_magnitude() -> None:
-    x = gaussian(1000)
-    ordered = x.abs().sort(descending=True).values.tolist()
-    for k in (1, 2, 500, 1000):
-        assert kth_largest_magnitude([x[:300], x[300:]], k) == ordered[k - 1]
-    assert kth_largest_magnitude([x], 0) == math.inf
-    assert kth_largest_magnitude([x], 1001) == 0.0
-    assert kth_largest_magnitude([torch.zeros(3), torch.ones(2)], 3) == 0.0
 
 
 def test_keep_largest_is_the_nearest_feasible_point() -> None:
@@ -189,37 +175,6 @@ def test_keep_largest_is_idempotent_and_leaves_its_input_alone() -> None:
 # rank
 
 
-@pytest.mark.parametrize("shape", [(6, 9), (9, 6), (5, 5)])
-@pytest.mark.parametrize("rank", [0, 1, 3])
-def test_truncate_rank_is_the_nearest_matrix_of_that_rank(shape: tuple[int, int], rank: int) -> None:
-    matrix = gaussian(*shape).double()
-    low = truncate_rank(matrix, rank)
-    assert low.dtype == matrix.dtype
-    assert int(torch.linalg.matrix_rank(low)) == rank
-    tail = torch.linalg.svdvals(matrix)[rank:]
-    assert distance(matrix, low) == pytest.approx(float((tail**2).sum()), rel=1e-10)  # Eckart and Young
-    assert torch.allclose(truncate_rank(low, rank), low, atol=1e-12)
-    for seed in range(50):
-        other = gaussian(shape[0], rank, seed=seed).double() @ gaussian(rank, shape[1], seed=seed + 50).double()
-        near = truncate_rank(low + 0.01 * gaussian(*shape, seed=seed), rank)
-        for feasible in (other, near):
-            assert distance(matrix, low) <= distance(matrix, feasible) + 1e-12
-
-
-def test_truncate_rank_at_its_ends() -> None:
-    matrix = gaussian(3, 5)
-    full = truncate_rank(matrix, 3)
-    assert torch.equal(full, matrix)
-    assert full.data_ptr() != matrix.data_ptr()
-    assert truncate_rank(matrix.bfloat16(), 1).dtype == torch.bfloat16
-    with pytest.raises(ValueError, match="expected rank >= 0, got -1"):
-        truncate_rank(matrix, -1)
-    with pytest.raises(ValueError, match="expected a matrix, got 1 dimensions"):
-        truncate_rank(matrix[0], 1)
-    with pytest.raises(ValueError, match="finite"):
-        truncate_rank(matrix.log(), 1)
-
-
 def test_ranks_go_to_the_largest_singular_values() -> None:
     values = [torch.tensor([9.0, 5.0, 1.0]), torch.tensor([4.0, 3.0])]
     assert allocate_ranks(values, [10, 2], 12) == [1, 1]
@@ -241,23 +196,23 @@ def test_ranks_go_to_the_largest_singular_values() -> None:
     extra=st.integers(0, 60),
 )
 def test_ranks_are_feasible_and_no_layer_could_have_one_more(layers: list[tuple[list[float], int]], extra: int) -> None:
-    values = [torch.tensor(found, dtype=torch.float64).sort(descending=True).values for found, _ in layers]
+    values = [torch.tensor(layer, dtype=torch.float64).sort(descending=True).values for layer, _ in layers]
     costs = [cost for _, cost in layers]
     budget = sum(costs) + extra
     ranks = allocate_ranks(values, costs, budget)
     left = budget - sum(rank * cost for rank, cost in zip(ranks, costs, strict=True))
     assert left >= 0
-    for found, rank, cost in zip(values, ranks, costs, strict=True):
-        assert 1 <= rank <= len(found)
-        assert rank == len(found) or float(found[rank]) == 0 or cost > left
+    for layer, rank, cost in zip(values, ranks, costs, strict=True):
+        assert 1 <= rank <= len(layer)
+        assert rank == len(layer) or float(layer[rank]) == 0 or cost > left
 
 
 def test_equal_costs_keep_the_globally_largest_singular_values() -> None:
     values = [gaussian(8, seed=seed).abs().sort(descending=True).values for seed in range(5)]
     for extra in range(20):
         ranks = allocate_ranks(values, [3] * 5, 3 * (5 + extra))
-        rest = torch.cat([found[1:] for found in values])
-        kept = torch.cat([found[1:rank] for found, rank in zip(values, ranks, strict=True)])
+        rest = torch.cat([layer[1:] for layer in values])
+        kept = torch.cat([layer[1:rank] for layer, rank in zip(values, ranks, strict=True)])
         assert float(kept.sum()) == pytest.approx(float(rest.topk(extra).values.sum()))
 
 

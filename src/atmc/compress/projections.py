@@ -1,9 +1,9 @@
 """Projections onto the sets of small models: pure functions of tensors.
 
-The two quantizers, `zero_kmeans` and `exact_zero_kmeans`, are at home in `kmeans` and `kmeans_exact`.
+The two quantizers, `zero_kmeans` and `exact_zero_kmeans`, are defined in `kmeans` and `kmeans_exact`.
 
-A float's bits without the sign bit, read as an integer, are called its *key* here: keys order as magnitudes do (IEEE
-754), equal keys are equal magnitudes, the key of 0 is 0, and from infinity's key on there are only infinities and NaN.
+Legend: the *key* of a float is its bits without the sign bit, read as an integer. Keys order as magnitudes do (IEEE
+754): equal keys are equal magnitudes, the key of 0 is 0, and the keys of infinities and NaN are the largest.
 """
 
 from __future__ import annotations
@@ -24,9 +24,7 @@ __all__ = [
     "allocate_ranks",
     "exact_zero_kmeans",
     "keep_largest",
-    "kth_largest_magnitude",
     "largest_masks",
-    "truncate_rank",
     "zero_kmeans",
 ]
 
@@ -36,12 +34,12 @@ _INTEGERS = {
     torch.float32: torch.int32,
     torch.float64: torch.int64,
 }
-_BLOCK = 2**14  # entries at a time on a CPU: they stay in cache, and PyTorch wakes no threads for so few
-_SAMPLE = 2**18  # entries looked at for a first guess
+BLOCK_SIZE = 2**14  # entries at a time on a CPU: they stay in cache, and PyTorch starts no threads for so few
+SAMPLE_SIZE = 2**18  # entries from which the threshold is first estimated
 
 
 class _Keys:
-    """The keys of a sequence of tensors, made block by block and never all at once."""
+    """The keys of a sequence of tensors, computed block by block and never all at once."""
 
     def __init__(self, tensors: Sequence[Tensor]) -> None:
         dtype = tensors[0].dtype if tensors else torch.float32
@@ -55,30 +53,28 @@ class _Keys:
         self.flats = [tensor.detach().flatten().to(dtype).view(_INTEGERS[dtype]) for tensor in tensors]
         self.total = sum(len(flat) for flat in self.flats)
 
-    def magnitude(self, key: int) -> float:
-        return float(torch.tensor(key, dtype=_INTEGERS[self.dtype]).view(self.dtype))
-
     def blocks(self, flat: Tensor) -> Iterator[Tensor]:
-        """The keys of one tensor in consecutive blocks; each overwrites the one before."""
-        size = min(len(flat), _BLOCK) if flat.device.type == "cpu" else len(flat)
+        """Yield the keys of one tensor in consecutive blocks; each block overwrites the one before."""
+        size = min(len(flat), BLOCK_SIZE) if flat.device.type == "cpu" else len(flat)
         buffer = torch.empty(size, dtype=flat.dtype, device=flat.device)
         for block in torch.split(flat, max(size, 1)):
             yield torch.bitwise_and(block, self.unsigned, out=buffer[: len(block)])
 
     def sample(self, step: int) -> NDArray[Any]:
-        """Every step-th key, in descending order."""
+        """Return every step-th key, in descending order."""
         parts, offset = [], 0
         for flat in self.flats:
             parts.append((flat[offset::step] & self.unsigned).cpu().numpy())
             offset = (offset - len(flat)) % step
         return np.sort(np.concatenate(parts))[::-1]
 
-    def between(self, low: int, high: int) -> tuple[int, int, NDArray[Any]]:
-        """(how many keys are above high, how many in low..high, the latter); an error if any entry is not finite.
+    def gather(self, low: int, high: int) -> tuple[int, int, NDArray[Any]]:
+        """Return the number of keys above high, the number in low..high, and the keys in low..high.
 
-        With low = high the keys themselves are left out: all would be the same.
+        With low = high the keys themselves are left out, since all are the same. Raises ValueError if an entry is not
+        finite.
         """
-        above, inside, found = 0, 0, [np.zeros(0, dtype=f"i{self.dtype.itemsize}")]
+        above, inside, gathered = 0, 0, [np.zeros(0, dtype=f"i{self.dtype.itemsize}")]
         for index, flat in enumerate(self.flats):
             for block in self.blocks(flat) if len(flat) else ():
                 largest = int(block.amax())
@@ -93,26 +89,26 @@ class _Keys:
                     mask ^= over
                 inside += int(mask.count_nonzero())
                 if low < high:
-                    found.append(block.masked_select(mask).cpu().numpy())
-        return above, inside, np.concatenate(found)
+                    gathered.append(block.masked_select(mask).cpu().numpy())
+        return above, inside, np.concatenate(gathered)
 
     def search(self, k: int) -> tuple[int, int]:
-        """(the k-th largest key or 1 if fewer than k are nonzero, how many keys are at least that large).
+        """Return the k-th largest key (1 if fewer than k are nonzero) and the number of keys at least as large.
 
-        A sample brackets the answer, one pass counts what is above the bracket and gathers what is inside; if the
-        bracket missed, it widens until it holds everything.
+        A sample brackets the key, one pass counts the keys above the bracket and gathers those inside; if the bracket
+        misses the key, it widens until it holds everything.
         """
         if k == 0 or k > self.total:
-            self.between(self.infinity, self.infinity)  # nothing to find, but all must be finite
+            self.gather(self.infinity, self.infinity)  # raises if an entry is not finite
             return (1, 0) if k else (self.infinity, 0)
-        step = self.total // _SAMPLE | 1  # odd, so that it does not walk down one column of a matrix
+        step = self.total // SAMPLE_SIZE | 1  # odd, so that it does not walk down one column of a matrix
         sample, rank, slack = self.sample(step), k / step, 5.0 if step > 1 else 0.0
         while True:
             margin = slack * (math.sqrt(rank) + 1)
             last, first = math.ceil(rank + margin), math.floor(rank - margin)
             low = max(int(sample[last - 1]), 1) if last <= len(sample) else 1
             high = int(sample[first - 1]) if first >= 1 else self.infinity
-            above, inside, band = self.between(low, high)
+            above, inside, band = self.gather(low, high)
             if above < k and (low == 1 or k <= above + inside):
                 break
             slack = 8 * slack + 5
@@ -122,8 +118,8 @@ class _Keys:
         key = int(np.partition(band, place)[place])
         return key, above + int((band >= key).sum())
 
-    def at_least(self, flat: Tensor, key: int) -> Tensor:
-        """A flat mask of the keys of one tensor that are so large."""
+    def mask_at_least(self, flat: Tensor, key: int) -> Tensor:
+        """Return a flat mask of the entries of one tensor whose keys are at least this one."""
         mask = torch.empty(len(flat), dtype=torch.bool, device=flat.device)
         start = 0
         for block in self.blocks(flat):
@@ -136,18 +132,18 @@ class _Keys:
 def largest_masks(tensors: Sequence[Tensor], k: int) -> list[Tensor]:
     """Argmax over supports of at most k entries, all tensors together, of the sum of squares inside the support.
 
-    Exact. Of equal magnitudes at the threshold the first stay, in the order of the tensors and then of the flat index,
-    so there are never more than k; zeros are never marked.
+    The result is exact. Of equal magnitudes at the threshold the first stay, in the order of the tensors and then of
+    the flat index, so that never more than k are marked; zeros are never marked.
 
     Args:
         tensors: any shapes, of one or several floating point types, finite.
-        k: how many entries to mark.
+        k: the number of entries to mark.
 
     Returns:
         bool masks shaped like the tensors, with min(k, number of nonzeros) entries True.
 
     Raises:
-        ValueError: k < 0, nan or inf among the entries, tensors that are not of floating point numbers.
+        ValueError: k < 0, nan or inf among the entries, or tensors that do not hold floating point numbers.
 
     >>> largest_masks([torch.tensor([1.0, -3.0]), torch.tensor([2.0, 2.0])], 2)
     [tensor([False,  True]), tensor([ True, False])]
@@ -156,12 +152,12 @@ def largest_masks(tensors: Sequence[Tensor], k: int) -> list[Tensor]:
         raise ValueError(f"expected k >= 0, got {k}")
     keys = _Keys(tensors)
     key, marked = keys.search(k)
-    masks = [keys.at_least(flat, key) for flat in keys.flats]
+    masks = [keys.mask_at_least(flat, key) for flat in keys.flats]
     excess = marked - k
     for flat, mask in zip(reversed(keys.flats), reversed(masks), strict=True):
         if excess <= 0:
-            break  # nearly always at once: what follows drops the last of several equal magnitudes
-        above = keys.at_least(flat, key + 1)
+            break  # nearly always at once: the lines below drop the last of several equal magnitudes
+        above = keys.mask_at_least(flat, key + 1)
         ties = mask ^ above
         count = int(ties.count_nonzero())
         if count <= excess:
@@ -176,57 +172,13 @@ def largest_masks(tensors: Sequence[Tensor], k: int) -> list[Tensor]:
 def keep_largest(tensors: Sequence[Tensor], k: int) -> list[Tensor]:
     """Argmin over z of sum (x - z)^2 such that at most k entries of z, all tensors together, differ from 0.
 
-    The k entries of largest magnitude stay as they are, the others become 0; ties, arguments and errors as for
+    The k entries of largest magnitude stay as they are, the others become 0; ties, arguments and errors are those of
     `largest_masks`. The result shares no memory with the input.
 
     >>> keep_largest([torch.tensor([1.0, -3.0]), torch.tensor([2.0, 2.0])], 2)
     [tensor([ 0., -3.]), tensor([2., 0.])]
     """
     return [tensor.masked_fill(~mask, 0) for tensor, mask in zip(tensors, largest_masks(tensors, k), strict=True)]
-
-
-def kth_largest_magnitude(tensors: Sequence[Tensor], k: int) -> float:
-    """The k-th largest magnitude over all tensors: infinity for k = 0, 0 if fewer than k entries differ from 0.
-
-    Raises:
-        ValueError: as `largest_masks`.
-
-    >>> kth_largest_magnitude([torch.tensor([1.0, -3.0]), torch.tensor([2.0, 2.0])], 4)
-    1.0
-    """
-    if k < 0:
-        raise ValueError(f"expected k >= 0, got {k}")
-    keys = _Keys(tensors)
-    key, marked = keys.search(k)
-    return keys.magnitude(key) if k == 0 or marked >= k else 0.0
-
-
-@torch.no_grad()
-def truncate_rank(matrix: Tensor, rank: int) -> Tensor:
-    """Argmin over Z of ||M - Z||_F such that rank Z <= rank: the leading singular triples (Eckart and Young 1936).
-
-    Args:
-        matrix: (rows, columns), floating point (half types are computed in float32).
-        rank: at least 0; a matrix with no larger side than that comes back as it is.
-
-    Raises:
-        ValueError: not a matrix, rank < 0, nan or inf.
-
-    >>> truncate_rank(torch.tensor([[3.0, 0.0], [0.0, 1.0]]), 1).abs().tolist()
-    [[3.0, 0.0], [0.0, 0.0]]
-    """
-    if matrix.dim() != 2:
-        raise ValueError(f"expected a matrix, got {matrix.dim()} dimensions")
-    if rank < 0:
-        raise ValueError(f"expected rank >= 0, got {rank}")
-    if not bool(matrix.isfinite().all()):
-        raise ValueError("expected finite entries, got nan or inf")
-    if rank >= min(matrix.shape):
-        return matrix.clone()
-    wide = matrix.to(torch.promote_types(matrix.dtype, torch.float32))
-    u, s, vh = torch.linalg.svd(wide, full_matrices=False)
-    nearest: Tensor = (u[:, :rank] * s[:rank]) @ vh[:rank]
-    return nearest.to(matrix.dtype)
 
 
 def _check_layers(singular_values: Sequence[Tensor], costs: Sequence[int]) -> None:
@@ -243,20 +195,20 @@ def allocate_ranks(singular_values: Sequence[Tensor], costs: Sequence[int], budg
     """Near argmax over ranks r_l >= 1 with sum r_l costs_l <= budget of the sum of the kept squared singular values.
 
     Greedy, global over the layers: after one rank each, the largest singular values come first, as for the nonzeros of
-    `keep_largest`. A value that no longer fits is passed over, and with it the rest of its layer, and cheaper layers
-    may use what remains: stopping there instead would give the same ranks or fewer. So no layer could have a rank more
-    in the end. Zeros are not bought; equal values go by layer.
+    `keep_largest`. A value that no longer fits is skipped, and with it the rest of its layer, so that cheaper layers
+    may use what remains of the budget: in the end no layer could have one rank more. Zeros are not bought; equal values
+    go by layer.
 
     Args:
-        singular_values: one (n,) tensor for each layer, n >= 1, none negative, in any order.
-        costs: what one rank of each layer takes from the budget, out + in * kh * kw.
-        budget: what all ranks may take together.
+        singular_values: one (n,) tensor per layer, n >= 1, none negative, in any order.
+        costs: cost of one rank of each layer, out + in * kh * kw numbers.
+        budget: the largest total cost.
 
     Returns:
-        One rank for each layer.
+        One rank per layer.
 
     Raises:
-        ValueError: the budget is below its floor sum(costs), or the arguments do not fit together.
+        ValueError: the budget is below sum(costs), one rank per layer, or the arguments do not fit together.
 
     >>> allocate_ranks([torch.tensor([9.0, 5.0, 1.0]), torch.tensor([4.0, 3.0])], [10, 2], 24)
     [2, 2]
@@ -264,7 +216,7 @@ def allocate_ranks(singular_values: Sequence[Tensor], costs: Sequence[int], budg
     _check_layers(singular_values, costs)
     left = budget - sum(costs)
     if left < 0:
-        raise ValueError(f"expected a budget of at least {sum(costs)} (one rank for each layer), got {budget}")
+        raise ValueError(f"expected a budget of at least {sum(costs)} (one rank per layer), got {budget}")
     ranks = [1] * len(costs)
     rest = [(-s, layer) for layer, values in enumerate(singular_values) for s in sorted(values.tolist())[:-1] if s > 0]
     for _, layer in sorted(rest):

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from atmc.compress.budget import Bits
-from atmc.compress.constraints import Codebook, Constraint, Each, NonzeroBudget
+from atmc.compress.constraints import Codebook, Constraint, InOrder, NonzeroBudget
 from atmc.compress.projections import keep_largest, zero_kmeans
 
 EXACT_BELOW = 20_000  # nonzeros up to which a tensor's final codebook is the exact optimum
@@ -44,7 +44,7 @@ class Allocation:
     def constraint(self) -> Constraint:
         """Return Q: prune to k, every layer keeping something, then quantize."""
         prune = self.step_constraint(self.nonzeros)
-        return prune if self.bits is None else Each((prune, Codebook(self.bits, exact_below=EXACT_BELOW)))
+        return prune if self.bits is None else InOrder((prune, Codebook(self.bits, exact_below=EXACT_BELOW)))
 
 
 @dataclass(frozen=True)
