@@ -5,7 +5,7 @@ import torch
 from torch import nn
 
 from atmc.compress.constraints import NonzeroBudget
-from atmc.compress.factorize import compressible, factorize
+from atmc.compress.factorize import compressible_parameters, factorize
 from atmc.models import build
 from atmc.models.batch_norm import to_affine
 from atmc.pack import artifact
@@ -65,7 +65,7 @@ def test_a_dense_network_is_read_everywhere(name):
 
 def test_a_pruned_network_computes_the_same_without_what_nobody_reads():
     model = factorize(build("lenet", 10, seed=0))
-    tensors = compressible(model)
+    tensors = compressible_parameters(model)
     generator = torch.Generator().manual_seed(0)
     values = {name: torch.randn(t.shape, generator=generator) for name, t in tensors.items() if name.endswith("V")}
     assign(tensors, {**{n: torch.zeros_like(t) for n, t in tensors.items()}, **NonzeroBudget(800).project(values)})

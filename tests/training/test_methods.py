@@ -11,7 +11,7 @@ from torch import nn
 import atmc
 from atmc import models
 from atmc.compress.budget import distinct_nonzero
-from atmc.compress.factorize import Factors, compressible, factorize, factors, fold, structure
+from atmc.compress.factorize import Factors, compressible_parameters, factor_structure, factorize, factors, fold
 from atmc.data import Images
 from atmc.evaluation.accuracy import clean_accuracy
 from atmc.evaluation.evaluate import check_model
@@ -67,14 +67,14 @@ def test_method_end_to_end(few, method, bits):
     work = job(few, method=method, bits=bits, model=lenet, batch_size=128, attack_steps=1)
     events = list(work.run())
     records = [event.record for event in events if isinstance(event, EpochDone)]
-    tensors = compressible(work.runner.model)
+    tensors = compressible_parameters(work.runner.model)
     if method != "da":
         for record in records:
             assert record.phase == "dense" or record.nonzeros <= work.nonzeros
         assert sum(int(tensor.count_nonzero()) for tensor in tensors.values()) <= work.nonzeros
     if bits:
         assert all(distinct_nonzero(tensor) <= 2**bits for tensor in tensors.values())
-    assert bool(structure(work.runner.model)) == (method in ("atmc", "alr"))
+    assert bool(factor_structure(work.runner.model)) == (method in ("atmc", "alr"))
     result = work.result()
     assert records == result.records
     assert result.decided.size.nonzeros == (work.dense_weights if method == "da" else records[-1].nonzeros)
@@ -97,7 +97,7 @@ def test_residuals_are_in_the_log_of_the_phase_that_has_them(few):
 
 def test_the_budget_is_reached_gradually_and_held(few):
     work = job(few, method="al0", bits=None, epochs={"dense": 0, "l0": 4, "tune": 0}, gradual=0.5)
-    tensors = compressible(work.runner.model)
+    tensors = compressible_parameters(work.runner.model)
     counts = []
     for event in work.run():
         if isinstance(event, StepDone):
@@ -113,10 +113,10 @@ def test_ap_keeps_the_support_of_its_one_shot_mask(few):
     start = fold(dense.runner.model)
     work = job(few, method="ap", bits=None, ratio=0.2, model=start, epochs={"dense": 0, "tune": 2})
     list(work.run())
-    magnitudes = torch.cat([value.abs().flatten() for value in compressible(start).values()])
+    magnitudes = torch.cat([value.abs().flatten() for value in compressible_parameters(start).values()])
     threshold = magnitudes.topk(work.nonzeros).values[-1]
-    for name, tensor in compressible(work.runner.model).items():
-        assert not tensor[compressible(start)[name].abs() < threshold].any()
+    for name, tensor in compressible_parameters(work.runner.model).items():
+        assert not tensor[compressible_parameters(start)[name].abs() < threshold].any()
 
 
 def test_tuning_moves_only_the_codebook(few):
@@ -124,7 +124,7 @@ def test_tuning_moves_only_the_codebook(few):
     patterns = {}
     for event in work.run():
         if isinstance(event, EpochDone) and event.record.phase == "tune":
-            for name, tensor in compressible(work.runner.model).items():
+            for name, tensor in compressible_parameters(work.runner.model).items():
                 levels = torch.unique(tensor.detach(), return_inverse=True)[1]
                 assert torch.equal(levels, patterns.setdefault(name, levels))
     assert patterns
@@ -442,7 +442,7 @@ def test_rank_budget_counts_what_cannot_be_factored(few):
     assert smallest_budget("alr", model) == (8 + 25) + (10 + 128) + 72
     work = job(few, model=model, method="alr", bits=None, ratio=0.4, epochs={"dense": 0, "tune": 0})
     list(work.run())
-    assert sum(tensor.numel() for tensor in compressible(work.runner.model).values()) <= work.nonzeros
+    assert sum(tensor.numel() for tensor in compressible_parameters(work.runner.model).values()) <= work.nonzeros
 
 
 class Views(nn.Module):

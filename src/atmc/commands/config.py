@@ -7,9 +7,8 @@ to the run folder's config.toml, which therefore runs again to the same result.
 from __future__ import annotations
 
 import tomllib
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from difflib import get_close_matches
-from functools import partial
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self, get_type_hints
 
@@ -24,43 +23,27 @@ from atmc.evaluation.attacks import check_attacks, check_norm
 from atmc.robust.objectives import OBJECTIVES
 from atmc.robust.threats import Threat, parse_threat
 from atmc.training.methods import check_method
-from atmc.training.settings import (
-    DEFAULT_EPOCHS,
-    LEARNING_RATES,
-    SETTINGS,
-    Recipe,
-    check_setting,
-    default_recipe,
-    fill_phases,
-)
+from atmc.training.settings import SETTINGS, Recipe, check_setting, default_recipe
 
 MAX_THREADS = 1024  # torch crashes where the system gives it no more
 
 
 def _training_field(name: str, hint: Any) -> tuple[Any, Any]:
     """Return (type, pydantic field) of the key of [training] for one setting, checked as `Recipe` checks it."""
-    about = SETTINGS[name].metadata
-    typed: Any = str if about["choices"] else hint
-    check: Callable[[Any], object] = partial(check_setting, name)
-    if name == "epochs":
-        typed, check = dict[str, int] | int, partial(fill_phases, defaults=DEFAULT_EPOCHS, what=name)
-    elif name == "learning_rate":
-        typed, check = dict[str, float] | float, partial(fill_phases, defaults=LEARNING_RATES["sgd"], what=name)
-    elif name == "objective_options":
-        typed = dict[str, float]
-    elif name == "exclude":
-        typed = list[str]
-    return Annotated[typed, AfterValidator(_checked(check))] | None, Field(default=None, description=about["help"])
+    properties = SETTINGS[name].metadata
+    in_toml = {
+        "epochs": dict[str, int] | int,
+        "learning_rate": dict[str, float] | float,
+        "objective_options": dict[str, float],
+        "exclude": list[str],
+    }
 
-
-def _checked(check: Callable[[Any], object]) -> Callable[[Any], Any]:
-    """Return a validator that passes a value on if the check raises no ValueError."""
-
-    def validate(value: Any) -> Any:
-        check(value)
+    def check(value: Any) -> Any:
+        check_setting(name, value)
         return value
 
-    return validate
+    kind: Any = str if properties["choices"] else in_toml.get(name, hint)
+    return Annotated[kind, AfterValidator(check)] | None, Field(default=None, description=properties["help"])
 
 
 class _Section(BaseModel):

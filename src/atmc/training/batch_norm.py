@@ -7,7 +7,7 @@ import copy
 import torch
 from torch import Tensor, nn
 
-from atmc.compress.factorize import built_once
+from atmc.compress.factorize import cached_weights
 from atmc.core.rng import Noise, derived_seed
 from atmc.data import Images
 from atmc.models.batch_norm import is_affine
@@ -39,7 +39,7 @@ def reestimate_batch_norm(
         device = batch.x.device
         with (
             seeded(derived_seed(loop.seed, 0, step), device),
-            built_once(before),
+            cached_weights(before),
             autocast(device, loop.recipe.bf16),
         ):
             objective(model, batch.x, batch.y, attack.on(before, noise))

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from atmc.compress.budget import Bits, distinct_nonzero, mean_bits, nominal_bits
-from atmc.compress.factorize import compressible, cut_ranks, fold, sites
+from atmc.compress.factorize import compressible_parameters, compressible_weights, cut_ranks, fold
 from atmc.compress.rate_control import Allocation, RateControl
 from atmc.evaluation.statistics import Accuracy
 from atmc.models.batch_norm import to_affine
@@ -28,7 +28,7 @@ Validate = Callable[[nn.Module], tuple[Accuracy, Accuracy]]
 
 @dataclass(frozen=True)
 class Size:
-    """Nonzeros and nominal bits of the tensors under the budget (`factorize.compressible`), and bits of a code.
+    """Nonzeros and nominal bits of the tensors under the budget (`factorize.compressible_parameters`), and bits of a code.
 
     bits is the mean over nonzeros where tensors differ, and None without a codebook.
     """
@@ -86,12 +86,12 @@ def finalize(
         reestimate: gives a model new batch norm statistics; False where it has none.
     """
     renewed = _renew_batch_norm(model, validate, score, reestimate)
-    size = _counts(compressible(model, exclude=exclude), bits, rate)
+    size = _counts(compressible_parameters(model, exclude=exclude), bits, rate)
     idle = _shortened(model, probe)
     exact = validate(fold(model))
     before = {name: value.detach().clone() for name, value in model.state_dict().items()}
     rounded = {name: _to_fp16(value) for name, value in before.items()}
-    fits = rate is None or rate.measure_exact(model) <= rate.max_bytes
+    fits = rate is None or rate.file_bytes(model) <= rate.max_bytes
     if not all(bool(value.isfinite().all()) for value in rounded.values()):
         if not fits:
             raise RuntimeError("values are too large for float16, and in float32 the file is over its budget")
@@ -134,7 +134,7 @@ def _shortened(model: nn.Module, probe: Tensor) -> int:
 def smallest_model(method: str, model: nn.Module, exclude: tuple[str, ...]) -> nn.Module:
     """About the largest of the smallest: one nonzero, or one rank, a layer, all else noise that no coder shortens."""
     small = to_affine(fold(model).cpu())
-    places = sites(small, exclude=exclude)
+    places = compressible_weights(small, exclude=exclude)
     if method == "alr":
         cut_ranks(small, {site.path: 1 for site in places if site.factorable})
         places = [site for site in places if not site.factorable]
@@ -170,17 +170,17 @@ def _renew_batch_norm(
 @torch.no_grad()
 def _fit_bytes(model: nn.Module, exclude: tuple[str, ...], rate: RateControl) -> int:
     """Prune the smallest values until the file fits; how many were given up. Nearly always none."""
-    if rate.measure_exact(model) <= rate.max_bytes:
+    if rate.file_bytes(model) <= rate.max_bytes:
         return 0
-    tensors = compressible(model, exclude=exclude)
+    tensors = compressible_parameters(model, exclude=exclude)
     held: Mapping[str, Tensor] = {name: tensor.detach().clone() for name, tensor in tensors.items()}
     there = sum(int(tensor.count_nonzero()) for tensor in held.values())
 
     def length(k: int) -> int:
         assign(tensors, Allocation(k).constraint().project(held))
-        return rate.measure_exact(model)
+        return rate.file_bytes(model)
 
-    kept, _ = rate.largest(length, min(rate.layers, there), there, start=there - 1)
+    kept, _ = rate.largest_that_fits(length, min(rate.layers, there), there, start=there - 1)
     length(kept)
     return there - kept
 

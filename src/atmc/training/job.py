@@ -13,7 +13,7 @@ import torch
 from torch import nn
 
 from atmc.compress.budget import Budget
-from atmc.compress.factorize import fold, refuse_unfit, sites, use_channels_last
+from atmc.compress.factorize import check_compressible, compressible_weights, fold, use_channels_last
 from atmc.compress.rate_control import Allocation, BudgetTooSmall, RateControl
 from atmc.core.files import write_beside
 from atmc.data import Images, mixed_order
@@ -73,14 +73,14 @@ class Job:
         check_threat(threat, train.pixels[0].numel())
         classes = check_model(model, train, classes)
         check_model(model, val, classes)
-        refuse_unfit(model, exclude=recipe.exclude)
+        check_compressible(model, exclude=recipe.exclude)
         if has_batch_norm(model) and min(len(train), recipe.batch_size) == 1:
             raise ValueError(
                 f"expected at least 2 images a step, since the model has batch norm; got {len(train)} training images "
                 f"in batches of {recipe.batch_size}"
             )
         self.dense_weights = sum(
-            getattr(site.module, site.parameter).numel() for site in sites(model, exclude=recipe.exclude)
+            getattr(site.module, site.parameter).numel() for site in compressible_weights(model, exclude=recipe.exclude)
         )
         self._plain = fold(model).cpu()
         self._about: dict[str, Any] = {
@@ -130,21 +130,21 @@ class Job:
 
         probe = probe_images(train)
 
-        def measure(trained: nn.Module) -> int:
+        def projected_bytes(trained: nn.Module) -> int:
             return len(artifact.to_bytes(finalize_copy(trained, probe), **self._about))
 
-        def measure_exact(rounded: nn.Module) -> int:
+        def file_bytes(rounded: nn.Module) -> int:
             return len(artifact.to_bytes(rounded, **self._about))
 
-        smallest = measure_exact(smallest_model(method, model, recipe.exclude))
+        smallest = file_bytes(smallest_model(method, model, recipe.exclude))
         if budget.max_bytes < smallest:
             raise BudgetTooSmall(
                 f"a budget of {budget.max_bytes:,} bytes is below the smallest file of this model and method, "
                 f"{smallest:,} bytes"
             )
         most_bits = (budget.bits or 8) if method in CODEBOOK_METHODS else None
-        layers = len(sites(model, exclude=recipe.exclude))
-        return RateControl(budget.max_bytes, smallest, measure, measure_exact, most_bits, layers, self.dense_weights)
+        layers = len(compressible_weights(model, exclude=recipe.exclude))
+        return RateControl(budget.max_bytes, smallest, projected_bytes, file_bytes, most_bits, layers, self.dense_weights)
 
     def _plain_copy(self, num_classes: int) -> nn.Module:
         return copy.deepcopy(self._plain)

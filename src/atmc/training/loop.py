@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from atmc.compress.admm import Admm
 from atmc.compress.constraints import Constraint
-from atmc.compress.factorize import built_once
+from atmc.compress.factorize import cached_weights
 from atmc.core.rng import Noise, derived_seed
 from atmc.data import Batch, Images, batch_count, batches
 from atmc.robust.objectives import Objective, TrainingAttack
@@ -115,7 +115,7 @@ def fit(
             noise = Noise(batch.index, seed=loop.seed, purpose="attack", epoch=epoch)
             perturb = attack.on(model, noise, eps_scale=ramp)
             optimizer.zero_grad(set_to_none=True)
-            with seeded(derived_seed(loop.seed, epoch, step), batch.x.device), built_once(model):
+            with seeded(derived_seed(loop.seed, epoch, step), batch.x.device), cached_weights(model):
                 with autocast(batch.x.device, loop.recipe.bf16):
                     loss = objective(model, batch.x, batch.y, perturb)
                 loss.backward()  # type: ignore[no-untyped-call]

@@ -15,7 +15,7 @@ from torch import nn
 
 from atmc.compress.admm import Admm
 from atmc.compress.constraints import Codebook, Constraint, FixedCodes, FixedMask
-from atmc.compress.factorize import Site, cut_ranks, factorize, sites, structure
+from atmc.compress.factorize import CompressibleWeight, compressible_weights, cut_ranks, factor_structure, factorize
 from atmc.compress.projections import allocate_ranks
 from atmc.compress.rate_control import Allocation, RateControl
 from atmc.core.errors import unknown
@@ -90,8 +90,8 @@ def alr(plan: Plan) -> list[Phase]:
 
         entries = plan.nonzeros
         if plan.rate:
-            measure, least = plan.rate.measure, smallest_budget("alr", model, plan.recipe.exclude)
-            entries, _ = plan.rate.largest(
+            measure, least = plan.rate.projected_bytes, smallest_budget("alr", model, plan.recipe.exclude)
+            entries, _ = plan.rate.largest_that_fits(
                 lambda k: measure(cut_to(copy.deepcopy(model), k)), least, plan.dense_weights, start=max(entries, least)
             )
         cut_to(model, entries)
@@ -144,17 +144,17 @@ def smallest_budget(method: str, model: nn.Module, exclude: tuple[str, ...] = ()
     if method == "alr":
         shapes: list[torch.Size] = [getattr(site.module, site.parameter).shape for site in _rank_sites(model, exclude)]
         return sum(shape[0] + shape[1:].numel() for shape in shapes) + _count_unfactored(model, exclude)
-    return 1 if method == "da" else len(sites(model, exclude=exclude))
+    return 1 if method == "da" else len(compressible_weights(model, exclude=exclude))
 
 
-def _rank_sites(model: nn.Module, exclude: tuple[str, ...]) -> list[Site]:
+def _rank_sites(model: nn.Module, exclude: tuple[str, ...]) -> list[CompressibleWeight]:
     """Return the weights that have a matrix to factor."""
-    return [site for site in sites(model, exclude=exclude) if site.factorable]
+    return [site for site in compressible_weights(model, exclude=exclude) if site.factorable]
 
 
 def _count_unfactored(model: nn.Module, exclude: tuple[str, ...]) -> int:
     """Count the entries of weights that have no matrix to factor (grouped convolutions) and stay dense."""
-    dense = [site for site in sites(model, exclude=exclude) if not site.factorable]
+    dense = [site for site in compressible_weights(model, exclude=exclude) if not site.factorable]
     counts: list[int] = [getattr(site.module, site.parameter).numel() for site in dense]
     return sum(counts)
 
@@ -180,7 +180,7 @@ def _admm_phase(plan: Plan, *, factored: bool) -> Phase:
 
     def enter(model: nn.Module) -> None:
         if factored:  # factors that came from a checkpoint stay as they are
-            factorize(model, start=plan.recipe.factor_start, exclude=(*plan.recipe.exclude, *structure(model)))
+            factorize(model, start=plan.recipe.factor_start, exclude=(*plan.recipe.exclude, *factor_structure(model)))
 
     def admm(allocation: Allocation) -> Admm:
         assert allocation.bits is not None

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from atmc.compress.admm import Admm
 from atmc.compress.budget import nominal_bits
 from atmc.compress.constraints import Constraint
-from atmc.compress.factorize import built_once, compressible, restructure, structure
+from atmc.compress.factorize import apply_structure, cached_weights, compressible_parameters, factor_structure
 from atmc.compress.rate_control import Allocation, RateControl
 from atmc.core.numerics import full_float32
 from atmc.core.rng import derived_seed
@@ -141,8 +141,8 @@ class Runner:
         """Train from a state (by default from the start); yields every step and every epoch's end."""
         state = state or State(allocation=asdict(self._budget))
         if state.model:
-            here = structure(self.model)  # a checkpoint may have brought some weights factorized
-            restructure(self.model, {path: form for path, form in state.structure.items() if path not in here})
+            here = factor_structure(self.model)  # a checkpoint may have brought some weights factorized
+            apply_structure(self.model, {path: form for path, form in state.structure.items() if path not in here})
         for index in range(state.phase, len(self.phases)):
             if index != state.phase:
                 state = State(phase=index, allocation=state.allocation)
@@ -157,7 +157,7 @@ class Runner:
             self.model.load_state_dict(state.model)
         elif phase.enter:
             phase.enter(self.model)
-        tensors = compressible(self.model, exclude=self._recipe.exclude)
+        tensors = compressible_parameters(self.model, exclude=self._recipe.exclude)
         if not resumed:
             if self.rate and phase.feasible:
                 _, following, _ = self.rate.allocate(
@@ -237,7 +237,7 @@ class Runner:
         )
         assign(tensors, held)
         state.epoch = record.epoch
-        state.structure = dict(structure(self.model))
+        state.structure = dict(factor_structure(self.model))
         state.model, state.optimizer = self.model.state_dict(), optimizer.state_dict()
         state.admm = admm.state() if admm else None
         return EpochDone(record, state)
@@ -263,7 +263,7 @@ class Runner:
     def _validate(self, model: nn.Module) -> tuple[Accuracy, Accuracy]:
         """Clean and `pgd` accuracy on the first val_clean_n and val_n images of the validation split, in float32."""
         model.eval()
-        with full_float32(), built_once(model):
+        with full_float32(), cached_weights(model):
             clean = clean_accuracy(model, self._val, n=self._recipe.val_clean_n)
             robust = robust_accuracy(model, self._val, self._threat, "pgd", n=self._recipe.val_n)
         return clean, robust

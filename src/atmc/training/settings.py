@@ -1,7 +1,7 @@
-"""The settings of training: one field of `Recipe` each, with its default, bounds and meaning in one place.
+"""The settings of training: each is one field of `Recipe`, with its default, bounds and meaning in one place.
 
-The configuration's section [training] (`commands.config`), the checks of Python arguments and the table in
-docs/method.md are derived from these fields. `default_recipe` chooses the optimizer and its rates for a model.
+The configuration's section [training] (`commands.config`) and the checks of Python arguments are derived from these
+fields, and a test compares them with the table in docs/method.md. `default_recipe` fills in what a user leaves open.
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ import math
 from collections.abc import Callable, Collection, Mapping
 from dataclasses import MISSING, dataclass, field, fields
 from numbers import Integral, Real
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 from torch import nn
 
@@ -25,11 +25,12 @@ LEARNING_RATES = {
     "adamw": {"dense": 2e-3, "l0": 1e-3, "admm": 1e-3, "tune": 5e-4},
     "sgd": {"dense": 0.1, "l0": 0.02, "admm": 0.01, "tune": 0.005},
 }
+FactorStart = Literal["identity", "svd"]
 
 
 @dataclass(frozen=True, kw_only=True)
 class Bounds:
-    """The values that a numeric setting may take: low <= value <= high, with the ends left out as asked."""
+    """The values that a numeric setting may take: from low to high, without an end that is open."""
 
     low: float = -math.inf
     high: float = math.inf
@@ -37,12 +38,17 @@ class Bounds:
     open_high: bool = False
 
     def contain(self, value: float) -> bool:
-        """Whether a value is finite and within the bounds."""
+        """Return whether a value is finite and within the bounds."""
         above = self.low < value if self.open_low else self.low <= value
         below = value < self.high if self.open_high else value <= self.high
         return math.isfinite(value) and above and below
 
     def __str__(self) -> str:
+        """Describe the bounds.
+
+        >>> str(Bounds(low=0, high=1, open_high=True))
+        '>= 0 and < 1'
+        """
         low = f"{'>' if self.open_low else '>='} {self.low:g}"
         high = f"{'<' if self.open_high else '<='} {self.high:g}"
         return low if self.high == math.inf else f"{low} and {high}"
@@ -57,6 +63,7 @@ def setting(
     help: str,
     default: Any = MISSING,
     *,
+    with_batch_norm: Any = None,
     bounds: Bounds | None = None,
     choices: Collection[str] | None = None,
     optional: bool = False,
@@ -66,15 +73,22 @@ def setting(
     """Declare a field of `Recipe`.
 
     Args:
-        help: what the setting does, in one line.
-        default: its value for a model without batch norm; `factory` makes one that is mutable, and without both the
-            setting must be given.
+        help: what the setting does, in one line; docs/method.md shows it.
+        default: its value. A mutable one is given as `factory`. A setting without both must be given.
+        with_batch_norm: the value that `default_recipe` takes for a model with batch norm, if it differs.
         bounds: of a number.
-        choices: of a name.
+        choices: the names that a setting may be.
         optional: whether None is a value.
         section: ``training`` for a key of the configuration's [training]; ``run`` for what a run sets elsewhere.
     """
-    metadata = {"help": help, "bounds": bounds, "choices": choices, "optional": optional, "section": section}
+    metadata = {
+        "help": help,
+        "with_batch_norm": with_batch_norm,
+        "bounds": bounds,
+        "choices": choices,
+        "optional": optional,
+        "section": section,
+    }
     if factory is not None:
         return field(default_factory=factory, metadata=metadata)
     return field(default=default, metadata=metadata)
@@ -82,25 +96,41 @@ def setting(
 
 @dataclass(frozen=True, kw_only=True)
 class Recipe:
-    """How to train. Every field is a setting; `help(Recipe)` and docs/method.md list them with their meaning.
+    """How to train. Every field is a setting; docs/method.md lists them with their meaning.
 
-    The defaults are for a model without batch norm; `default_recipe` chooses by the model.
+    The defaults are for a model without batch norm; `default_recipe` fills in those that depend on the model.
 
     Raises:
         ValueError: a value of the wrong type, outside its bounds, or not among its choices.
     """
 
-    epochs: Mapping[str, int] = setting("epochs per phase; a phase that is not named does not train")
-    learning_rate: Mapping[str, float] = setting("peak learning rate per phase")
-    objective: str = setting("training loss", "mixed", choices=OBJECTIVES)
-    objective_options: Mapping[str, float] = setting("options of the objective, such as beta of trades", factory=dict)
+    epochs: Mapping[str, int] = setting("epochs per phase: one number for all phases, or a table of some phases")
+    learning_rate: Mapping[str, float] = setting("peak learning rate per phase, likewise")
+    objective: str = setting(
+        "training loss, see Objectives; method `nap` always uses `natural`", "mixed", choices=OBJECTIVES
+    )
+    objective_options: Mapping[str, float] = setting("options of the objective, see Objectives", factory=dict)
     attack_steps: int = setting("ascent steps of the training attack", 7, bounds=AT_LEAST_ONE)
-    relative_step: float = setting("total path length of the training attack over eps", 2.0, bounds=POSITIVE)
-    random_start: bool = setting("start the training attack at a random point of the ball", True)
-    batch_statistics: bool = setting("let batch norm use the attacked batch's own statistics during attacks", False)
-    optimizer: str = setting("adamw, or sgd with Nesterov momentum 0.9", "adamw", choices=("adamw", "sgd"))
-    weight_decay: float = setting("weight decay of the optimizer", 1e-4, bounds=NOT_NEGATIVE)
-    batch_size: int = setting("images per step", 128, bounds=AT_LEAST_ONE)
+    relative_step: float = setting(
+        "path length of the training attack over eps: a step is `relative_step * eps / attack_steps`",
+        2.0,
+        bounds=POSITIVE,
+    )
+    random_start: bool = setting("start the training attack at a random point of the ball; false: at the image", True)
+    batch_statistics: bool = setting(
+        "let batch norm normalize by the attacked batch's own statistics during the attack", False
+    )
+    optimizer: str = setting(
+        "AdamW, or SGD with Nesterov momentum 0.9", "adamw", with_batch_norm="sgd", choices=LEARNING_RATES
+    )
+    weight_decay: float = setting(
+        "weight decay of the optimizer, on all parameters", 1e-4, with_batch_norm=5e-4, bounds=NOT_NEGATIVE
+    )
+    batch_size: int = setting(
+        "images per step; an epoch's last batch may be smaller, but a single remaining image joins the batch before it",
+        128,
+        bounds=AT_LEAST_ONE,
+    )
     warmup: float = setting(
         "fraction of the dense phase in which the learning rate rises",
         0.15,
@@ -115,30 +145,43 @@ class Recipe:
         bounds=Bounds(low=0, high=1),
     )
     regrow: float = setting(
-        "the admm phase starts with this many times the budget, so that factors which start at zero can take part",
+        "the admm phase starts with `regrow * k` nonzeros (at most N), so that factors can grow that start at zero",
         4.0,
         bounds=AT_LEAST_ONE,
     )
     rho: float = setting("penalty of ADMM", 0.1, bounds=POSITIVE)
     interval: int = setting("steps between two refreshes of ADMM's copy and dual", 10, bounds=AT_LEAST_ONE)
-    balance: bool = setting("adapt rho by residual balancing (Boyd et al. 2011, section 3.4.1)", False)
-    factor_start: Literal["identity", "svd"] = setting(
-        "where U, V and C start", "identity", choices=("identity", "svd")
+    balance: bool = setting(
+        "double or halve rho if one residual is over ten times the other (Boyd et al. 2011, section 3.4.1)", False
     )
-    exclude: tuple[str, ...] = setting("shell patterns of weights that stay dense, such as head.*", ())
-    augment: str = setting("random changes of training images", "none", choices=AUGMENTATIONS)
+    factor_start: FactorStart = setting(  # noqa: RUF009 - makes a field, as above
+        "where U, V and C start, see Factors", "identity", choices=get_args(FactorStart)
+    )
+    exclude: tuple[str, ...] = setting(
+        'shell patterns of weights that stay dense, such as `"fc2.weight"`; a pattern that matches nothing is an error',
+        (),
+    )
+    augment: str = setting("random changes of training images, see [data.md](data.md)", "none", choices=AUGMENTATIONS)
     val_n: int = setting("validation images under attack per epoch, the first ones", 1000, bounds=AT_LEAST_ONE)
     val_clean_n: int | None = setting(
-        "clean validation images per epoch, the first ones (default: all)", None, bounds=AT_LEAST_ONE, optional=True
+        "clean validation images per epoch, the first ones; for quick trials", None, bounds=AT_LEAST_ONE, optional=True
     )
-    bf16: bool = setting("train in bfloat16; validation is always in float32", False, section="run")
-    channels_last: bool = setting("memory layout of images and kernels in training", True, section="run")
-    seed: int = setting("keys every random draw", 0, section="run")
+    bf16: bool = setting(
+        "train in bfloat16 (in a configuration: `precision`); validation and evaluation are always in float32",
+        False,
+        section="run",
+    )
+    channels_last: bool = setting(
+        "channels-last layout in training (in a configuration: `layout`); a model that cannot take it runs without",
+        True,
+        section="run",
+    )
+    seed: int = setting("key of every random draw (in a configuration: the run's `seed`)", 0, section="run")
 
     def __post_init__(self) -> None:
         """Check every field."""
-        for each in fields(self):
-            check_setting(each.name, getattr(self, each.name))
+        for name in SETTINGS:
+            check_setting(name, getattr(self, name))
         OBJECTIVES[self.objective].check_options(self.objective, self.objective_options)
         check_seed(self.seed)
 
@@ -147,24 +190,31 @@ SETTINGS = {each.name: each for each in fields(Recipe)}
 
 
 def check_setting(name: str, value: Any) -> None:
-    """Raise ValueError if a setting of `Recipe` cannot have this value: its type, its bounds, its choices."""
-    about, kind = SETTINGS[name].metadata, str(SETTINGS[name].type)
-    if value is None and about["optional"]:
+    """Raise ValueError if a setting of `Recipe` cannot have this value: its type, its bounds, its choices.
+
+    `objective_options` depend on the objective, and `Recipe` checks them.
+    """
+    properties, kind = SETTINGS[name].metadata, str(SETTINGS[name].type)
+    if value is None and properties["optional"]:
         return
-    if about["choices"] is not None and value not in about["choices"]:
-        raise unknown(name, value, about["choices"])
+    if name == "epochs":
+        fill_phases(value, DEFAULT_EPOCHS, name)
+    if name == "learning_rate":
+        fill_phases(value, LEARNING_RATES["sgd"], name)
+    if properties["choices"] is not None and value not in properties["choices"]:
+        raise unknown(name, value, properties["choices"])
     if kind.startswith(("int", "float")):
-        number, word = (Integral, "an integer") if kind.startswith("int") else (Real, "a number")
+        number, noun = (Integral, "an integer") if kind.startswith("int") else (Real, "a number")
         if not isinstance(value, number) or isinstance(value, bool):
-            raise ValueError(f"expected {name} to be {word}, got {value!r}")
-        if about["bounds"] is not None and not about["bounds"].contain(float(value)):
-            raise ValueError(f"expected {name} {about['bounds']}, got {value}")
+            raise ValueError(f"expected {name} to be {noun}, got {value!r}")
+        if properties["bounds"] is not None and not properties["bounds"].contain(float(value)):
+            raise ValueError(f"expected {name} {properties['bounds']}, got {value}")
     if kind == "bool" and not isinstance(value, bool):
         raise ValueError(f"expected {name} to be true or false, got {value!r}")
 
 
 def default_recipe(model: nn.Module, **settings: Any) -> Recipe:
-    """Return a recipe whose optimizer suits the model, unless the settings say otherwise.
+    """Return a recipe from some settings; the others get the defaults that suit the model.
 
     A model with batch norm gets SGD, as is usual in adversarial training; one without gets AdamW, since SGD with the
     same rate often does not converge against large perturbations.
@@ -178,36 +228,45 @@ def default_recipe(model: nn.Module, **settings: Any) -> Recipe:
     for name in settings:
         if name not in SETTINGS:
             raise unknown("setting", name, SETTINGS, expected="a field of atmc.Recipe")
-    normed = has_batch_norm(model)
-    optimizer = settings.setdefault("optimizer", "sgd" if normed else "adamw")
+    if has_batch_norm(model):
+        for name, declared in SETTINGS.items():
+            if declared.metadata["with_batch_norm"] is not None:
+                settings.setdefault(name, declared.metadata["with_batch_norm"])
+    optimizer = settings.setdefault("optimizer", SETTINGS["optimizer"].default)
+    objective = settings.setdefault("objective", SETTINGS["objective"].default)
     check_setting("optimizer", optimizer)
-    settings.setdefault("weight_decay", 5e-4 if normed else 1e-4)
+    check_setting("objective", objective)
     settings["epochs"] = fill_phases(settings.get("epochs"), DEFAULT_EPOCHS, "epochs")
     settings["learning_rate"] = fill_phases(settings.get("learning_rate"), LEARNING_RATES[optimizer], "learning_rate")
-    objective = settings.setdefault("objective", SETTINGS["objective"].default)
-    check_setting("objective", objective)
     settings["objective_options"] = OBJECTIVES[objective].fill_options(objective, settings.get("objective_options"))
     return Recipe(**settings)
 
 
 def has_batch_norm(model: nn.Module) -> bool:
-    """Whether any module of the model is a batch norm."""
+    """Return whether any module of the model is a batch norm."""
     return any(isinstance(module, nn.modules.batchnorm._BatchNorm) for module in model.modules())
 
 
-def fill_phases(given: Any, defaults: Mapping[str, Any], what: str) -> dict[str, Any]:
-    """Return a value per phase from one number for all or from a dict of some, filled up with the defaults.
+def fill_phases(given: Any, defaults: Mapping[str, Any], name: str) -> dict[str, Any]:
+    """Return a value per phase: from one number for all, or from a dict of some, filled up with the defaults.
+
+    Args:
+        given: a number, a dict phase -> number, or None for the defaults.
+        name: of the setting, ``epochs`` (integers) or ``learning_rate``.
+
+    >>> fill_phases({"l0": 3}, {"dense": 20, "l0": 10}, "epochs")
+    {'dense': 20, 'l0': 3}
 
     Raises:
         ValueError: an unknown phase, or a value that is not a number >= 0 (an integer for epochs).
     """
     if given is None:
         return dict(defaults)
-    kind: Any = Integral if what == "epochs" else Real
+    kind: Any = Integral if name == "epochs" else Real
     values = dict(given) if isinstance(given, Mapping) else dict.fromkeys(defaults, given)
     for phase, value in values.items():
         if phase not in defaults:
-            raise unknown(f"phase of {what}", phase, defaults)
+            raise unknown(f"phase of {name}", phase, defaults)
         if not (isinstance(value, kind) and 0 <= value < math.inf):
-            raise ValueError(f"expected {what} >= 0 in phase {phase}, got {value!r}")
+            raise ValueError(f"expected {name} >= 0 in phase {phase}, got {value!r}")
     return {**defaults, **values}
