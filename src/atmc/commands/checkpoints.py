@@ -1,4 +1,7 @@
-"""Somebody's weights into a model: .atmc, .safetensors, or a .pt read without unpickling objects."""
+"""Read checkpoints: weights from .atmc, .safetensors or .pt files, and the state of an unfinished run.
+
+A .pt file is read with ``weights_only=True``, which unpickles no objects.
+"""
 
 from __future__ import annotations
 
@@ -6,6 +9,7 @@ import copy
 import pickle
 import struct
 from collections.abc import Mapping
+from io import BytesIO
 from pathlib import Path
 
 import torch
@@ -13,10 +17,13 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from atmc.compress.factorize import assign_factors, restructure
+from atmc.commands.outputs import CHECKPOINT, LOG
+from atmc.compress.factorize import apply_structure, assign_factors
+from atmc.core.files import write_beside
 from atmc.pack import artifact
+from atmc.training.runner import State
 
-UNREADABLE = (  # what torch.load raises on bytes that are no checkpoint, depending on where it stumbles
+UNREADABLE = (  # the errors of torch.load on bytes that are no checkpoint
     pickle.UnpicklingError,
     RuntimeError,
     EOFError,
@@ -36,22 +43,22 @@ def load_weights(model: nn.Module, path: str, *, factorized: bool = False) -> No
     stays the model's own.
 
     Args:
-        factorized: where an .atmc file holds factors, keep them: the model becomes factorized as it was.
+        factorized: keep the factors of an .atmc file, if it has any: the model becomes factorized as it was.
 
     Raises:
-        ValueError: the file is missing, damaged, no state dict, or of another model.
+        ValueError: the file is missing, damaged, holds no state dict, or is of another model.
     """
     if not Path(path).is_file():
         raise ValueError(f"checkpoint {path} does not exist")
     if path.endswith(".atmc"):
         try:
             loaded = artifact.open(path, factory=lambda num_classes: copy.deepcopy(model))
-        except artifact.ModelMismatch as error:  # without what it says of the factory, which is ours
+        except artifact.ModelMismatch as error:  # its own text advises on the factory, which is not the user's
             raise ValueError(f"checkpoint {path} is of another model: {error.__cause__ or error}") from error
         _fill(model, loaded.model.state_dict(), path)
         if factorized:
             factors = loaded.factors
-            restructure(model, {name: (weight.form, weight.rank) for name, weight in factors.items()})
+            apply_structure(model, {name: (weight.form, weight.rank) for name, weight in factors.items()})
             assign_factors(
                 model, {f"{n}.{part}": x for n, weight in factors.items() for part, x in weight.parts.items()}
             )
@@ -66,16 +73,17 @@ def load_weights(model: nn.Module, path: str, *, factorized: bool = False) -> No
 
 
 def _fill(model: nn.Module, state: Mapping[str, Tensor], path: str) -> None:
-    wanted = model.state_dict()
+    """Load a state dict into a model. Raises ValueError if names or shapes differ."""
+    own = model.state_dict()
     renamed = {name.removeprefix("module."): value for name, value in state.items()}
-    for name, value in wanted.items():
+    for name, value in own.items():
         if name not in renamed and name.startswith("normalize."):
             renamed[name] = value
-    problems = [f"{name} is missing" for name in wanted if name not in renamed]
-    problems += [f"{name} is not in the model" for name in renamed if name not in wanted]
+    problems = [f"{name} is missing" for name in own if name not in renamed]
+    problems += [f"{name} is not in the model" for name in renamed if name not in own]
     problems += [
         f"{name} has shape {tuple(renamed[name].shape)}, not {tuple(value.shape)}"
-        for name, value in wanted.items()
+        for name, value in own.items()
         if name in renamed and renamed[name].shape != value.shape
     ]
     if problems:
@@ -85,6 +93,7 @@ def _fill(model: nn.Module, state: Mapping[str, Tensor], path: str) -> None:
 
 
 def _read_torch_file(path: str) -> dict[str, Tensor]:
+    """Return the state dict of a .pt file, as it is or under a usual key. Raises ValueError if there is none."""
     try:
         loaded = torch.load(path, map_location="cpu", weights_only=True)
     except UNREADABLE as error:
@@ -96,3 +105,36 @@ def _read_torch_file(path: str) -> dict[str, Tensor]:
     if not (isinstance(loaded, dict) and loaded and all(isinstance(value, Tensor) for value in loaded.values())):
         raise ValueError(f"checkpoint {path} holds no state dict of tensors")
     return loaded
+
+
+def write_run_state(folder: Path, state: State, seconds: float) -> None:
+    """Write a run's state after an epoch, with the number of lines that its log has and the seconds spent so far."""
+    buffer = BytesIO()
+    lines = len((folder / LOG).read_text().splitlines())
+    torch.save({"state": vars(state), "log_lines": lines, "seconds": seconds}, buffer)
+    (folder / CHECKPOINT).mkdir(exist_ok=True)
+    write_beside(_state_path(folder), buffer.getvalue())
+
+
+def read_run_state(folder: Path) -> tuple[State | None, float]:
+    """Return a run's saved state (None if there is none) and the seconds spent; cut its log back to the state's epoch.
+
+    Raises:
+        ValueError: the checkpoint is damaged.
+    """
+    path, log = _state_path(folder), folder / LOG
+    if not path.exists():
+        log.unlink(missing_ok=True)
+        return None, 0.0
+    try:
+        saved = torch.load(path, map_location="cpu", weights_only=True)
+        state, lines, seconds = State(**saved["state"]), int(saved["log_lines"]), float(saved["seconds"])
+    except UNREADABLE as error:
+        raise ValueError(f"the run's own checkpoint {path} is damaged: start again with --overwrite") from error
+    kept = log.read_text().splitlines(keepends=True)[:lines] if log.exists() else []
+    write_beside(log, "".join(kept).encode())
+    return state, seconds
+
+
+def _state_path(folder: Path) -> Path:
+    return folder / CHECKPOINT / "state.pt"

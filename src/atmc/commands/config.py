@@ -20,7 +20,7 @@ from torch import nn
 from atmc.compress.budget import Budget, parse_size
 from atmc.core.rng import MAX_SEED
 from atmc.evaluation.attacks import check_attacks, check_norm
-from atmc.robust.objectives import OBJECTIVES
+from atmc.robust.objectives import OBJECTIVES, parse_objective
 from atmc.robust.threats import Threat, parse_threat
 from atmc.training.methods import check_method
 from atmc.training.settings import SETTINGS, Recipe, check_setting, default_recipe
@@ -211,6 +211,72 @@ def parse(values: Mapping[str, Any], source: str = "configuration") -> RunConfig
     except ValidationError as error:
         problems = [_describe(dict(problem)) for problem in error.errors()]
         raise ValueError(f"{source}: " + "; ".join(problems)) from None
+
+
+def configure(
+    options: Mapping[str, Any], *, file: Path | None = None, folder: Path | None = None, resume: bool = False
+) -> RunConfig:
+    """Return the configuration of a run: the options of a command over the values of a file.
+
+    Args:
+        options: keys of `RunConfig`, and `epochs`, `objective` ("trades:beta=3") and `val_n` of its section
+            [training]; None if an option was not given.
+        file: the configuration file, if one was given.
+        folder: the run folder. A run that is resumed without a file and a model has its own configuration.
+
+    Raises:
+        ValueError: as `read_toml` and `parse`; or there is no run to resume.
+    """
+    values = read_toml(file) if file else {}
+    if resume and not values and options.get("model") is None:
+        assert folder is not None
+        if not (folder / "config.toml").exists():
+            raise ValueError(f"there is no run in {folder} to resume")
+        values = read_toml(folder / "config.toml")
+    return parse(merge_options(values, options), str(file) if file else "options")
+
+
+def merge_options(values: Mapping[str, Any], options: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the values of a configuration file with a command's options over them; see `configure`.
+
+    A budget replaces the file's budget of whatever kind, epochs by phase only those of their phases, and an objective
+    the file's objective with its options.
+    """
+    given = {key: value for key, value in options.items() if value is not None}
+    budgets = {"ratio", "nonzeros", "max_bytes"}
+    replaced = budgets if given.keys() & budgets else set()
+    if given.get("method") == "da":  # which keeps every weight
+        replaced = budgets | {"bits"}
+    training: dict[str, Any] = {key: given.pop(key) for key in ("epochs", "objective", "val_n") if key in given}
+    merged = {key: value for key, value in values.items() if key not in replaced} | given
+    if not training:
+        return merged
+    section = dict(values.get("training", {}))
+    if isinstance(training.get("epochs"), dict) and isinstance(section.get("epochs"), dict):
+        training["epochs"] = section["epochs"] | training["epochs"]
+    if "val_n" in training:
+        training["val_clean_n"] = training["val_n"]
+    if "objective" in training:
+        training["objective"], training["objective_options"] = parse_objective(training["objective"])
+    return merged | {"training": section | training}
+
+
+def check_same(asked: RunConfig, stored: RunConfig, name: str) -> None:
+    """Raise ValueError if the settings of a run that is to be resumed differ from those that it was started with.
+
+    Args:
+        asked: complete, see `RunConfig.completed`.
+        stored: as read from the run's folder.
+        name: of the run, for the error.
+    """
+    ours, theirs = asked.model_dump(), stored.model_dump()
+    pairs = {key: (ours[key], theirs[key]) for key in ours if key != "training"}
+    for key, value in theirs["training"].items():  # an older run lacks settings that were added since: their defaults
+        before = getattr(Recipe, key, None) if value is None else value
+        pairs[f"training.{key}"] = (ours["training"][key], list(before) if isinstance(before, tuple) else before)
+    changed = [f"{key} was {before!r}, is {now!r}" for key, (now, before) in pairs.items() if now != before]
+    if changed:
+        raise ValueError(f"{name} was begun with other settings: {'; '.join(changed)}")
 
 
 def _describe(problem: dict[str, Any]) -> str:

@@ -1,7 +1,8 @@
-"""What of a network has no effect, found without knowing its graph; zeros cost next to nothing in a file.
+"""Zero the weights and biases that have no effect on any image; zeros cost next to nothing in a file.
 
-In a network pruned to a few nonzeros many of them serve nobody: the weights of a unit that no later layer reads, and
-those that read a unit without inputs. At 0.15 % of a LeNet that is a third of its largest layer.
+A network that was pruned to a few nonzeros has many of them: the weights of a unit that no later layer reads, and
+those that read a unit without inputs. At 0.15 % of a LeNet they are a third of its largest layer. They are detected by
+their gradients, so that the network's graph need not be known.
 """
 
 from __future__ import annotations
@@ -13,56 +14,62 @@ from torch import Tensor, nn
 
 from atmc.data import Images
 
-AGREEMENT = 1e-5  # of the largest logit: what rounding may change
+AGREEMENT = 1e-5  # largest change of a logit over the largest |logit|: what rounding may change
 
 
 def probe_images(images: Images, n: int = 64) -> Tensor:
-    """The first n training images, (n, c, h, w) float32 in [0, 1]."""
+    """Return the first n images, (n, c, h, w) float32 in [0, 1]."""
     return images.float_pixels(torch.arange(min(n, len(images)), device=images.labels.device))
 
 
 def zero_dead_weights(model: nn.Module, probe: Tensor) -> int:
-    """Zero every parameter that has no effect on any image; in place. How many they are.
+    """Zero every parameter that has no effect on any image, in place; return how many nonzeros that removes.
 
-    The model is in evaluation mode, its batch norms affine (`pack.norms`). Should its logits on the probe (n, c, h, w)
-    change all the same, nothing is done. No weight is emptied altogether.
+    No weight tensor becomes zero altogether. If the logits of the probe change nevertheless, nothing is done.
+
+    Args:
+        model: in evaluation mode, with affine batch norms (`models.batch_norm.to_affine`).
+        probe: images (n, c, h, w).
     """
     parameters = [p for p in model.parameters() if p.requires_grad and p.is_floating_point()]
     before = [parameter.detach().clone() for parameter in parameters]
     with torch.no_grad():
         logits = model(probe)
-    dropped = _drop_unread(model, parameters, probe) + _drop_asleep(model, probe)
+    count = _zero_disconnected(model, parameters, probe) + _zero_inactive_biases(model, probe)
     with torch.no_grad():
-        if dropped and float((model(probe) - logits).abs().max()) > AGREEMENT * float(logits.abs().max()):
+        if count and float((model(probe) - logits).abs().max()) > AGREEMENT * float(logits.abs().max()):
             for parameter, value in zip(parameters, before, strict=True):
                 parameter.copy_(value)
             return 0
-    return dropped
+    return count
 
 
-def _drop_unread(model: nn.Module, parameters: list[nn.Parameter], probe: Tensor) -> int:
-    """Parameters from which no path leads to a logit, or to which none leads from an image.
+def _zero_disconnected(model: nn.Module, parameters: list[nn.Parameter], probe: Tensor) -> int:
+    """Zero parameters from which no path leads to a logit, or to which none leads from an image; return how many.
 
-    A copy of the network is given random positive values wherever it has nonzeros, and bright images: nothing cancels
-    and every unit wakes, so that a gradient of exactly zero means that there is no path.
+    A copy of the network gets random positive values in place of its nonzeros, and bright images: nothing cancels
+    and every unit is active, so that a gradient of exactly zero means that there is no path.
     """
-    bright = copy.deepcopy(model).double()
+    positive = copy.deepcopy(model).double()
     noise = torch.Generator().manual_seed(0)
-    copies = [p for p in bright.parameters() if p.requires_grad and p.is_floating_point()]
+    copies = [p for p in positive.parameters() if p.requires_grad and p.is_floating_point()]
     with torch.no_grad():
         for parameter in copies:
-            there = (parameter != 0).double()
-            fan = there.flatten(1).sum(1).clamp_min(1).view(-1, *[1] * (there.dim() - 1)) if there.dim() > 1 else 1.0
-            parameter.copy_(there * (0.5 + torch.rand(there.shape, generator=noise).to(there)) / fan)
+            mask = (parameter != 0).double()
+            fan_in = mask.flatten(1).sum(1).clamp_min(1).view(-1, *[1] * (mask.dim() - 1)) if mask.dim() > 1 else 1.0
+            parameter.copy_(mask * (0.5 + torch.rand(mask.shape, generator=noise).to(mask)) / fan_in)
     images = 0.9 + 0.1 * torch.rand(probe[:4].shape, generator=noise).to(probe)
-    dropped = 0
-    for parameter, grad in zip(parameters, _gradients(bright, copies, images.double()), strict=True):
-        dropped += _zero(parameter, grad == 0)
-    return dropped
+    count = 0
+    for parameter, grad in zip(parameters, _gradients(positive, copies, images.double()), strict=True):
+        count += _zero(parameter, grad == 0)
+    return count
 
 
-def _drop_asleep(model: nn.Module, probe: Tensor) -> int:
-    """Biases of units that have no weights left and never wake: constant, and without effect as they are."""
+def _zero_inactive_biases(model: nn.Module, probe: Tensor) -> int:
+    """Zero the biases of units that have no weights left and are never active; return how many.
+
+    Such a unit is constant, and its constant has no effect on the logits.
+    """
     biases, weights = [], []
     for module in model.modules():
         bias, weight = getattr(module, "bias", None), getattr(module, "weight", None)
@@ -74,21 +81,24 @@ def _drop_asleep(model: nn.Module, probe: Tensor) -> int:
         ):
             biases.append(bias)
             weights.append(weight.detach().flatten(1))
-    found = zip(biases, weights, _gradients(model, biases, probe), strict=True)
-    return sum(_zero(bias, (grad == 0) & ~weight.any(1)) for bias, weight, grad in found)
+    grads = _gradients(model, biases, probe)
+    return sum(
+        _zero(bias, (grad == 0) & ~weight.any(1)) for bias, weight, grad in zip(biases, weights, grads, strict=True)
+    )
 
 
 @torch.no_grad()
-def _zero(parameter: nn.Parameter, idle: Tensor) -> int:
-    idle = idle & (parameter != 0)
-    if parameter.dim() > 1 and bool((idle == (parameter != 0)).all()):
+def _zero(parameter: nn.Parameter, dead: Tensor) -> int:
+    """Zero the dead entries, unless they are all nonzeros of a weight; return how many nonzeros that removes."""
+    dead = dead & (parameter != 0)
+    if parameter.dim() > 1 and bool((dead == (parameter != 0)).all()):
         return 0
-    parameter.masked_fill_(idle, 0.0)
-    return int(idle.sum())
+    parameter.masked_fill_(dead, 0.0)
+    return int(dead.sum())
 
 
 def _gradients(model: nn.Module, parameters: list[nn.Parameter], images: Tensor) -> list[Tensor]:
-    """Of a random positive combination of all logits; zeros where there is no path at all."""
+    """Return the gradients of a random positive combination of all logits; zeros if no path leads to them."""
     if not parameters:
         return []
     noise = torch.Generator().manual_seed(1)

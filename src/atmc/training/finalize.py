@@ -1,8 +1,8 @@
-"""After the last phase: what the file will hold is decided, before the model is judged for the last time.
+"""After the last phase: choose what the file will hold, then validate the model for the last time.
 
 All rounding is done here, so that saving is a pure function of the values: batch norm becomes a scale and a shift, each
-weight takes the form of fewest bytes, what has no effect becomes zero, floats become float16 where that costs nothing,
-and a budget in bytes is met.
+weight takes the form of fewest bytes, dead weights become zero, floats become float16 if that costs no accuracy, and a
+budget in bytes is met.
 """
 
 from __future__ import annotations
@@ -10,6 +10,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from torch import Tensor, nn
@@ -28,9 +29,12 @@ Validate = Callable[[nn.Module], tuple[Accuracy, Accuracy]]
 
 @dataclass(frozen=True)
 class Size:
-    """Nonzeros and nominal bits of the tensors under the budget (`factorize.compressible_parameters`), and bits of a code.
+    """The size of the tensors under the budget.
 
-    bits is the mean over nonzeros where tensors differ, and None without a codebook.
+    Args:
+        nonzeros: over all tensors.
+        nominal_bits: see `compress.budget.nominal_bits`.
+        bits: of a code, the mean over nonzeros if tensors differ; None without a codebook.
     """
 
     nonzeros: int
@@ -38,17 +42,18 @@ class Size:
     bits: float | None
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class FinalChoices:
-    """The last choices, with the validation accuracies of the model that they led to.
+    """What `finalize` chose.
 
     Args:
-        batch_norm: statistics were estimated anew.
-        fp16: floating point values were rounded to float16, codebooks included.
-        unrounded: clean and robust validation accuracy before that.
+        batch_norm: whether batch norm statistics were re-estimated.
+        fp16: whether floating point values, codebooks included, were rounded to float16.
+        clean, robust: validation accuracies of the model that is written.
+        unrounded: clean and robust validation accuracy before rounding.
         size: of the model as it was trained, before the file's forms were chosen.
-        idle: values without effect that were set to zero, see `idle.zero_dead_weights`.
-        pruned: nonzeros that were given up in the end for a budget in bytes.
+        dead_weights: number of weights and biases without effect that were set to zero.
+        pruned: number of nonzeros that were removed at the end to meet a budget in bytes.
     """
 
     batch_norm: bool
@@ -57,7 +62,7 @@ class FinalChoices:
     robust: Accuracy
     unrounded: tuple[Accuracy, Accuracy]
     size: Size
-    idle: int = 0
+    dead_weights: int
     pruned: int = 0
 
 
@@ -72,77 +77,94 @@ def finalize(
     rate: RateControl | None,
     probe: Tensor,
 ) -> tuple[nn.Module, FinalChoices]:
-    """The model as it will be written, in place (still factorized where that is shorter), and what was decided.
+    """Turn the model into what will be written, in place; return it and the choices made.
 
-    Batch norm is estimated anew where that raises the validation score; float16 is taken where neither validation
-    accuracy falls, and where a budget in bytes leaves no room for more. Validated is what the file will decode to
-    (`factorize.fold`), so that its figures are the file's.
+    Batch norm is re-estimated if that raises the validation score. Values become float16 if neither validation accuracy
+    falls, or if a budget in bytes leaves no room for float32. The model that is validated is what the file decodes to
+    (`factorize.fold`), so that its accuracies are the file's.
 
     Args:
-        bits: of the codebooks, where they are given.
+        model: trained; it stays factorized if that is shorter.
+        exclude: shell patterns of weights that are not compressed.
+        bits: of the codebooks, if they are given.
         validate: model -> clean and robust validation accuracy.
-        score: what is compared of two pairs of them.
-        probe: some training images, for `idle`.
-        reestimate: gives a model new batch norm statistics; False where it has none.
+        score: clean and robust accuracy -> the number by which models are compared.
+        reestimate: gives a model new batch norm statistics, in place; returns False if it has no batch norm.
+        rate: the rate control of a budget in bytes; None if the budget is a number of nonzeros.
+        probe: training images (n, c, h, w) for `zero_dead_weights`.
+
+    Raises:
+        RuntimeError: the values overflow float16 while the file is over its budget in float32.
     """
-    renewed = _renew_batch_norm(model, validate, score, reestimate)
-    size = _counts(compressible_parameters(model, exclude=exclude), bits, rate)
-    idle = _shortened(model, probe)
+    reestimated = _reestimate_if_better(model, validate, score, reestimate)
+    size = _measure_size(compressible_parameters(model, exclude=exclude), bits, rate)
+    dead_weights = _simplify(model, probe)
     exact = validate(fold(model))
+    choices = partial(FinalChoices, batch_norm=reestimated, unrounded=exact, size=size, dead_weights=dead_weights)
+    unrounded = partial(choices, fp16=False, clean=exact[0], robust=exact[1])
     before = {name: value.detach().clone() for name, value in model.state_dict().items()}
-    rounded = {name: _to_fp16(value) for name, value in before.items()}
+    rounded = {name: _round_to_fp16(value) for name, value in before.items()}
     fits = rate is None or rate.file_bytes(model) <= rate.max_bytes
     if not all(bool(value.isfinite().all()) for value in rounded.values()):
         if not fits:
             raise RuntimeError("values are too large for float16, and in float32 the file is over its budget")
-        return model, FinalChoices(renewed, False, *exact, exact, size, idle)
+        return model, unrounded()
     model.load_state_dict(rounded)
-    pruned = _fit_bytes(model, exclude, rate) if rate else 0
+    pruned = _prune_to_fit(model, exclude, rate) if rate else 0
     half = validate(fold(model))
     if fits and (half[0].accuracy < exact[0].accuracy or half[1].accuracy < exact[1].accuracy):
         model.load_state_dict(before)
-        return model, FinalChoices(renewed, False, *exact, exact, size, idle)
-    return model, FinalChoices(renewed, True, *half, exact, size, idle, pruned)
+        return model, unrounded()
+    return model, choices(fp16=True, clean=half[0], robust=half[1], pruned=pruned)
 
 
-def _counts(tensors: Mapping[str, Tensor], bits: int | None, rate: RateControl | None) -> Size:
-    """Nonzeros, nominal bits, and bits of a code; where rate control chose these, those that the values need."""
-    held: Bits = bits
+def _measure_size(tensors: Mapping[str, Tensor], bits: int | None, rate: RateControl | None) -> Size:
+    """Return the size of the tensors; if rate control chose the bits, they are those that the values need."""
+    code_bits: Bits = bits
     if rate and rate.most_bits is not None:
-        held = {name: max((distinct_nonzero(tensor) - 1).bit_length(), 1) for name, tensor in tensors.items()}
+        code_bits = {name: max((distinct_nonzero(tensor) - 1).bit_length(), 1) for name, tensor in tensors.items()}
     nonzeros = sum(int(tensor.count_nonzero()) for tensor in tensors.values())
-    return Size(nonzeros, nominal_bits(tensors, held), mean_bits(tensors, held))
+    return Size(nonzeros, nominal_bits(tensors, code_bits), mean_bits(tensors, code_bits))
 
 
 def finalize_copy(model: nn.Module, probe: Tensor) -> nn.Module:
-    """A copy as `finalize` would leave it if float16 were taken: what rate control measures; probe: images."""
+    """Return a copy of the model as `finalize` would leave it with float16: what rate control measures.
+
+    Args:
+        probe: training images (n, c, h, w) for `zero_dead_weights`.
+    """
     final = copy.deepcopy(model).cpu()
-    _shortened(final, probe.cpu())
-    final.load_state_dict({name: _to_fp16(value) for name, value in final.state_dict().items()})
+    _simplify(final, probe.cpu())
+    final.load_state_dict({name: _round_to_fp16(value) for name, value in final.state_dict().items()})
     return final
 
 
-def _shortened(model: nn.Module, probe: Tensor) -> int:
-    """Norms affine, each weight in its shortest form, and zeros where nothing reads; how many these are."""
+def _simplify(model: nn.Module, probe: Tensor) -> int:
+    """Make norms affine, zero dead weights, give each weight its shortest form; return the number of dead weights."""
     to_affine(model).eval()
-    idle = zero_dead_weights(model, probe)
+    dead = zero_dead_weights(model, probe)
     shorten(model)
-    return idle + zero_dead_weights(model, probe)  # W's rows may be unread where V's, which other rows share, are not
+    return dead + zero_dead_weights(
+        model, probe
+    )  # a row of W may be dead while V's row, which other rows share, is not
 
 
 @torch.no_grad()
 def smallest_model(method: str, model: nn.Module, exclude: tuple[str, ...]) -> nn.Module:
-    """About the largest of the smallest: one nonzero, or one rank, a layer, all else noise that no coder shortens."""
+    """Return a model whose file is about the longest among the smallest that a method can reach.
+
+    Every layer has one nonzero, or one rank for `alr`; all other parameters are noise that no coder shortens.
+    """
     small = to_affine(fold(model).cpu())
-    places = compressible_weights(small, exclude=exclude)
+    sites = compressible_weights(small, exclude=exclude)
     if method == "alr":
-        cut_ranks(small, {site.path: 1 for site in places if site.factorable})
-        places = [site for site in places if not site.factorable]
+        cut_ranks(small, {site.path: 1 for site in sites if site.factorable})
+        sites = [site for site in sites if not site.factorable]
     noise = torch.Generator().manual_seed(0)
     for parameter in small.parameters():
         parameter.copy_(torch.randn(parameter.shape, generator=noise).half())
     if method != "alr":
-        for site in places:
+        for site in sites:
             weight = getattr(site.module, site.parameter).view(-1)
             last = float(weight[-1])
             weight.zero_()
@@ -150,40 +172,41 @@ def smallest_model(method: str, model: nn.Module, exclude: tuple[str, ...]) -> n
     return small
 
 
-def _renew_batch_norm(
+def _reestimate_if_better(
     model: nn.Module,
     validate: Validate,
     score: Callable[[Accuracy, Accuracy], float],
     reestimate: Callable[[nn.Module], bool],
 ) -> bool:
-    """New statistics where they score higher; whether they were taken."""
+    """Re-estimate batch norm, and undo it unless the validation score rises; return whether it was kept."""
     before = {name: value.detach().clone() for name, value in model.state_dict().items()}
-    candidate = copy.deepcopy(model)
+    unchanged = copy.deepcopy(model)
     if not reestimate(model):
         return False
-    if score(*validate(fold(model))) > score(*validate(fold(candidate))):
+    if score(*validate(fold(model))) > score(*validate(fold(unchanged))):
         return True
     model.load_state_dict(before)
     return False
 
 
 @torch.no_grad()
-def _fit_bytes(model: nn.Module, exclude: tuple[str, ...], rate: RateControl) -> int:
-    """Prune the smallest values until the file fits; how many were given up. Nearly always none."""
+def _prune_to_fit(model: nn.Module, exclude: tuple[str, ...], rate: RateControl) -> int:
+    """Prune the smallest values until the file fits; return how many were removed, which is nearly always none."""
     if rate.file_bytes(model) <= rate.max_bytes:
         return 0
     tensors = compressible_parameters(model, exclude=exclude)
-    held: Mapping[str, Tensor] = {name: tensor.detach().clone() for name, tensor in tensors.items()}
-    there = sum(int(tensor.count_nonzero()) for tensor in held.values())
+    values: Mapping[str, Tensor] = {name: tensor.detach().clone() for name, tensor in tensors.items()}
+    nonzeros = sum(int(tensor.count_nonzero()) for tensor in values.values())
 
-    def length(k: int) -> int:
-        assign(tensors, Allocation(k).constraint().project(held))
+    def file_bytes(k: int) -> int:
+        assign(tensors, Allocation(k).constraint().project(values))
         return rate.file_bytes(model)
 
-    kept, _ = rate.largest_that_fits(length, min(rate.layers, there), there, start=there - 1)
-    length(kept)
-    return there - kept
+    kept, _ = rate.largest_that_fits(file_bytes, min(rate.layers, nonzeros), nonzeros, start=nonzeros - 1)
+    file_bytes(kept)
+    return nonzeros - kept
 
 
-def _to_fp16(value: Tensor) -> Tensor:
+def _round_to_fp16(value: Tensor) -> Tensor:
+    """Round floating point values to float16; the dtype stays."""
     return value.half().to(value.dtype) if value.is_floating_point() else value

@@ -80,7 +80,7 @@ class Job:
                 f"in batches of {recipe.batch_size}"
             )
         self.dense_weights = sum(
-            getattr(site.module, site.parameter).numel() for site in compressible_weights(model, exclude=recipe.exclude)
+            weight.tensor.numel() for weight in compressible_weights(model, exclude=recipe.exclude)
         )
         self._plain = fold(model).cpu()
         self._about: dict[str, Any] = {
@@ -143,8 +143,15 @@ class Job:
                 f"{smallest:,} bytes"
             )
         most_bits = (budget.bits or 8) if method in CODEBOOK_METHODS else None
-        layers = len(compressible_weights(model, exclude=recipe.exclude))
-        return RateControl(budget.max_bytes, smallest, projected_bytes, file_bytes, most_bits, layers, self.dense_weights)
+        return RateControl(
+            max_bytes=budget.max_bytes,
+            smallest=smallest,
+            projected_bytes=projected_bytes,
+            file_bytes=file_bytes,
+            most_bits=most_bits,
+            layers=len(compressible_weights(model, exclude=recipe.exclude)),
+            dense_weights=self.dense_weights,
+        )
 
     def _plain_copy(self, num_classes: int) -> nn.Module:
         return copy.deepcopy(self._plain)

@@ -77,10 +77,9 @@ def alr(plan: Plan) -> list[Phase]:
 
     def cut(model: nn.Module) -> None:
         paths, values, costs = [], [], []
-        for site in _rank_sites(model, plan.recipe.exclude):
-            weight = getattr(site.module, site.parameter).detach()
-            matrix = weight.reshape(weight.shape[0], -1).double()
-            paths.append(site.path)
+        for weight in _factorable_weights(model, plan.recipe.exclude):
+            matrix = weight.tensor.detach().flatten(1).double()
+            paths.append(weight.path)
             values.append(torch.linalg.svdvals(matrix))
             costs.append(sum(matrix.shape))
 
@@ -142,21 +141,20 @@ def choose_recipe(method: str, recipe: Recipe) -> Recipe:
 def smallest_budget(method: str, model: nn.Module, exclude: tuple[str, ...] = ()) -> int:
     """Return the smallest k that leaves every layer one nonzero, or one rank for `alr`."""
     if method == "alr":
-        shapes: list[torch.Size] = [getattr(site.module, site.parameter).shape for site in _rank_sites(model, exclude)]
+        shapes = [weight.tensor.shape for weight in _factorable_weights(model, exclude)]
         return sum(shape[0] + shape[1:].numel() for shape in shapes) + _count_unfactored(model, exclude)
     return 1 if method == "da" else len(compressible_weights(model, exclude=exclude))
 
 
-def _rank_sites(model: nn.Module, exclude: tuple[str, ...]) -> list[CompressibleWeight]:
+def _factorable_weights(model: nn.Module, exclude: tuple[str, ...]) -> list[CompressibleWeight]:
     """Return the weights that have a matrix to factor."""
-    return [site for site in compressible_weights(model, exclude=exclude) if site.factorable]
+    return [weight for weight in compressible_weights(model, exclude=exclude) if weight.factorable]
 
 
 def _count_unfactored(model: nn.Module, exclude: tuple[str, ...]) -> int:
     """Count the entries of weights that have no matrix to factor (grouped convolutions) and stay dense."""
-    dense = [site for site in compressible_weights(model, exclude=exclude) if not site.factorable]
-    counts: list[int] = [getattr(site.module, site.parameter).numel() for site in dense]
-    return sum(counts)
+    weights = compressible_weights(model, exclude=exclude)
+    return sum(weight.tensor.numel() for weight in weights if not weight.factorable)
 
 
 def _dense_phase() -> Phase:
