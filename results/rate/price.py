@@ -1,18 +1,18 @@
-"""How dear is an error of rounding beside one of pruning? Writes price.json and README.md.
+"""Measure what the price of an error of rounding, beside one of pruning, does to accuracy; write price.json.
 
 python results/rate/price.py [--seeds 0 1 2] [--budgets 2000 4500] [--prices 1 4 8 16 64]
+atmc table --page results/rate/README.md
 
-`compress.rate.ROUNDING` weighs both when bits are chosen for a budget in bytes. LeNet on the digits, linf 0.2, with the
-settings of configs/digits.toml: one dense model a seed, and from it one compressed model for each budget and price.
-Judged on the *validation* split, by `pgd` and `pgd-strong`; the test split is not read. What price.json holds already
-is not made again.
+`atmc.compress.rate_control.ROUNDING` weighs the two if bits are chosen for a budget in bytes. LeNet on the digits, linf
+0.2, with the settings of configs/digits.toml: one dense model per seed, and from it one compressed model per budget and
+price, evaluated on the *validation* split by `pgd` and `pgd-strong`; the test split is not read. Rows that price.json
+has already are kept.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
-import statistics
 import tomllib
 from pathlib import Path
 from typing import Any
@@ -29,7 +29,7 @@ CONFIG = tomllib.loads((HERE.parents[1] / "configs" / "digits.toml").read_text()
 
 
 def measure(data: Data, dense: nn.Module, seed: int, budget: int, price: float) -> dict[str, Any]:
-    """One compressed model's figures on the validation split."""
+    """Return the figures of one compressed model on the validation split."""
     rate_control.ROUNDING = price
     settings = CONFIG["training"] | {"epochs": {**CONFIG["training"]["epochs"], "dense": 0}, "seed": seed}
     limit = atmc.Budget(max_bytes=budget)
@@ -42,27 +42,8 @@ def measure(data: Data, dense: nn.Module, seed: int, budget: int, price: float) 
     return row | {"bits": size.bits, "clean": round(report.clean.accuracy, 4), **figures, "n": report.clean.n}
 
 
-def table(rows: list[dict[str, Any]]) -> str:
-    """Means over seeds."""
-    lines = ["| budget, bytes | price | nonzeros | bits | clean | pgd | pgd-strong (each seed) | pgd-strong, mean |"]
-    lines += ["|---|---|---|---|---|---|---|---|"]
-    for budget in sorted({row["budget"] for row in rows}):
-        for price in sorted({row["price"] for row in rows}):
-            some = [row for row in rows if (row["budget"], row["price"]) == (budget, price)]
-            if not some:
-                continue
-            mean = {key: statistics.mean(row[key] for row in some) for key in ("nonzeros", "bits", "clean", "pgd")}
-            strong = [100 * row["pgd-strong"] for row in some]
-            lines.append(
-                f"| {budget:,} | {price:g} | {mean['nonzeros']:,.0f} | {mean['bits']:.2f} | {100 * mean['clean']:.1f} "
-                f"| {100 * mean['pgd']:.1f} | {' '.join(f'{each:.1f}' for each in strong)} "
-                f"| {statistics.mean(strong):.1f} |"
-            )
-    return "\n".join(lines)
-
-
 def main() -> None:
-    """Every run that price.json lacks, then the table."""
+    """Make every row that price.json lacks."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--seeds", type=int, nargs="*", default=[0, 1, 2])
     parser.add_argument("--budgets", type=int, nargs="*", default=[2000, 4500])
@@ -71,24 +52,22 @@ def main() -> None:
     torch.set_num_threads(1)
     out = HERE / "price.json"
     rows: list[dict[str, Any]] = json.loads(out.read_text()) if out.exists() else []
-    made = {(row["seed"], row["budget"], row["price"]) for row in rows}
+    measured = {(row["seed"], row["budget"], row["price"]) for row in rows}
     data = load_data(CONFIG["data"])
     for seed in options.seeds:
         dense = None
         for budget in options.budgets:
             for price in options.prices:
-                if (seed, budget, price) in made:
+                if (seed, budget, price) in measured:
                     continue
-                dense = dense if dense is not None else trained(data, seed)
+                dense = dense if dense is not None else train_dense(data, seed)
                 rows.append(measure(data, dense, seed, budget, price))
                 print(rows[-1], flush=True)
                 out.write_text(json.dumps(rows, indent=1) + "\n")
-    about = (HERE / "about.md").read_text()
-    (HERE / "README.md").write_text(about.replace("<!-- table -->", table(rows)))
 
 
-def trained(data: Data, seed: int) -> nn.Module:
-    """The dense model of a seed, adversarially trained."""
+def train_dense(data: Data, seed: int) -> nn.Module:
+    """Return the dense model of a seed, adversarially trained."""
     model = atmc.models.build("lenet", data.num_classes, seed=seed)
     settings = CONFIG["training"] | {"epochs": {"dense": CONFIG["training"]["epochs"]["dense"]}, "seed": seed}
     whole = atmc.Budget(ratio=1.0)

@@ -1,0 +1,155 @@
+"""Fill the tables of a Markdown page from JSON files, as the file tables.toml beside the page describes them.
+
+A table stands on the page between the lines ``<!-- table: NAME -->`` and ``<!-- end of table -->``. `docs/tables.md`
+describes tables.toml.
+"""
+
+from __future__ import annotations
+
+import ast
+import re
+import tomllib
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from atmc.commands.expressions import Lookups, Scope, evaluate, parse, render
+from atmc.commands.table import Row, draw_table, parse_column, read_json
+from atmc.core.errors import unknown
+
+DESCRIPTION = "tables.toml"
+_KEYS = ("sources", "join", "rows", "group", "where", "sort", "columns", "text", "file")
+_TABLE = re.compile(r"(<!-- table: (?P<name>[^\n>]+?) -->\n).*?(<!-- end of table -->)", re.DOTALL)
+
+
+@dataclass(frozen=True)
+class FilledPage:
+    """A page whose tables are made from today's JSON files, and the CSV files that tables.toml asks for beside it."""
+
+    text: str
+    files: dict[Path, str]
+
+
+def fill_page(page: Path) -> FilledPage:
+    """Make all tables of a page.
+
+    Args:
+        page: the Markdown file; it is read, not written.
+
+    Raises:
+        ValueError: there is no such page, tables.toml or mark, or a table's description does not fit the files.
+    """
+    path = page.with_name(DESCRIPTION)
+    for file in (page, path):
+        if not file.is_file():
+            raise ValueError(f"there is no file {file}")
+    try:
+        tables = tomllib.loads(path.read_text(encoding="utf-8"))
+    except tomllib.TOMLDecodeError as error:
+        raise ValueError(f"{path} is not TOML: {error}") from None
+    definitions = {name: parse(source) for name, source in tables.pop("define", {}).items()}
+    text = page.read_text(encoding="utf-8")
+    marks = [match["name"] for match in _TABLE.finditer(text)]
+    if not marks or len(marks) != text.count("<!-- table: "):
+        raise ValueError(f"expected tables in {page} between '<!-- table: NAME -->' and '<!-- end of table -->'")
+    drawn: dict[str, str] = {}
+    files: dict[Path, str] = {}
+    for name, table in tables.items():
+        try:
+            if name in marks:
+                drawn[name] = _draw(table, page.parent, definitions, "md")
+            if "file" in table:
+                files[page.with_name(table["file"])] = _draw(table, page.parent, definitions, "csv")
+        except ValueError as error:
+            raise ValueError(f"{path}, table {name!r}: {error}") from None
+    for name in marks:
+        if name not in drawn:
+            raise unknown(f"table of {page}", name, tables)
+    return FilledPage(_TABLE.sub(lambda match: f"{match[1]}\n{drawn[match['name']]}\n{match[3]}", text), files)
+
+
+def _draw(table: Mapping[str, Any], folder: Path, definitions: Mapping[str, ast.expr], style: str) -> str:
+    """Return one table, or the lines of text that stand in its place."""
+    for key in table:
+        if key not in _KEYS:
+            raise unknown("key", key, _KEYS)
+    if "sources" not in table or ("columns" in table) == ("text" in table):
+        raise ValueError("expected sources, and either columns or text")
+    rows = _build_rows(table, folder, definitions)
+    if "text" in table:
+        return "".join(render(evaluate(parse(table["text"]), Scope(row, definitions))) + "\n" for row in rows)
+    columns = [parse_column(column) for column in table["columns"]]
+    return draw_table(rows, columns, style, definitions=definitions, align=False)
+
+
+def _build_rows(table: Mapping[str, Any], folder: Path, definitions: Mapping[str, ast.expr]) -> list[Row]:
+    """Read a table's sources; make, group, choose and sort its rows.
+
+    Rows that one value of `rows` gave are grouped, chosen and sorted among themselves: "siblings" here.
+    """
+    lookups = Lookups()
+
+    def value_in(row: Row, source: str) -> Any:
+        return evaluate(parse(source), Scope(row, definitions, lookups))
+
+    rows = _read_sources(table["sources"], folder)
+    for name, source in table.get("join", {}).items():
+        for row in rows:
+            path = folder / render(value_in(row, source))
+            row.append({name: read_json(path) if path.is_file() else None})
+    families = [rows]
+    for source in table.get("rows", []):
+        families = [_make_children(value_in(row, source), row) for siblings in families for row in siblings]
+    chosen: list[Row] = []
+    for siblings in families:
+        if "group" in table:
+            siblings = _group(siblings, table["group"])
+        siblings = [row for row in siblings if value_in(row, table.get("where", "True"))]
+        keys = [[value_in(row, key) for key in table.get("sort", [])] for row in siblings]
+        order = sorted(range(len(siblings)), key=lambda at: [(key is None, key) for key in keys[at]])
+        chosen += [siblings[at] for at in order]
+    lookups.check()
+    return chosen
+
+
+def _read_sources(sources: Sequence[str], folder: Path) -> list[Row]:
+    """Read the files of `sources`, which may have wildcards, a row each.
+
+    Raises:
+        ValueError: a source matches no file.
+    """
+    rows: list[Row] = []
+    for source in sources:
+        paths = sorted(folder.glob(source)) if "*" in source else [folder / source]
+        if not paths or not paths[0].is_file():
+            raise ValueError(f"there is no file {folder / source}")
+        for path in paths:
+            run = path.parent.name if path.name == "metrics.json" else path.stem
+            document = read_json(path)
+            names = {"run": run, "folder": path.parent.relative_to(folder).as_posix(), "document": document}
+            rows.append([document, names] if isinstance(document, dict) else [names])
+    return rows
+
+
+def _make_children(value: Any, parent: Row) -> list[Row]:
+    """Return a row per entry of a JSON list or object; it sees its own names before its parent's.
+
+    An entry of an object has its name as `key`; an entry that is no object is `value`.
+    """
+    if isinstance(value, Mapping):
+        entries = [({"key": key}, entry) for key, entry in value.items()]
+    else:
+        entries = [({}, entry) for entry in value or []]
+    return [
+        [*([entry] if isinstance(entry, Mapping) else []), {"value": entry, **names}, *parent]
+        for names, entry in entries
+    ]
+
+
+def _group(rows: Sequence[Row], names: Sequence[str]) -> list[Row]:
+    """Return a row per combination of the values of these names, with its rows in the list `members`."""
+    groups: dict[tuple[Any, ...], list[Any]] = {}
+    for row in rows:
+        groups.setdefault(tuple(Scope(row).look_up(name) for name in names), []).append(row[0])
+    return [[dict(zip(names, values, strict=True)), {"members": members}] for values, members in groups.items()]
