@@ -38,7 +38,7 @@ from torch import nn
 
 from atmc import models
 from atmc.compress.constraints import Codebook, NonzeroBudget
-from atmc.compress.factorize import compressible, cut_ranks, factorize
+from atmc.compress.factorize import compressible_parameters, cut_ranks, factorize
 from atmc.models.batch_norm import to_affine
 from atmc.pack import artifact
 from atmc.pack.container import DICTIONARY, Reader, pack_parts, varint
@@ -83,7 +83,7 @@ class Counts:
 
 def squeezed(model: nn.Module, nonzeros: int, bits: int | None) -> nn.Module:
     """Random values under a budget, with a codebook or exact in float16."""
-    tensors = compressible(model)
+    tensors = compressible_parameters(model)
     values = {name: torch.randn_like(tensor) for name, tensor in tensors.items()}
     values = NonzeroBudget(nonzeros).project(values)
     values = Codebook(bits).project(values) if bits else {name: value.half().float() for name, value in values.items()}

@@ -26,7 +26,7 @@ import torch
 from atmc import Linf, models
 from atmc.compress.admm import Admm
 from atmc.compress.constraints import Codebook, NonzeroBudget
-from atmc.compress.factorize import compressible, factorize
+from atmc.compress.factorize import compressible_parameters, factorize
 from atmc.data import Images
 from atmc.robust.objectives import TrainingAttack, pgd_at
 from atmc.training.loop import Loop, StepDone, assign, cosine, fit
@@ -43,7 +43,7 @@ def steps(kind: str, name: str, batch: int, attack_steps: int, bf16: bool) -> It
         dense = models.conv_linear_weights(model)
         factorize(model)
         budget = NonzeroBudget(dense // 100)
-        tensors = compressible(model)
+        tensors = compressible_parameters(model)
         assign(tensors, budget.project({key: value.detach() for key, value in tensors.items()}))
         constraint, admm = (lambda _: budget), Admm(Codebook(8))
     shape = (1, 28, 28) if name == "lenet" else (3, 32, 32)
@@ -64,7 +64,7 @@ def steps(kind: str, name: str, batch: int, attack_steps: int, bf16: bool) -> It
         objective=pgd_at,
         attack=attack,
         optimizer=optimizer,
-        tensors=compressible(model),
+        tensors=compressible_parameters(model),
         epochs=10**6,
         constraint=constraint,
         admm=admm,

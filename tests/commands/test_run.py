@@ -22,7 +22,7 @@ from atmc.commands.checkpoints import load_weights
 from atmc.commands.config import parse, read_toml
 from atmc.commands.outputs import FolderInUse
 from atmc.commands.run import Finished, run
-from atmc.compress.factorize import compressible, structure
+from atmc.compress.factorize import compressible_parameters, factor_structure
 from atmc.pack import artifact
 from atmc.robust.threats import parse_threat
 from atmc.training.runner import EpochDone
@@ -378,10 +378,10 @@ class TestWeights:
         stored = held(here / "out" / "model.atmc")
         model = nn.Sequential(nn.Conv2d(1, 4, 5, stride=3), nn.ReLU(), nn.Flatten(), nn.Linear(256, 10))
         load_weights(model, str(here / "out" / "model.atmc"), factorized=True)
-        factored = {path: form for path, (form, _) in structure(model).items()}
+        factored = {path: form for path, (form, _) in factor_structure(model).items()}
         assert factored == {path: weight.form for path, weight in stored.items() if weight.form != "plain"}
         expected = {f"{path}.{name}": x for path, weight in stored.items() for name, x in weight.parts.items()}
-        for name, tensor in compressible(model).items():
+        for name, tensor in compressible_parameters(model).items():
             assert np.array_equal(tensor.detach().numpy(), expected[name if name in expected else f"{name}.W"])
         assert metrics["nonzeros"] <= int(0.3 * metrics["dense_weights"])
 

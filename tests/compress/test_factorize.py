@@ -9,17 +9,17 @@ from torch import nn
 from torch.nn.utils import parametrize
 
 from atmc.compress.factorize import (
-    built_once,
+    apply_structure,
+    cached_weights,
     compose,
-    compressible,
+    compressible_parameters,
+    compressible_weights,
     cut_ranks,
-    factored,
+    factor_structure,
     factorize,
     factors,
     fold,
-    restructure,
-    sites,
-    structure,
+    is_factorized,
     use_channels_last,
 )
 
@@ -56,13 +56,13 @@ def test_start_is_exact_and_fold_gives_back_plain_modules(kind, start):
 def test_identity_start_needs_no_extra_nonzeros():
     model = nn.Sequential(nn.Linear(6, 3, bias=False), nn.Linear(3, 7, bias=False))
     dense = sum(p.numel() for p in model.parameters())
-    assert sum(int(t.count_nonzero()) for t in compressible(factorize(model)).values()) == dense
+    assert sum(int(t.count_nonzero()) for t in compressible_parameters(factorize(model)).values()) == dense
 
 
 @pytest.mark.parametrize(("sizes", "form"), [((6, 3), "left"), ((4, 4), "left"), ((3, 7), "right")])
 def test_form_follows_the_shape(sizes, form):
     model = factorize(nn.Sequential(nn.Linear(*sizes)))
-    assert structure(model) == {"0.weight": (form, min(sizes))}
+    assert factor_structure(model) == {"0.weight": (form, min(sizes))}
 
 
 def test_grouped_convolutions_keep_their_plain_weight():
@@ -86,30 +86,30 @@ def test_weights_are_built_once_with_their_graph():
     for layer in (model[0], model[2]):
         layer.parametrizations.weight[0].register_forward_hook(lambda *_: calls.append(1))
     x = torch.randn(5, 6)
-    with built_once(model):
+    with cached_weights(model):
         with torch.no_grad():
             model(x)  # a first pass without gradients must not leave weights without them
         for _ in range(10):
             model(x)
         model(x).square().sum().backward()
     assert len(calls) == 2
-    cached = {name: t.grad.clone() for name, t in compressible(model).items()}
+    cached = {name: t.grad.clone() for name, t in compressible_parameters(model).items()}
     model.zero_grad()
     model(x).square().sum().backward()
-    assert all(torch.equal(cached[name], t.grad) for name, t in compressible(model).items())
+    assert all(torch.equal(cached[name], t.grad) for name, t in compressible_parameters(model).items())
 
 
 def test_structure_and_state_rebuild_the_model():
     model, x = zoo()["conv2d"]
     held = factorize(copy.deepcopy(model))
     with torch.no_grad():
-        for tensor in compressible(held).values():
+        for tensor in compressible_parameters(held).values():
             tensor.copy_(torch.randn_like(tensor))
-    other = restructure(copy.deepcopy(model), structure(held))
+    other = apply_structure(copy.deepcopy(model), factor_structure(held))
     other.load_state_dict(held.state_dict())
     assert torch.equal(other(x), held(x))
     with pytest.raises(ValueError, match="unknown form 'up'"):
-        restructure(copy.deepcopy(model), {"0.weight": ("up", 1)})
+        apply_structure(copy.deepcopy(model), {"0.weight": ("up", 1)})
 
 
 def test_cut_ranks_gives_the_best_approximation():
@@ -130,7 +130,7 @@ def test_shared_weights_are_refused_unless_excluded():
     with pytest.raises(ValueError, match="share one weight"):
         factorize(model)
     factorize(model, exclude=("0.*", "1.*"))
-    assert [factored(site) for site in sites(model, exclude=("0.*", "1.*"))] == [True]
+    assert [is_factorized(weight) for weight in compressible_weights(model, exclude=("0.*", "1.*"))] == [True]
 
 
 def test_embedding_shared_with_a_layer_is_refused():
@@ -146,9 +146,9 @@ def test_embedding_shared_with_a_layer_is_refused():
 
 def test_exclude_patterns():
     model = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 2))
-    assert [site.path for site in sites(model, exclude=("1.*",))] == ["0.weight"]
+    assert [weight.path for weight in compressible_weights(model, exclude=("1.*",))] == ["0.weight"]
     with pytest.raises(ValueError, match=r"'head\.\*' matches no weight"):
-        sites(model, exclude=("head.*",))
+        compressible_weights(model, exclude=("head.*",))
     with pytest.raises(ValueError, match="factorized already"):
         factorize(factorize(model))
 
@@ -203,7 +203,7 @@ def test_weights_that_somebody_else_computes_are_refused(wrap):
     model = nn.Sequential(wrap(nn.Linear(4, 3)), nn.Linear(3, 2))
     with pytest.raises(ValueError, match=r"0\.weight is computed"):
         factorize(model)
-    assert list(structure(factorize(model, exclude=("0.*",)))) == ["1.weight"]
+    assert list(factor_structure(factorize(model, exclude=("0.*",)))) == ["1.weight"]
 
 
 def test_channels_last_is_kept_by_the_weights_that_are_built():

@@ -15,7 +15,7 @@ from torch import nn
 import atmc
 from atmc.compress.budget import Budget, distinct_nonzero, mean_bits, parse_size
 from atmc.compress.constraints import NonzeroBudget
-from atmc.compress.factorize import compressible, fold
+from atmc.compress.factorize import compressible_parameters, fold
 from atmc.compress.rate_control import Allocation, BudgetTooSmall, RateControl
 from atmc.data import Images
 from atmc.training.job import Job
@@ -24,11 +24,19 @@ from atmc.training.settings import default_recipe
 
 
 def control(max_bytes: int, smallest: int = 10) -> RateControl:
-    return RateControl(max_bytes, smallest, lambda model: 0, lambda model: 0, None, 2, 10**7)
+    return RateControl(
+        max_bytes=max_bytes,
+        smallest=smallest,
+        projected_bytes=lambda model: 0,
+        file_bytes=lambda model: 0,
+        most_bits=None,
+        layers=2,
+        dense_weights=10**7,
+    )
 
 
 class TestSearch:
-    """`RateControl.largest` on lengths that are known."""
+    """`RateControl.largest_that_fits` on lengths that are known."""
 
     @given(
         st.integers(50, 10**6),
@@ -39,19 +47,19 @@ class TestSearch:
         st.integers(0, 99),
     )
     @settings(max_examples=300, deadline=None)
-    def test_what_is_found_fits(self, max_bytes, high, each, noise, start, seed):
-        """Lengths that rise with k, or nearly; never more is measured than a few dozen times."""
+    def test_the_result_fits(self, max_bytes, high, per_nonzero, noise, start, seed):
+        """The length rises with k, or nearly; it is measured a few dozen times at most."""
         calls: dict[int, int] = {}
 
         def length(k: int) -> int:
             wobble = 1 + noise * ((k * 7919 + seed) % 101 / 50 - 1)
-            return calls.setdefault(k, int(10 + each * k * wobble))
+            return calls.setdefault(k, int(10 + per_nonzero * k * wobble))
 
         if length(1) > max_bytes:
             with pytest.raises(BudgetTooSmall, match=f"below the smallest file here, {length(1):,} bytes"):
-                control(max_bytes).largest(length, 1, high, start=start)
+                control(max_bytes).largest_that_fits(length, 1, high, start=start)
             return
-        k, size = control(max_bytes).largest(length, 1, high, start=start)
+        k, size = control(max_bytes).largest_that_fits(length, 1, high, start=start)
         assert size == length(k) <= max_bytes
         assert 1 <= k <= high
         assert len(calls) <= 41
@@ -60,13 +68,17 @@ class TestSearch:
     @pytest.mark.parametrize("edge", [1, 2, 99, 5000, 123_456, 999_999])
     @pytest.mark.parametrize("over", [1, 500])
     def test_steps(self, edge, over):
-        """A length that jumps once, and says nothing elsewhere."""
-        k, size = control(1000).largest(lambda k: 900 if k <= edge else 1000 + over, 1, 1_000_000, start=1_000_000)
+        """The length jumps once and is constant elsewhere."""
+
+        def length(k: int) -> int:
+            return 900 if k <= edge else 1000 + over
+
+        k, size = control(1000).largest_that_fits(length, 1, 1_000_000, start=1_000_000)
         assert (k, size) == (edge, 900)
 
     def test_nothing_fits(self):
         with pytest.raises(BudgetTooSmall, match="a budget of 1,000 bytes is below the smallest file here, 1,001"):
-            control(1000).largest(lambda k: 1001, 3, 10**6, start=500)
+            control(1000).largest_that_fits(lambda k: 1001, 3, 10**6, start=500)
 
 
 @given(
@@ -89,8 +101,8 @@ def test_a_budget_of_nonzeros_is_exact_and_leaves_no_layer_empty(sizes, data):
                     tensors[f"{i}.weight.V"],
                     torch.zeros(columns, columns),
                 )
-    there = sum(int(tensor.count_nonzero()) for tensor in tensors.values())
-    k = data.draw(st.integers(len(sizes), there))
+    nonzeros = sum(int(tensor.count_nonzero()) for tensor in tensors.values())
+    k = data.draw(st.integers(len(sizes), nonzeros))
     before = {name: tensor.clone() for name, tensor in tensors.items()}
     kept = NonzeroBudget(k, keep_alive=True).project(tensors)
     assert all(torch.equal(before[name], tensors[name]) for name in tensors)
@@ -103,7 +115,7 @@ def test_a_budget_of_nonzeros_is_exact_and_leaves_no_layer_empty(sizes, data):
         torch.equal(value, kept[name]) for name, value in NonzeroBudget(k, keep_alive=True).project(kept).items()
     )
     if len(sizes) > 1:
-        with pytest.raises(ValueError, match=f"at least {len(sizes)} nonzeros, one a layer|at least 1"):
+        with pytest.raises(ValueError, match=f"at least {len(sizes)} nonzeros, one per layer|at least 1"):
             NonzeroBudget(1, keep_alive=True).project({name: tensor * 0 + 1 for name, tensor in tensors.items()})
 
 
@@ -125,13 +137,13 @@ def test_sizes(text, size):
 
 
 @pytest.mark.parametrize("text", ["", "kB", "4 kb", "-3kB", "0", "0.2B", "nan", "infB", "4GB", "1e999kB"])
-def test_sizes_that_are_none(text):
+def test_texts_that_are_no_size(text):
     with pytest.raises(ValueError, match="expected a size such as 24kB"):
         parse_size(text)
 
 
 @pytest.mark.parametrize(
-    ("given", "message"),
+    ("arguments", "message"),
     [
         ({}, "exactly one of ratio, nonzeros and max_bytes"),
         ({"ratio": 0.1, "max_bytes": 10}, "exactly one"),
@@ -140,9 +152,9 @@ def test_sizes_that_are_none(text):
         ({"max_bytes": 10, "bits": 9}, "1 to 8 bits"),
     ],
 )
-def test_budgets_that_make_no_sense(given, message):
+def test_budgets_that_make_no_sense(arguments, message):
     with pytest.raises(ValueError, match=message):
-        Budget(**given)
+        Budget(**arguments)
 
 
 def test_an_allocation_is_a_constraint():
@@ -210,10 +222,10 @@ def test_the_file_is_never_larger_than_its_budget(few, method, bits):
     list(work.run())
     if method in ("atmc", "al0q"):  # in the end factors may be merged, and their values added
         most = 2 ** (bits or 8)
-        assert all(distinct_nonzero(tensor) <= most for tensor in compressible(work.runner.model).values())
+        assert all(distinct_nonzero(tensor) <= most for tensor in compressible_parameters(work.runner.model).values())
     result = work.result()
     assert 0.6 * budget < len(result.data) <= budget
-    for path, weight in compressible(fold(result.model)).items():
+    for path, weight in compressible_parameters(fold(result.model)).items():
         assert weight.any(), path
     sizes = [record.file_bytes for record in work.records if record.phase in ("l0", "admm")]
     assert all(size <= budget for size in sizes)

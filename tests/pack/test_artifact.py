@@ -15,7 +15,7 @@ from torch import nn
 
 from atmc import models
 from atmc.compress.constraints import Codebook, NonzeroBudget
-from atmc.compress.factorize import compressible, cut_ranks, factorize, fold, sites
+from atmc.compress.factorize import compressible_parameters, compressible_weights, cut_ranks, factorize, fold
 from atmc.core import files
 from atmc.models import batch_norm
 from atmc.pack import artifact, weight_coder
@@ -31,9 +31,9 @@ def squeezed(kind: str, bits: int | None = 2) -> nn.Module:
     if kind in ("identity", "svd"):
         factorize(model, start=kind)
     elif kind == "ranks":
-        cut_ranks(model, {site.path: 1 + index for index, site in enumerate(sites(model))})
+        cut_ranks(model, {weight.path: 1 + index for index, weight in enumerate(compressible_weights(model))})
     if kind != "dense":
-        tensors = compressible(model)
+        tensors = compressible_parameters(model)
         values = {name: torch.randn_like(tensor) for name, tensor in tensors.items()}
         if kind != "ranks":
             values = NonzeroBudget(3000).project(values)
@@ -83,7 +83,7 @@ def test_round_trip_is_bit_for_bit(kind, bits, tmp_path):
     assert content.metadata["threat"] == "linf:0.1"
     decoded = artifact.decode(content).weights
     held = {f"{name}.{part}": x for name, (weight, _) in decoded.items() for part, x in weight.parts.items()}
-    for name, tensor in compressible(model).items():
+    for name, tensor in compressible_parameters(model).items():
         stored = held[name if name in held else f"{name}.W"]
         assert np.array_equal(stored.reshape(-1), tensor.detach().numpy().reshape(-1))
     assert same(artifact.from_bytes(artifact.to_bytes(loaded)), loaded)
@@ -97,7 +97,7 @@ def test_models_with_batch_norm(name, affine):
     for module in model.modules():
         if isinstance(module, nn.BatchNorm2d):
             torch.nn.init.normal_(module.running_mean)
-    tensors = compressible(model)
+    tensors = compressible_parameters(model)
     assign(tensors, NonzeroBudget(2_000).project({key: value.detach() for key, value in tensors.items()}))
     unfolded = len(artifact.to_bytes(model))
     if affine:
@@ -469,7 +469,7 @@ def test_inspection_accounts_for_every_byte(tmp_path, kind):
     assert sum(totals[key] for key in parts) == pytest.approx(size, abs=0.01)
     assert totals["metadata and checksums"] < 250
     rows = {row["name"]: row for row in found["tensors"]}
-    for name, tensor in compressible(model).items():
+    for name, tensor in compressible_parameters(model).items():
         assert rows[name]["nonzeros"] == int(tensor.count_nonzero())
         assert kind != "identity" or rows[name]["levels"] <= 4
         floor = rows[name]["bytes"]["positions"] + rows[name]["bytes"]["codes"] - rows[name]["bytes"]["excess"]

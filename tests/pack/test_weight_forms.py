@@ -7,7 +7,7 @@ from hypothesis import strategies as st
 from torch import nn
 
 from atmc.compress.constraints import Codebook, NonzeroBudget
-from atmc.compress.factorize import compressible, cut_ranks, factorize, fold, structure
+from atmc.compress.factorize import compressible_parameters, cut_ranks, factor_structure, factorize, fold
 from atmc.pack import artifact, weight_forms
 from atmc.pack.weight_forms import PLAIN, Weight
 from atmc.training.loop import assign
@@ -77,7 +77,7 @@ def network(start: str, seed: int, nonzeros: int, bits: int) -> nn.Module:
         cut_ranks(model, {"0.weight": 2, "1.weight": 3, "3.weight": 1})
     else:
         factorize(model, start=start)
-    tensors = compressible(model)
+    tensors = compressible_parameters(model)
     values = {name: torch.randn_like(tensor) for name, tensor in tensors.items()}
     values = Codebook(bits).project(NonzeroBudget(nonzeros).project(values))
     assign(tensors, values)
@@ -102,18 +102,18 @@ def test_shorten_keeps_w_and_never_makes_the_file_longer(start, seed, nonzeros, 
 def test_what_is_shortest_as_it_is_stays():
     """Factors at their start, V = W, are W; a whole term of U V is cheaper as a product."""
     for model in (nn.Linear(6, 4), factorize(nn.Linear(6, 4))):
-        assert not structure(weight_forms.shorten(model))
-    assert structure(weight_forms.shorten(cut_ranks(nn.Linear(60, 40), {"weight": 1}))) == {"weight": ("rank", 1)}
+        assert not factor_structure(weight_forms.shorten(model))
+    assert factor_structure(weight_forms.shorten(cut_ranks(nn.Linear(60, 40), {"weight": 1}))) == {"weight": ("rank", 1)}
 
 
 def test_dead_terms_are_left_out():
     model = cut_ranks(nn.Linear(60, 40), {"weight": 3})
     with torch.no_grad():
-        compressible(model)["weight.U"][:, 1] = 0
-        compressible(model)["weight.V"][0] = 0
+        compressible_parameters(model)["weight.U"][:, 1] = 0
+        compressible_parameters(model)["weight.V"][0] = 0
     before = fold(model).weight
     weight_forms.shorten(model)
-    assert structure(model) == {"weight": ("rank", 1)}
+    assert factor_structure(model) == {"weight": ("rank", 1)}
     assert torch.equal(fold(model).weight, before)
 
 
@@ -122,9 +122,9 @@ def test_one_of_two_factorized_weights_of_a_module_becomes_plain():
     torch.manual_seed(0)
     model = factorize(nn.MultiheadAttention(8, 2, kdim=6, vdim=4))
     other = fold(model)
-    weight_forms.put_factors(model, "q_proj_weight", "plain", {"W": torch.ones(8, 8)})
-    assert "q_proj_weight" not in structure(model)
-    assert "k_proj_weight" in structure(model)
+    weight_forms.set_factors(model, "q_proj_weight", "plain", {"W": torch.ones(8, 8)})
+    assert "q_proj_weight" not in factor_structure(model)
+    assert "k_proj_weight" in factor_structure(model)
     assert torch.equal(model.q_proj_weight, torch.ones(8, 8))
-    assert not structure(other)
+    assert not factor_structure(other)
     assert torch.equal(other.k_proj_weight, fold(model).k_proj_weight)

@@ -22,7 +22,7 @@ from torch import Tensor, nn
 
 from atmc.commands.config import RunConfig, parse
 from atmc.compress.constraints import Codebook
-from atmc.compress.factorize import compressible, cut_ranks, factorize
+from atmc.compress.factorize import compressible_parameters, cut_ranks, factorize
 from atmc.data import Images
 from atmc.pack import artifact
 from atmc.pack.inspect import inspection
@@ -354,7 +354,7 @@ def test_scale_of_a_change() -> None:
 
 def test_layers_account_for_every_nonzero_and_byte(tmp_path: Path) -> None:
     model = factorize(Net(3, side=4), exclude=["conv.*"])
-    tensors = compressible(model)
+    tensors = compressible_parameters(model)
     with torch.no_grad():
         for name, held in Codebook(2).project({name: t.detach() for name, t in tensors.items()}).items():
             tensors[name].copy_(held)

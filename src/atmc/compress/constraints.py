@@ -1,7 +1,7 @@
 """What the compressed parameters must satisfy: small objects with one method, `project`.
 
 A solver knows nothing else about a constraint. Tensors are passed and returned as a dict, name -> tensor, with the
-names of `factorize.compressible`; a projection never changes its input.
+names of `factorize.compressible_parameters`; a projection never changes its input.
 """
 
 from __future__ import annotations

@@ -1,14 +1,14 @@
-"""W = U V + C for the weights of any model, as a torch parametrization.
+"""Hold conv, linear and attention weights of any model as W = U V + C, by a torch parametrization.
 
-Legend: W a conv or linear weight seen as a matrix (out, in*kh*kw); U (out, r), V (r, in*kh*kw), C like W;
-r = min(out, in*kh*kw). Forms (Gui et al. 2019, eq. 3, and the identity-shifted forms of the authors' program):
+Legend: W a weight seen as a matrix (out, columns), columns = in*kh*kw; U (out, r), V (r, columns), C like W;
+r = min(out, columns). Forms (Gui et al. 2019, eq. 3, and the identity-shifted forms of the authors' implementation):
 
-    left     W = (U + I) V + C    where out <= in*kh*kw; starts at V = W, U = C = 0
-    right    W = U (V + I) + C    otherwise;             starts at U = W, V = C = 0
+    left     W = (U + I) V + C    if out <= columns; starts at V = W, U = C = 0
+    right    W = U (V + I) + C    otherwise;         starts at U = W, V = C = 0
     svd      W = U V + C          starts at the singular value decomposition, C = 0
-    rank     W = U V              the same, cut to a rank below r, no C
+    rank     W = U V              the same, cut to a rank below r, without C
 
-Grouped and depthwise convolutions have no matrix to factor: they keep C alone, which is their plain weight.
+Grouped and depthwise convolutions have no matrix to factor: their weights stay plain.
 """
 
 from __future__ import annotations
@@ -25,26 +25,34 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
+from atmc.core.errors import unknown
+
 Form = Literal["left", "right", "svd", "rank"]
 FORMS: tuple[Form, ...] = ("left", "right", "svd", "rank")
-SPARSE_COST = 20  # of a product of two nonzeros that were looked up, in products of dense factors
+SPARSE_COST = 20  # cost of a product of two nonzeros that are looked up, in products of dense factors
 CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
 TRANSPOSED = (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
 ATTENTION_WEIGHTS = ("in_proj_weight", "q_proj_weight", "k_proj_weight", "v_proj_weight")
 
 
 @dataclass(frozen=True)
-class Site:
-    """One compressible weight of a model: where it is and whether it can be factored."""
+class CompressibleWeight:
+    """One compressible weight of a model: where it is, and whether it has a matrix to factor."""
 
     path: str  # "net.conv1.weight"
     module: nn.Module
     parameter: str  # "weight"
     factorable: bool
 
+    @property
+    def tensor(self) -> Tensor:
+        """The weight as it is now; if it is factorized, built from its factors."""
+        tensor: Tensor = getattr(self.module, self.parameter)
+        return tensor
 
-def sites(model: nn.Module, *, exclude: Sequence[str] = ()) -> list[Site]:
-    """Every conv, linear and attention weight of the model, less those that match a pattern in exclude.
+
+def compressible_weights(model: nn.Module, *, exclude: Sequence[str] = ()) -> list[CompressibleWeight]:
+    """List the conv, linear and attention weights of the model, except those that match a pattern in exclude.
 
     Args:
         exclude: shell patterns over paths such as ``net.head.*`` or ``*.weight``.
@@ -52,63 +60,66 @@ def sites(model: nn.Module, *, exclude: Sequence[str] = ()) -> list[Site]:
     Raises:
         ValueError: a pattern matches nothing.
     """
-    found = list(all_sites(model))
+    weights = list(all_compressible_weights(model))
     for pattern in exclude:
-        if not any(fnmatch(site.path, pattern) for site in found):
-            raise ValueError(f"exclude pattern {pattern!r} matches no weight; weights: {[s.path for s in found]}")
-    return [site for site in found if not any(fnmatch(site.path, pattern) for pattern in exclude)]
+        if not any(fnmatch(weight.path, pattern) for weight in weights):
+            paths = [weight.path for weight in weights]
+            raise ValueError(f"exclude pattern {pattern!r} matches no weight; weights: {paths}")
+    return [weight for weight in weights if not any(fnmatch(weight.path, pattern) for pattern in exclude)]
 
 
-def refuse_unfit(model: nn.Module, *, exclude: Sequence[str] = ()) -> None:
-    """ValueError for a weight that cannot be compressed: shared, or computed by somebody else's parametrization."""
-    kept = sites(model, exclude=exclude)
-    for site in kept:
-        if not factored(site) and not isinstance(getattr(site.module, site.parameter), nn.Parameter):
+def check_compressible(model: nn.Module, *, exclude: Sequence[str] = ()) -> None:
+    """Raise ValueError for a weight that cannot be compressed: shared, or computed by another parametrization."""
+    weights = compressible_weights(model, exclude=exclude)
+    for weight in weights:
+        if not is_factorized(weight) and not isinstance(weight.tensor, nn.Parameter):
             raise ValueError(
-                f"{site.path} is computed (by weight_norm or another parametrization), not a parameter: "
+                f"{weight.path} is computed (by weight_norm or another parametrization), not a parameter: "
                 "remove that first, or exclude it"
             )
-    paths = {site.path for site in kept}
-    for site in kept:
-        if factored(site):
+    paths = {weight.path for weight in weights}
+    for weight in weights:
+        if is_factorized(weight):
             continue
-        weight = getattr(site.module, site.parameter)
+        own = weight.tensor
         for name, parameter in model.named_parameters(remove_duplicate=False):
-            if parameter is weight and name != site.path:
-                both = " and ".join(path for path in (site.path, name) if path in paths)
-                raise ValueError(f"{site.path} and {name} share one weight, which cannot be compressed: exclude {both}")
+            if parameter is own and name != weight.path:
+                both = " and ".join(path for path in (weight.path, name) if path in paths)
+                raise ValueError(
+                    f"{weight.path} and {name} share one weight, which cannot be compressed: exclude {both}"
+                )
 
 
-def all_sites(model: nn.Module) -> Iterator[Site]:
-    """Every conv, linear and attention weight."""
-    for prefix, module in model.named_modules():
-        lead = f"{prefix}." if prefix else ""
+def all_compressible_weights(model: nn.Module) -> Iterator[CompressibleWeight]:
+    """Yield every conv, linear and attention weight of the model."""
+    for path, module in model.named_modules():
+        prefix = f"{path}." if path else ""
         if isinstance(module, TRANSPOSED):
-            continue  # their weight is laid out (in, out/groups, ...): left as it is
+            continue  # their weight is laid out (in, out/groups, ...): it stays as it is
         if isinstance(module, (*CONVOLUTIONS, nn.Linear)):
-            yield Site(f"{lead}weight", module, "weight", getattr(module, "groups", 1) == 1)
+            yield CompressibleWeight(f"{prefix}weight", module, "weight", getattr(module, "groups", 1) == 1)
         elif isinstance(module, nn.MultiheadAttention):
             for parameter in ATTENTION_WEIGHTS:
                 if getattr(module, parameter, None) is not None:
-                    yield Site(f"{lead}{parameter}", module, parameter, True)
+                    yield CompressibleWeight(f"{prefix}{parameter}", module, parameter, True)
 
 
-def factored(site: Site) -> bool:
-    """Whether this weight is held as our factors."""
-    if not parametrize.is_parametrized(site.module, site.parameter):
+def is_factorized(weight: CompressibleWeight) -> bool:
+    """Tell whether this weight is held as factors by `factorize`."""
+    if not parametrize.is_parametrized(weight.module, weight.parameter):
         return False
-    return isinstance(cast(Any, site.module.parametrizations)[site.parameter][0], Factors)
+    return isinstance(_parametrization(weight)[0], Factors)
 
 
 class _Product(torch.autograd.Function):
-    """U V for factors with dead columns and rows, which cost nothing: the values and gradients of ``u @ v``."""
+    """``u @ v``, values and gradients, without the work for columns of u and rows of v that are zero."""
 
     @staticmethod
     def forward(ctx: Any, u: Tensor, v: Tensor) -> Tensor:
         columns, rows = u.any(0), v.any(1)
         ctx.save_for_backward(u, v, columns, rows)
-        both = columns & rows
-        return u[:, both] @ v[both]
+        alive = columns & rows
+        return u[:, alive] @ v[alive]
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, Tensor]:
@@ -129,10 +140,10 @@ class Factors(nn.Module):
         self.shape = tuple(shape)
         self.rank = rank
         self.channels_last = False  # see `use_channels_last`
-        self.given: tuple[Tensor, ...] | None = None  # while it is registered: the factors, where they are known
+        self.initial: tuple[Tensor, ...] | None = None  # factors to start from, set only while it is registered
 
     def forward(self, u: Tensor, v: Tensor, c: Tensor | None = None) -> Tensor:
-        """W from its factors."""
+        """Build W from its factors."""
         w = cast(Tensor, _Product.apply(u, v))  # type: ignore[no-untyped-call]
         if self.form == "left":
             w = w + v
@@ -140,14 +151,14 @@ class Factors(nn.Module):
             w = w + u
         w = w.view(self.shape)
         w = w if c is None else w + c
-        # Convolutions judge the layout by the strides, which `contiguous` leaves as they are where there is one input
-        # channel: hence a clone.
+        # Convolutions judge the layout by the strides. With one input channel `contiguous` would leave these as they
+        # are: hence a clone.
         return w.clone(memory_format=torch.channels_last) if self.channels_last and w.dim() == 4 else w
 
     def right_inverse(self, w: Tensor) -> tuple[Tensor, ...]:
-        """The factors at which this form starts from W: exact but for `rank`, which is W's best approximation."""
-        if self.given is not None:
-            return self.given
+        """Return the factors at which this form starts: they give W, or for `rank` its best approximation."""
+        if self.initial is not None:
+            return self.initial
         matrix = w.detach().reshape(w.shape[0], -1)
         out, columns = matrix.shape
         zero = torch.zeros(w.shape, dtype=w.dtype, device=w.device)
@@ -164,114 +175,120 @@ class Factors(nn.Module):
 def factorize(
     model: nn.Module, *, start: Literal["identity", "svd"] = "identity", exclude: Sequence[str] = ()
 ) -> nn.Module:
-    """Hold every factorable weight of the model as U, V, C; in place, and returned.
+    """Hold every factorable weight of the model as U, V, C, in place; return the model.
+
+    Args:
+        start: "identity" for the forms left and right, "svd" for svd.
+        exclude: shell patterns over paths of weights that stay plain.
 
     >>> model = factorize(nn.Sequential(nn.Linear(3, 2)))
     >>> sorted(factors(model)["0.weight"])
     ['C', 'U', 'V']
 
     Raises:
-        ValueError: weights that cannot be (see `refuse_unfit`), or the model is factorized already.
+        ValueError: a weight cannot be compressed (see `check_compressible`) or is factorized already.
     """
-    refuse_unfit(model, exclude=exclude)
-    for site in sites(model, exclude=exclude):
-        if factored(site):
-            raise ValueError(f"{site.path} is factorized already")
-        if site.factorable:
-            out, columns = _matrix_shape(site)
+    check_compressible(model, exclude=exclude)
+    for weight in compressible_weights(model, exclude=exclude):
+        if is_factorized(weight):
+            raise ValueError(f"{weight.path} is factorized already")
+        if weight.factorable:
+            out, columns = weight.tensor.shape[0], weight.tensor[0].numel()
             form: Form = "svd" if start == "svd" else "left" if out <= columns else "right"
-            _register(site, form, min(out, columns))
+            _register_factors(weight, form, min(out, columns))
     return model
 
 
 def cut_ranks(model: nn.Module, ranks: Mapping[str, int]) -> nn.Module:
-    """Replace each named weight by its best approximation U V of the given rank; in place, and returned."""
-    for site in all_sites(model):
-        if site.path in ranks:
-            _register(site, "rank", ranks[site.path])
+    """Replace each named weight by its best approximation U V of the given rank, in place; return the model."""
+    for weight in all_compressible_weights(model):
+        if weight.path in ranks:
+            _register_factors(weight, "rank", ranks[weight.path])
     return model
 
 
-def _matrix_shape(site: Site) -> tuple[int, int]:
-    weight = getattr(site.module, site.parameter)
-    return weight.shape[0], weight[0].numel()
-
-
-def _register(site: Site, form: Form, rank: int, given: tuple[Tensor, ...] | None = None) -> None:
-    """Hold a plain weight as factors: those given, or those at which the form starts from it."""
-    shape = getattr(site.module, site.parameter).shape
-    holder = Factors(form, shape, rank)
-    holder.given = given
-    holder.channels_last = _is_channels_last(getattr(site.module, site.parameter))
+def _register_factors(
+    weight: CompressibleWeight, form: Form, rank: int, initial: tuple[Tensor, ...] | None = None
+) -> None:
+    """Hold a plain weight as factors: the initial ones, or by default those at which the form starts from it."""
+    factors_module = Factors(form, weight.tensor.shape, rank)
+    factors_module.initial = initial
+    factors_module.channels_last = _is_channels_last(weight.tensor)
     # unsafe: torch's own check would compare W before and after, which a cut rank changes
-    unsafe = form == "rank" or given is not None
-    parametrize.register_parametrization(site.module, site.parameter, holder, unsafe=unsafe)
-    holder.given = None
+    unsafe = form == "rank" or initial is not None
+    parametrize.register_parametrization(weight.module, weight.parameter, factors_module, unsafe=unsafe)
+    factors_module.initial = None
 
 
 def _is_channels_last(weight: Tensor) -> bool:
     return weight.dim() == 4 and weight.stride(1) == 1 and weight[0, 0].numel() > 1
 
 
-def structure(model: nn.Module) -> dict[str, tuple[Form, int]]:
-    """Path of each factorized weight -> (form, rank): with a state dict, all that is needed to rebuild the model."""
+def factor_structure(model: nn.Module) -> dict[str, tuple[Form, int]]:
+    """Return path -> (form, rank) of each factorized weight: with a state dict, enough to rebuild the model."""
     return {
-        site.path: (_factors_module(site).form, _factors_module(site).rank)
-        for site in all_sites(model)
-        if factored(site)
+        weight.path: (_parametrization(weight)[0].form, _parametrization(weight)[0].rank)
+        for weight in all_compressible_weights(model)
+        if is_factorized(weight)
     }
 
 
-def restructure(model: nn.Module, shape: Mapping[str, tuple[str, int]]) -> nn.Module:
-    """Give a plain model the structure of `structure`, in place; its values mean nothing until a state is loaded."""
-    for site in all_sites(model):
-        if site.path in shape:
-            form, rank = shape[site.path]
+def apply_structure(model: nn.Module, structure: Mapping[str, tuple[str, int]]) -> nn.Module:
+    """Factorize a plain model as `factor_structure` says, in place; return it.
+
+    The values mean nothing until a state dict is loaded.
+
+    Raises:
+        ValueError: a form is unknown.
+    """
+    for weight in all_compressible_weights(model):
+        if weight.path in structure:
+            form, rank = structure[weight.path]
             if form not in FORMS:
-                raise ValueError(f"unknown form {form!r} of {site.path}: expected one of {', '.join(FORMS)}")
-            _register(site, form, rank)
+                raise unknown("form", form, FORMS)
+            _register_factors(weight, form, rank)
     return model
 
 
-def _factors_module(site: Site) -> Factors:
-    parametrizations = cast(nn.ModuleDict, site.module.parametrizations)
-    return cast(Factors, cast(Any, parametrizations[site.parameter])[0])
+def _parametrization(weight: CompressibleWeight) -> Any:
+    """Return torch's list of parametrizations of a weight; its attributes original0, original1, ... are U, V, C."""
+    return cast(Any, weight.module.parametrizations)[weight.parameter]
 
 
 def factors(model: nn.Module, *, exclude: Sequence[str] = ()) -> dict[str, dict[str, nn.Parameter]]:
-    """Path of each compressible weight -> its parameters: {"U", "V", "C"}, {"U", "V"} for `rank`, {"W"} if plain."""
-    return {site.path: factors_of(site) for site in sites(model, exclude=exclude)}
+    """Return path -> parameters of each compressible weight: {"U", "V", "C"}, {"U", "V"} for `rank`, {"W"} if plain."""
+    return {weight.path: weight_factors(weight) for weight in compressible_weights(model, exclude=exclude)}
 
 
-def factors_of(site: Site) -> dict[str, nn.Parameter]:
-    """One weight's parameters, as in `factors`."""
-    if not factored(site):
-        return {"W": getattr(site.module, site.parameter)}
-    holder = cast(Any, site.module.parametrizations)[site.parameter]
-    names = ("U", "V") if _factors_module(site).form == "rank" else ("U", "V", "C")
-    return {name: getattr(holder, f"original{i}") for i, name in enumerate(names)}
+def weight_factors(weight: CompressibleWeight) -> dict[str, nn.Parameter]:
+    """Return the parameters of one weight, named as in `factors`."""
+    if not is_factorized(weight):
+        return {"W": cast(nn.Parameter, weight.tensor)}
+    parametrization = _parametrization(weight)
+    names = ("U", "V") if parametrization[0].form == "rank" else ("U", "V", "C")
+    return {name: getattr(parametrization, f"original{i}") for i, name in enumerate(names)}
 
 
-def compressible(model: nn.Module, *, exclude: Sequence[str] = ()) -> dict[str, nn.Parameter]:
-    """The flat view of `factors`: "net.conv1.weight.U" -> U, "net.fc.weight" -> a plain weight."""
+def compressible_parameters(model: nn.Module, *, exclude: Sequence[str] = ()) -> dict[str, nn.Parameter]:
+    """Return the parameters of `factors` under one name each: "net.conv1.weight.U", or "net.fc.weight" if plain."""
     return {
         path if name == "W" else f"{path}.{name}": parameter
-        for path, parts in factors(model, exclude=exclude).items()
-        for name, parameter in parts.items()
+        for path, parameters in factors(model, exclude=exclude).items()
+        for name, parameter in parameters.items()
     }
 
 
 @torch.no_grad()
 def assign_factors(model: nn.Module, values: Mapping[str, np.ndarray]) -> None:
-    """Copy values into the factors of a factorized model; keys as in `compressible`, others are passed over."""
-    for path, parts in factors(model).items():
-        for name, parameter in parts.items():
+    """Copy values into the factors of a factorized model, named as in `compressible_parameters`; ignore other names."""
+    for path, parameters in factors(model).items():
+        for name, parameter in parameters.items():
             if name != "W":
                 parameter.copy_(torch.from_numpy(values[f"{path}.{name}"]).view_as(parameter))
 
 
 def use_channels_last(model: nn.Module) -> nn.Module:
-    """Lay every 4-dimensional parameter, and every W that is built, out in channels_last; in place, and returned."""
+    """Give every 4-dimensional parameter, and every W that is built, the layout channels_last; in place, return it."""
     for parameter in model.parameters():
         if parameter.dim() == 4:
             parameter.data = parameter.data.clone(memory_format=torch.channels_last)
@@ -282,20 +299,19 @@ def use_channels_last(model: nn.Module) -> nn.Module:
 
 
 @contextmanager
-def built_once(model: nn.Module) -> Iterator[None]:
-    """Within, every W is built once, with its graph; parameters must not change inside."""
+def cached_weights(model: nn.Module) -> Iterator[None]:
+    """Build every factorized W only once within the context, with its graph; parameters must not change inside."""
     with parametrize.cached():
         with torch.enable_grad():
-            for site in all_sites(model):
-                if factored(site):
-                    getattr(site.module, site.parameter)
+            for weight in all_compressible_weights(model):
+                _ = weight.tensor  # builds W and caches it
         yield
 
 
 def compose(form: Form, u: np.ndarray, v: np.ndarray, c: np.ndarray | None) -> np.ndarray:
-    """W (out, columns) float32 from its factors, the same on every machine.
+    """Compute W (out, columns) float32 from its factors, the same bits on every machine.
 
-    Each entry is summed in float64 in a fixed order - the products U[i, j] V[j, :] by rising j where both are nonzero,
+    Each entry is summed in float64 in a fixed order - the products U[i, j] V[j, :] by rising j if both are nonzero,
     then the identity's term, then C - and rounded once. Beyond float32's range it is infinite.
     """
     total = _product(u, v)
@@ -310,22 +326,22 @@ def compose(form: Form, u: np.ndarray, v: np.ndarray, c: np.ndarray | None) -> n
 
 
 def product_cost(u: np.ndarray, v: np.ndarray) -> int:
-    """About how long `compose` takes for these factors, in multiply-adds of dense ones."""
-    return min(u.size * int(v.shape[1]), SPARSE_COST * _products(u, v))
+    """Estimate how long `compose` takes for these factors, in multiply-adds of dense ones."""
+    return min(u.size * int(v.shape[1]), SPARSE_COST * _count_products(u, v))
 
 
-def _products(u: np.ndarray, v: np.ndarray) -> int:
-    """How many products U[i, j] V[j, k] are not zero."""
+def _count_products(u: np.ndarray, v: np.ndarray) -> int:
+    """Count the products U[i, j] V[j, k] that are not zero."""
     return int(np.count_nonzero(u, axis=0).astype(np.int64) @ np.count_nonzero(v, axis=1).astype(np.int64))
 
 
 def _product(u: np.ndarray, v: np.ndarray) -> np.ndarray:
-    """U V in float64, each entry summed by rising j: a few rows at a time, or the nonzeros alone where they are few.
+    """Compute U V in float64, each entry summed by rising j: a few rows at a time, or over few nonzeros only.
 
-    Both give the same bits: what a product of zero adds changes no sum that began at 0.
+    Both ways give the same bits: adding a product that is zero changes no sum that began at 0.
     """
     total = np.zeros((u.shape[0], v.shape[1]))
-    if SPARSE_COST * _products(u, v) < u.shape[0] * u.shape[1] * v.shape[1]:
+    if SPARSE_COST * _count_products(u, v) < u.shape[0] * u.shape[1] * v.shape[1]:
         for j in range(u.shape[1]):
             rows, columns = np.flatnonzero(u[:, j]), np.flatnonzero(v[j])
             if len(rows) and len(columns):
@@ -334,61 +350,62 @@ def _product(u: np.ndarray, v: np.ndarray) -> np.ndarray:
                 )
         return total
     u, v, product = u.astype(np.float64), v.astype(np.float64), np.empty((8, v.shape[1]))
-    for at in range(0, len(u), len(product)):
-        part = total[at : at + len(product)]
+    for start in range(0, len(u), len(product)):
+        block = total[start : start + len(product)]
         for j in range(u.shape[1]):
-            part += np.multiply(u[at : at + len(product), j, None], v[j], out=product[: len(part)])
+            block += np.multiply(u[start : start + len(product), j, None], v[j], out=product[: len(block)])
     return total
 
 
-def composed(site: Site) -> Tensor:
-    """A factorized weight's W by `compose`, in its own shape, on the CPU."""
-    module = _factors_module(site)
-    holder = cast(Any, site.module.parametrizations)[site.parameter]
-    names = ["original0", "original1"] + ([] if module.form == "rank" else ["original2"])
-    u, v, *c = (getattr(holder, name).detach().float().cpu().numpy() for name in names)
+def compose_weight(weight: CompressibleWeight) -> Tensor:
+    """Compute a factorized weight's W by `compose`, in its own shape, on the CPU."""
+    module = _parametrization(weight)[0]
+    u, v, *c = (factor.detach().float().cpu().numpy() for factor in weight_factors(weight).values())
     return torch.from_numpy(compose(module.form, u, v, c[0] if c else None)).view(module.shape)
 
 
 def fold(model: nn.Module) -> nn.Module:
-    """A plain copy of the model: every factorized weight becomes an ordinary parameter holding W (see `compose`).
+    """Return a plain copy of the model: every factorized weight becomes an ordinary parameter W (see `compose`).
 
     >>> model = factorize(nn.Sequential(nn.Linear(3, 2)))
     >>> type(fold(model)[0]) is nn.Linear
     True
     """
     plain = copy.deepcopy(model)
-    for site in [site for site in all_sites(plain) if factored(site)]:
-        _unregister(site, composed(site))
+    for weight in [weight for weight in all_compressible_weights(plain) if is_factorized(weight)]:
+        _replace_factors(weight, compose_weight(weight))
     return plain
 
 
 @torch.no_grad()
-def put_factors(model: nn.Module, path: str, form: str, parts: Mapping[str, Tensor]) -> None:
-    """Give one factorized weight another form: "plain" with {"W"}, or one of FORMS with its factors; in place."""
-    site = next(site for site in all_sites(model) if site.path == path)
+def set_factors(model: nn.Module, path: str, form: str, values: Mapping[str, Tensor]) -> None:
+    """Give one factorized weight another form, in place: "plain" with {"W"}, or one of FORMS with its factors."""
+    weight = next(weight for weight in all_compressible_weights(model) if weight.path == path)
     if form == "plain":
-        _unregister(site, parts["W"])
+        _replace_factors(weight, values["W"])
         return
-    shape = _factors_module(site).shape
-    device = factors_of(site)["U"].device
-    _unregister(site, torch.zeros(shape))
-    given = [parts[name].to(device).clone() for name in ("U", "V", "C") if name in parts]
-    given[2:] = [c.view(shape) for c in given[2:]]
-    _register(site, cast(Form, form), parts["U"].shape[1], tuple(given))
+    shape = _parametrization(weight)[0].shape
+    device = weight_factors(weight)["U"].device
+    _replace_factors(weight, torch.zeros(shape))
+    initial = [values[name].to(device).clone() for name in ("U", "V", "C") if name in values]
+    initial[2:] = [c.view(shape) for c in initial[2:]]
+    _register_factors(weight, cast(Form, form), values["U"].shape[1], tuple(initial))
 
 
-def _unregister(site: Site, weight: Tensor) -> None:
-    """A plain parameter in place of a weight's factors. Copies of the model, which share its classes, are unharmed."""
-    holders = cast(nn.ModuleDict, site.module.parametrizations)
-    device = next(holders.parameters()).device
-    plain_class, injected = parametrize.type_before_parametrizations(site.module), type(site.module)
-    del holders[site.parameter]
-    if holders:  # other weights of the module stay factors: a class like torch's, without this one's property
-        own = {"__dict__", "__weakref__", site.parameter}
+def _replace_factors(weight: CompressibleWeight, plain: Tensor) -> None:
+    """Put a plain parameter in place of a weight's factors.
+
+    Copies of the model, which share its injected classes, stay as they are.
+    """
+    parametrizations = cast(nn.ModuleDict, weight.module.parametrizations)
+    device = next(parametrizations.parameters()).device
+    plain_class, injected = parametrize.type_before_parametrizations(weight.module), type(weight.module)
+    del parametrizations[weight.parameter]
+    if parametrizations:  # other weights of the module stay factors: a class like torch's, without this one's property
+        own = {"__dict__", "__weakref__", weight.parameter}
         members = {name: value for name, value in vars(injected).items() if name not in own}
-        site.module.__class__ = type(injected.__name__, injected.__bases__, members)
+        weight.module.__class__ = type(injected.__name__, injected.__bases__, members)
     else:
-        site.module.__class__ = plain_class
-        del site.module.parametrizations
-    site.module.register_parameter(site.parameter, nn.Parameter(weight.to(device)))
+        weight.module.__class__ = plain_class
+        del weight.module.parametrizations
+    weight.module.register_parameter(weight.parameter, nn.Parameter(plain.to(device)))

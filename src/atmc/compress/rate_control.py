@@ -1,6 +1,7 @@
-"""Budgets in bytes: how many nonzeros, and how many bits for each tensor, the file has room for.
+"""Hold a budget in bytes: choose the number of nonzeros, and the bits of each tensor, so that the file fits.
 
-Legend: N the number of conv and linear weights of the dense model; k nonzeros; Q prune to k, then quantize.
+Legend: N the number of conv and linear weights of the dense model; k the number of nonzeros; Q prune to k, then
+quantize.
 """
 
 from __future__ import annotations
@@ -16,20 +17,20 @@ from atmc.compress.constraints import Codebook, Constraint, InOrder, NonzeroBudg
 from atmc.compress.projections import keep_largest, zero_kmeans
 
 EXACT_BELOW = 20_000  # nonzeros up to which a tensor's final codebook is the exact optimum
-FILLED = 0.985  # share of the byte budget from which on a search is content
-BITS_EACH = 12.0  # about what a nonzero takes, position and code
-ROUNDING = 8.0  # how much dearer an error of rounding is than one of pruning, which others make up for (results/rate)
-USUAL_BITS = 4
-MARGINAL = 0.02  # the share of nonzeros, by magnitude, that stand for the marginal one
+FILLED = 0.985  # part of the byte budget that ends a search when it is used
+BITS_PER_NONZERO = 12.0  # about what a nonzero takes in the file, position and code
+ROUNDING = 8.0  # weight of a squared error of rounding; pruning, which other weights make up for, has 1 (results/rate)
+DEFAULT_BITS = 4
+MARGINAL = 0.02  # quantile of the nonzeros' magnitudes that is taken as the magnitude of the marginal nonzero
 
 
 class BudgetTooSmall(ValueError):
-    """No file of this model is that small; the message names the smallest."""
+    """The budget is below the smallest file of the model; the message names that size."""
 
 
 @dataclass(frozen=True)
 class Allocation:
-    """What a budget gives at a moment: k, and the bits of each tensor (one number for all; None without codebook)."""
+    """What a budget allows at one time: k, and the bits of each tensor (one number for all; None: no codebook)."""
 
     nonzeros: int
     bits: Bits = None
@@ -47,20 +48,20 @@ class Allocation:
         return prune if self.bits is None else InOrder((prune, Codebook(self.bits, exact_below=EXACT_BELOW)))
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class RateControl:
-    """Holds a byte budget: which k, and which bits for each tensor, the file has room for.
+    """Choose k and the bits of each tensor so that the model's file fits a budget in bytes.
 
-    As a video encoder holds its rate: the coded length of the model as it now is decides the number of nonzeros that
-    training goes on with. Bits are chosen by equal slopes: the budget's marginal nonzero, of magnitude m and b bits of
-    code, is worth m^2 / b of squared error a bit; each tensor takes the codebook that is best at this price, which
-    solves the multiple-choice knapsack of distortion and rate up to its integrality gap (Shoham and Gersho 1988).
+    The coded length of the model as it is now decides k, as a video encoder controls its rate. Bits are chosen by equal
+    slopes: the budget's marginal nonzero, of magnitude m and b bits of code, is worth m^2 / b of squared error per bit;
+    each tensor takes the codebook that is best at this price, which solves the multiple-choice knapsack of distortion
+    and rate up to its integrality gap (Shoham and Gersho 1988).
 
     Args:
         max_bytes: the budget.
-        smallest: bytes of the smallest file, one nonzero a layer.
-        measure: model -> bytes of the file it would end as.
-        measure_exact: model whose rounding is done -> bytes of its file.
+        smallest: bytes of the smallest file, one nonzero per layer.
+        projected_bytes: model -> bytes of the file that it would end as, were it finalized now.
+        file_bytes: finalized model -> bytes of its file.
         most_bits: largest codebook, 2^most_bits values; None without codebook.
         layers: the smallest k.
         dense_weights: N.
@@ -68,8 +69,8 @@ class RateControl:
 
     max_bytes: int
     smallest: int
-    measure: Callable[[nn.Module], int] = field(repr=False)
-    measure_exact: Callable[[nn.Module], int] = field(repr=False)
+    projected_bytes: Callable[[nn.Module], int] = field(repr=False)
+    file_bytes: Callable[[nn.Module], int] = field(repr=False)
     most_bits: int | None
     layers: int
     dense_weights: int
@@ -78,38 +79,50 @@ class RateControl:
     def allocate(
         self, model: nn.Module, tensors: Mapping[str, Tensor], now: Allocation, *, choose_bits: bool
     ) -> tuple[Allocation, Allocation, int]:
-        """What the model's tensors must be projected to now, what training should go on with, and bytes of the first.
+        """Return what to project the tensors to now, what training should go on with, and the bytes of the first.
 
-        The first is verified by measuring; both differ where the tensors hold fewer nonzeros than there is room for.
-        The tensors are the model's own parameters; they are changed and put back.
+        The first is verified by coding the model. The second has a larger k if the tensors hold fewer nonzeros than
+        the file has room for.
+
+        Args:
+            model: its parameters are changed for the measurement, and set back.
+            tensors: the model's own parameters, name -> tensor.
+            now: the allocation so far, where the search starts.
+            choose_bits: choose the bits of each tensor; otherwise those of `now` stay.
 
         Raises:
-            BudgetTooSmall: not even one nonzero a layer fits.
+            BudgetTooSmall: not even one nonzero per layer fits.
         """
-        held = {name: tensor.detach().clone() for name, tensor in tensors.items()}
-        there = sum(int(tensor.count_nonzero()) for tensor in held.values())
+        values = {name: tensor.detach().clone() for name, tensor in tensors.items()}
+        nonzeros = sum(int(tensor.count_nonzero()) for tensor in values.values())
         bits = now.bits
         if self.most_bits is not None and choose_bits:
-            kept = keep_largest(list(held.values()), min(now.nonzeros, there))
-            bits = self._bits(dict(zip(held, kept, strict=True)))
+            kept = keep_largest(list(values.values()), min(now.nonzeros, nonzeros))
+            bits = self._choose_bits(dict(zip(values, kept, strict=True)))
         elif self.most_bits is not None and bits is None:
-            bits = min(USUAL_BITS, self.most_bits)  # until there is something to choose by
+            bits = min(DEFAULT_BITS, self.most_bits)  # until there are values to choose by
 
         def length(k: int) -> int:
-            for name, value in Allocation(k, bits).constraint().project(held).items():
+            for name, value in Allocation(k, bits).constraint().project(values).items():
                 tensors[name].data.copy_(value)
-            return self.measure(model)
+            return self.projected_bytes(model)
 
-        k, size = self.largest(length, min(self.layers, there), there, start=min(now.nonzeros, there))
-        for name, value in held.items():
+        start = min(now.nonzeros, nonzeros)
+        k, size = self.largest_that_fits(length, min(self.layers, nonzeros), nonzeros, start=start)
+        for name, value in values.items():
             tensors[name].data.copy_(value)
-        wanted = self._scaled(k, size) if k == there and size < FILLED * self.max_bytes else k
+        wanted = self._extrapolate(k, size) if k == nonzeros and size < FILLED * self.max_bytes else k
         return Allocation(k, bits), Allocation(min(max(wanted, k), self.dense_weights), bits), size
 
-    def largest(self, length: Callable[[int], int], low: int, high: int, *, start: int) -> tuple[int, int]:
-        """The largest number from low to high whose length fits, or one that fills FILLED of the budget; its length.
+    def largest_that_fits(self, length: Callable[[int], int], low: int, high: int, *, start: int) -> tuple[int, int]:
+        """Search the largest k from low to high whose length fits the budget; return it with its length.
 
-        Lengths need not rise strictly: only what was measured to fit is returned.
+        The search also ends at a k that fills the part FILLED of the budget. Lengths need not rise strictly: only a k
+        that was measured to fit is returned.
+
+        Args:
+            length: k -> bytes.
+            start: the k that is tried first.
 
         Raises:
             BudgetTooSmall: not even low fits.
@@ -132,38 +145,39 @@ class RateControl:
             under, over = fits[0] if fits else low - 1, misses[0] if misses else high + 1
             if over - under <= 1:
                 break
-            k = min(max(self._scaled(k, size), under + 1), over - 1)
-            if attempt % 3 == 2 or attempt >= 12:  # a secant that creeps is helped by halving
+            k = min(max(self._extrapolate(k, size), under + 1), over - 1)
+            if attempt % 3 == 2 or attempt >= 12:  # bisect at times, since the extrapolation may creep
                 k = (under + over) // 2
         assert fits is not None
         return fits
 
-    def _scaled(self, k: int, size: int) -> int:
-        """The k that would just fit, if every nonzero took as much as these do on average."""
+    def _extrapolate(self, k: int, size: int) -> int:
+        """Estimate the k that would just fit, if every nonzero took as many bytes as these k do on average."""
         room = 0.993 * self.max_bytes - self.smallest
-        share = room / max(size - self.smallest, 1)
-        return max(int(k * min(max(share, 0.25), 2.0)), 1)
+        factor = room / max(size - self.smallest, 1)
+        return max(int(k * min(max(factor, 0.25), 2.0)), 1)
 
-    def _bits(self, kept: Mapping[str, Tensor]) -> dict[str, int]:
-        """The bits of each tensor: least error + price * length."""
+    def _choose_bits(self, kept: Mapping[str, Tensor]) -> dict[str, int]:
+        """Choose the bits of each tensor: those with the least error + price * length."""
         assert self.most_bits is not None
-        price, chosen = _price(kept), {}
+        price, chosen = _bit_price(kept), {}
         for name, tensor in kept.items():
             nonzero = tensor[tensor != 0]
-            costs = [_cost(nonzero, bits, price) for bits in range(1, self.most_bits + 1)] if len(nonzero) else []
-            chosen[name] = 1 + costs.index(min(costs)) if costs else min(USUAL_BITS, self.most_bits)
+            widths = range(1, self.most_bits + 1) if len(nonzero) else ()
+            costs = [_codebook_cost(nonzero, bits, price) for bits in widths]
+            chosen[name] = 1 + costs.index(min(costs)) if costs else min(DEFAULT_BITS, self.most_bits)
         return chosen
 
 
-def _price(kept: Mapping[str, Tensor]) -> float:
-    """Squared error that a bit is worth: that of a small nonzero, over the bits that it takes."""
+def _bit_price(kept: Mapping[str, Tensor]) -> float:
+    """Return the squared error that one bit is worth: that of pruning a small nonzero, per bit that this saves."""
     magnitudes = torch.cat([tensor[tensor != 0].abs().flatten() for tensor in kept.values()])
     marginal = magnitudes.kthvalue(max(int(MARGINAL * len(magnitudes)), 1)).values
-    return float(marginal) ** 2 / BITS_EACH / ROUNDING
+    return float(marginal) ** 2 / BITS_PER_NONZERO / ROUNDING
 
 
-def _cost(nonzero: Tensor, bits: int, price: float) -> float:
-    """Squared error of a codebook + price * bits of its codes and values."""
+def _codebook_cost(nonzero: Tensor, bits: int, price: float) -> float:
+    """Return the squared error of a codebook + price * the bits of its codes and values."""
     quantized, centers = zero_kmeans(nonzero, 2**bits, iterations=10)
     error = float((nonzero - quantized).double().square().sum())
     counts = torch.unique(quantized, return_counts=True)[1].double()

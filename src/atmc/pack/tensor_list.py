@@ -14,7 +14,7 @@ from typing import Any, cast
 import torch
 from torch import nn
 
-from atmc.compress.factorize import all_sites, factored
+from atmc.compress.factorize import all_compressible_weights, is_factorized
 from atmc.pack.container import Content, ModelMismatch
 
 MAX_DIMENSIONS, MAX_TENSORS, MAX_CLASSES = 8, 16_384, 100_000
@@ -59,7 +59,9 @@ def fields(model: nn.Module, *, without: Mapping[str, Any] | None = None) -> lis
         ValueError: a type that the format does not hold, or too many tensors or dimensions.
     """
     order = {path: i for i, (path, _) in enumerate(model.named_modules())}
-    shapes = {site.path: getattr(site.module, site.parameter).shape for site in all_sites(model) if factored(site)}
+    shapes = {
+        weight.path: weight.tensor.shape for weight in all_compressible_weights(model) if is_factorized(weight)
+    }
     found = {name: Field(name, tuple(shape), "float32") for name, shape in shapes.items()}
     names = {kind: name for name, kind in TYPES.items()}
     for key, value in model.state_dict().items():

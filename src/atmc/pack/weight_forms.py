@@ -15,7 +15,16 @@ import numpy as np
 import torch
 from torch import nn
 
-from atmc.compress.factorize import Form, all_sites, compose, factored, factors_of, product_cost, put_factors, structure
+from atmc.compress.factorize import (
+    Form,
+    all_compressible_weights,
+    compose,
+    factor_structure,
+    is_factorized,
+    product_cost,
+    set_factors,
+    weight_factors,
+)
 from atmc.pack import weight_coder
 from atmc.pack.container import varint
 from atmc.pack.sortable_floats import Integers
@@ -105,12 +114,11 @@ def read(
 def weights(model: nn.Module) -> dict[str, Weight]:
     """Path of each factorized weight -> its factors as they are."""
     found = {}
-    forms = structure(model)
-    for site in all_sites(model):
-        if factored(site):
-            parts = {name: value.detach().cpu().float().numpy() for name, value in factors_of(site).items()}
-            shape = tuple(getattr(site.module, site.parameter).shape)
-            found[site.path] = Weight(forms[site.path][0], shape, parts)
+    forms = factor_structure(model)
+    for weight in all_compressible_weights(model):
+        if is_factorized(weight):
+            parts = {name: value.detach().cpu().float().numpy() for name, value in weight_factors(weight).items()}
+            found[weight.path] = Weight(forms[weight.path][0], tuple(weight.tensor.shape), parts)
     return found
 
 
@@ -179,7 +187,7 @@ def shorten(model: nn.Module) -> nn.Module:
             chosen[field.name] = best
     for path, best in chosen.items() if after <= before else ():
         parts = {name: torch.from_numpy(np.ascontiguousarray(values)) for name, values in best.parts.items()}
-        put_factors(model, path, best.form, parts)
+        set_factors(model, path, best.form, parts)
     return model
 
 
