@@ -521,14 +521,14 @@ class TestFailed:
 
         monkeypatch.setattr("atmc.commands.run.append_line", full)
         assert call("compress", "--config", "run.toml", "--out", tmp_path / "a run") == 1
-        assert f"go on with: atmc compress --out '{tmp_path / 'a run'}' --resume" in capsys.readouterr().out
+        assert f"continue with: atmc compress --out '{tmp_path / 'a run'}' --resume" in capsys.readouterr().out
 
     def test_training_that_diverged(self, tmp_path, capsys, monkeypatch):
         def diverging(*_, **__):
             yield from ()
             raise TrainingDiverged("the loss became nan in epoch 3; try a lower learning rate")
 
-        monkeypatch.setattr("atmc.cli.main.run", diverging)
+        monkeypatch.setattr("atmc.commands.run.run", diverging)
         assert "lower learning rate" in refused(
             capsys, "compress", "--config", "run.toml", "--out", tmp_path / "out", status=1
         )
@@ -572,10 +572,10 @@ class TestFailed:
         assert not [path for path in out.rglob(".*") if path.is_file()]  # neither a lock nor half a file
         hint = said.out.splitlines()[-1]
         if (out / "config.toml").exists():
-            assert hint == f"interrupted; go on with: atmc compress --out {out} --resume"
+            assert hint == f"interrupted; continue with: atmc compress --out {out} --resume"
             command = ["compress", "--out", out, "--resume"]
         else:
-            assert hint == "interrupted; nothing had begun: give the same command again"
+            assert hint == "interrupted; nothing was started: give the same command again"
         assert call(*command) == 0
         assert (out / "model.atmc").read_bytes() == (done / "model.atmc").read_bytes()
         metrics = [json.loads((folder / "metrics.json").read_text()) for folder in (out, done)]
@@ -591,7 +591,7 @@ class TestFailed:
             with monkeypatch.context() as patch:
                 patch.setattr(f"atmc.commands.run.{place}", lambda *_, **__: signal.raise_signal(signal.SIGINT))
                 assert call(*command) == 1
-            assert "nothing had begun: give the same command again" in capsys.readouterr().out
+            assert "nothing was started: give the same command again" in capsys.readouterr().out
             assert (out / "model.atmc").exists() == (place == "load_data")
         assert call(*command) == 0
 

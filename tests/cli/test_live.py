@@ -6,7 +6,8 @@ import re
 import pytest
 from rich.console import Console
 
-from atmc.cli.display import HEADING, Display, inspection_table
+from atmc.cli.inspect import inspection_table
+from atmc.cli.live import HEADING, LiveLine
 from atmc.commands.run import Message
 from atmc.compress.admm import Admm
 from atmc.compress.constraints import Codebook
@@ -33,10 +34,9 @@ def record(**changes) -> Record:
 
 def shown(*events: object, terminal: bool, width: int = 120) -> str:
     console = Console(file=io.StringIO(), width=width, force_terminal=terminal, color_system=None)
-    with Display(console) as display:
+    with LiveLine(console) as line:
         for event in events:
-            display.show(event)
-        display._bar.refresh()
+            line.show(event)
     return console.file.getvalue()
 
 

@@ -184,7 +184,7 @@ class TestDone:
         assert [point["radius"] for point in found["curve"]][:3] == [0, 0.0625, 0.125]
         shares = [point["accuracy"] for point in found["curve"]]
         assert shares == sorted(shares, reverse=True)
-        assert "certified accuracy" in capsys.readouterr().out
+        assert "accuracy certified by smoothing" in capsys.readouterr().out
 
 
 def _error(capsys: pytest.CaptureFixture[str], *arguments: object) -> str:
@@ -298,7 +298,7 @@ class TestResume:
         """Going on really goes on: a finished attack in the state is not run again, whatever its verdicts say."""
         model = atmc.load("a.atmc", factory=sys.modules["assess_models"].build)
         test = atmc.load_data("digits").test
-        options = evaluate.EvaluationOptions(("pgd",), 20, checks=False, state=here / "state")
+        options = evaluate.EvaluationOptions(attacks=("pgd",), n=20, checks=False, state=here / "state")
         events = evaluate.run_evaluation(model, test, "linf:0.05", options)
         next(events)
         stored = Verdicts.fresh(test, 20, keep=False)
@@ -319,7 +319,7 @@ class TestResume:
             here / "x.json.state", {"pgd": ("another", Verdicts.fresh(atmc.load_data("digits").test, 5, keep=False))}
         )
         said = refused(capsys, "a.atmc", "--n", 5, "--no-checks", "--json", "x.json")
-        assert "holds an unfinished evaluation: add --resume to go on with it or --overwrite" in said
+        assert "holds an unfinished evaluation: add --resume to continue it or --overwrite" in said
         said = refused(capsys, "a.atmc", "--n", 5, "--no-checks", "--json", "x.json", "--resume")
         assert "is of another evaluation" in said
         (here / "x.json.state").write_bytes(b"rubbish")
@@ -333,9 +333,9 @@ class TestResume:
             raise KeyboardInterrupt
             yield
 
-        monkeypatch.setattr("atmc.cli.main.assess", interrupted)
+        monkeypatch.setattr("atmc.commands.evaluate.evaluate", interrupted)
         assert run_evaluate("a.atmc", "--json", "never.json") == 1
-        assert "the same command with --resume" in capsys.readouterr().out
+        assert "continue with the same command and --resume" in capsys.readouterr().out
 
     def test_every_deciding_thing_is_in_the_fingerprint(self, here):
         model, test = trained(), atmc.load_data("digits").test

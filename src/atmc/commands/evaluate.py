@@ -1,19 +1,21 @@
-"""`atmc evaluate`: a model file or checkpoint, a data set and a threat -> figures, and files that were asked for."""
+"""`atmc evaluate`: models, a data set and a threat -> figures, and the files that were asked for."""
 
 from __future__ import annotations
 
+import hashlib
 import json
-from collections.abc import Generator, Iterator
-from dataclasses import dataclass, field, replace
+from collections import Counter
+from collections.abc import Generator, Iterator, Sequence
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import nn
 
-from atmc import models
-from atmc.commands.checkpoints import load_weights
-from atmc.commands.partial_results import Measured, Parts, measured_certificate, measured_curves
+from atmc.commands.model_files import check_image_shape, check_named, open_model
+from atmc.commands.outputs import check_absent, check_parent, write_json
+from atmc.commands.partial_results import PartialResults, PartMeasured, measure_certificate, measure_curves
 from atmc.core.arguments import parse_device
 from atmc.core.files import write_beside
 from atmc.core.version import __version__
@@ -22,20 +24,23 @@ from atmc.evaluation import adversarial_file, resume, smoothing
 from atmc.evaluation.accuracy import BatchAttacked
 from atmc.evaluation.evaluate import EvaluationOptions, Report, run_evaluation
 from atmc.evaluation.suspect import Check
-from atmc.pack import artifact
 from atmc.pack.artifact import LoadedModel
 from atmc.report.gallery import chosen, gallery
 from atmc.robust.threats import Threat
 
-AGAINST, PARTS = ".against", ".parts"  # states of the other model's attacks, and of curves and certificate
-WEIGHTS = (".pt", ".pth", ".safetensors")
+ATTACKS, AGAINST, PARTS = "", ".against", ".parts"  # states: attacks, the other model's, curves and certificate
 
 
-@dataclass(frozen=True)
-class Request:
-    """What `atmc evaluate` was asked for; the fields are its options."""
+@dataclass(frozen=True, kw_only=True)
+class EvaluateRequest:
+    """What `atmc evaluate` was asked for; the fields are its options.
 
-    file: Path
+    Args:
+        files: model files or checkpoints, evaluated one after the other.
+        json_path: the file for the figures of one model, or the folder for those of several.
+    """
+
+    files: tuple[Path, ...]
     data: str
     threat: Threat
     options: EvaluationOptions = field(default_factory=EvaluationOptions)
@@ -55,182 +60,308 @@ class Request:
     resume: bool = False
     overwrite: bool = False
 
-    def state_path(self, of: str = "") -> Path | None:
-        """Where an evaluation with --json keeps its state while it runs: its attacks', or `of` another part."""
-        return self.json_path.with_name(f"{self.json_path.name}{of}.state") if self.json_path else None
+    def needs(self, state: str) -> bool:
+        """Return whether what was asked for keeps such a state."""
+        if state == AGAINST:
+            return self.against is not None
+        return state != PARTS or bool(self.curves) or self.certify is not None
 
-    def existing_states(self) -> dict[str, Path]:
-        """Those of these files that are there."""
-        paths = {of: self.state_path(of) for of in ("", AGAINST, PARTS)}
-        return {of: path for of, path in paths.items() if path and path.exists()}
+    def identify(self, file: Path) -> dict[str, Any]:
+        """Return everything that decides the figures of one file, as JSON: options, and digests of the files read.
 
-    def uses(self, of: str) -> bool:
-        """Whether what is asked for has such a part."""
-        return {AGAINST: self.against is not None, PARTS: bool(self.curves) or self.certify is not None}.get(of, True)
+        Raises:
+            OSError: a file cannot be read.
+        """
+        options = {name: value for name, value in asdict(self.options).items() if name not in ("keep", "state")}
+        identity = {"data": self.data, "threat": str(self.threat), **options, "model": self.model}
+        identity |= {"image_column": self.image_column, "label_column": self.label_column}
+        identity |= {"curves": self.curves, "certify": self.certify, "certify_samples": self.certify_samples}
+        read = {"file": file, "transfer_from": self.transfer_from, "against": self.against, "replay": self.replay}
+        identity |= {name: path and hashlib.sha256(path.read_bytes()).hexdigest() for name, path in read.items()}
+        values: dict[str, Any] = json.loads(json.dumps(identity))
+        return values
 
 
 @dataclass(frozen=True)
-class Assessed:
-    """The evaluation is done: its figures, as in --json."""
+class FileStarted:
+    """The evaluation of one of several files begins; positions count from 1."""
+
+    file: Path
+    position: int
+    total: int
+
+
+@dataclass(frozen=True)
+class Evaluated:
+    """One file is evaluated, now or in an earlier call: its figures, as in --json."""
 
     figures: dict[str, Any]
 
 
-def assess(request: Request) -> Iterator[BatchAttacked | Check | Measured | Report | Assessed]:
-    """Carry a request out; yields what happens, and at last `Assessed`.
+@dataclass(frozen=True)
+class _Output:
+    """Where the figures of one file go, and its states while it is evaluated; None: nothing is kept."""
+
+    json_path: Path | None
+
+    def state_path(self, state: str) -> Path | None:
+        return self.json_path.with_name(f"{self.json_path.name}{state}.state") if self.json_path else None
+
+    def existing_states(self) -> dict[str, Path]:
+        paths = {state: self.state_path(state) for state in (ATTACKS, AGAINST, PARTS)}
+        return {state: path for state, path in paths.items() if path and path.exists()}
+
+    def remove_states(self) -> None:
+        for path in self.existing_states().values():
+            path.unlink()
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Inputs:
+    """What the evaluation of every file uses."""
+
+    data: Data
+    source: nn.Module | None
+    other: nn.Module | None
+
+
+def evaluate(
+    request: EvaluateRequest,
+) -> Iterator[FileStarted | BatchAttacked | Check | PartMeasured | Report | Evaluated]:
+    """Carry a request out; yields what happens, and an `Evaluated` for each file.
 
     Raises:
-        ValueError: something asked for makes no sense; nothing was attacked or written.
+        ValueError: something asked for makes no sense. If it does so for every file, nothing was attacked or written.
+        OSError: a file cannot be read or written.
     """
-    _check_outputs(request)
+    _check_request(request)
+    examples = adversarial_file.read(request.replay) if request.replay else None
+    outputs = _choose_outputs(request)
+    identities = [request.identify(file) for file in request.files]
+    earlier = [_read_figures(request, *each) for each in zip(outputs, identities, strict=True)]
+    for output, figures in zip(outputs, earlier, strict=True):
+        if figures is None:
+            _check_output(request, output)
+    inputs = _open_inputs(request, examples) if None in earlier else None
+    jobs = zip(request.files, outputs, identities, earlier, strict=True)
+    for position, (file, output, identity, figures) in enumerate(jobs, 1):
+        if len(request.files) > 1:
+            yield FileStarted(file, position, len(request.files))
+        if figures is not None:
+            output.remove_states()
+            yield Evaluated(figures)
+        else:
+            assert inputs is not None
+            yield from _evaluate_file(request, file, output, identity, inputs)
+
+
+def _check_request(request: EvaluateRequest) -> None:
+    """Raise ValueError for what can be seen to be wrong without reading anything."""
     parse_device(request.device)
-    if request.file.suffix in WEIGHTS and not request.model:
-        raise ValueError(f"{request.file} holds weights only: name their model with --model")
+    for file in request.files:
+        check_named(file, request.model)
     if request.curves is not None and request.curves < 1:
         raise ValueError(f"expected at least 1 image for the curves, got {request.curves}")
     if request.certify is not None:
         smoothing.check_settings(request.threat, request.certify, request.certify_samples)
-    stored = adversarial_file.read(request.replay) if request.replay else None
-    loaded = open_model(request.file, request.model) if request.file.suffix not in WEIGHTS else None
-    data = load_data(request.data, image_column=request.image_column, label_column=request.label_column)
-    loaded = loaded or open_model(request.file, request.model, data)
-    model = loaded.model.to(request.device)
-    check_size(loaded, data)
-    if stored is not None and stored.adv.shape[1:] != data.test.pixels.shape[1:]:
-        shapes = f"{tuple(stored.adv.shape[1:])}, the data {tuple(data.test.pixels.shape[1:])}"
-        raise ValueError(f"{request.replay} holds images of shape {shapes}")
-    source = open_model(request.transfer_from, request.model, data).model if request.transfer_from else None
-    other = None
-    if request.against:
-        loaded_other = open_model(request.against, request.model, data)
-        other = loaded_other.model.to(request.device)
-        check_size(loaded_other, data)
-    for path in () if request.resume else request.existing_states().values():
-        path.unlink()
-    parts = _parts(request, model, data.test)
-    keep = request.save_examples is not None or request.gallery is not None
-    options = replace(request.options, state=request.state_path(), keep=keep)
-    figures: dict[str, Any] = {"model": str(request.file), "data": request.data, "threat": str(request.threat)}
-    figures["seed"] = options.seed
-    report = None
-    for event in run_evaluation(model, data.test, request.threat, options, source=source and source.to(request.device)):
-        yield event
-        report = event if isinstance(event, Report) else None
-    assert report is not None
-    figures |= report.to_json() | {"per_class": report.per_class(), "seconds": report.seconds}
-    if other is not None:
-        yield from _against(request, other, report, data, options, figures)
-    figures |= yield from _more(request, model, data.test, report, parts)
-    figures["versions"] = {"atmc": __version__, "torch": torch.__version__}
-    if request.json_path:
-        write_beside(request.json_path, (json.dumps(figures, indent=1) + "\n").encode())
-    for path in request.existing_states().values():
-        path.unlink()
-    yield Assessed(figures)
-
-
-def _parts(request: Request, model: nn.Module, test: Images) -> Parts:
-    """What there is of curves and certificate."""
-    if not (request.json_path and request.uses(PARTS)):
-        return Parts(None, "")
-    about = {"threat": str(request.threat), "seed": request.options.seed, "atmc": __version__}
-    return Parts(request.state_path(PARTS), resume.compute_fingerprint(model, test, len(test), **about))
-
-
-def _check_outputs(request: Request) -> None:
-    """Nothing that is there is overwritten unasked, and a state is gone on with only when asked."""
-    for path in (request.json_path, request.save_examples, request.gallery):
-        if path and not path.parent.is_dir():
-            raise ValueError(f"there is no folder {path.parent} to write {path.name} into")
-        if path and path.exists() and not request.overwrite:
-            raise ValueError(f"{path} exists: add --overwrite to replace it")
+    if len(request.files) > 1 and (request.save_examples or request.gallery):
+        raise ValueError("--save-examples and --gallery write the images of one model: evaluate one file at a time")
+    for path in (request.save_examples, request.gallery):
+        if path:
+            check_parent(path)
     if request.save_examples and request.save_examples.suffix != ".npz":
         raise ValueError(f"expected a name that ends in .npz for the examples, got {request.save_examples}")
     if request.resume and not request.json_path:
         raise ValueError("--resume needs --json: the state of an evaluation lies beside that file")
-    for of, path in request.existing_states().items():
+
+
+def _choose_outputs(request: EvaluateRequest) -> list[_Output]:
+    """Return the output of each file. Several files, or a folder that exists, have one JSON file per model in it."""
+    folder = request.json_path
+    if folder is None:
+        return [_Output(None) for _ in request.files]
+    check_parent(folder)
+    if folder.is_dir():
+        return [_Output(folder / f"{name}.json") for name in name_files(request.files)]
+    if len(request.files) == 1:
+        return [_Output(folder)]
+    if folder.exists():
+        raise ValueError(f"{folder} is a file: give a folder, for the figures of several models")
+    return [_Output(folder / f"{name}.json") for name in name_files(request.files)]
+
+
+def name_files(files: Sequence[Path]) -> list[str]:
+    """Return a name for each model file, all different: that of its run folder, else its own, with folders if needed.
+
+    >>> name_files([Path("runs/a/model.atmc"), Path("b.atmc"), Path("old/a/model.atmc")])
+    ['runs-a', 'b', 'old-a']
+
+    Raises:
+        ValueError: a file is there twice, or two files have no different names.
+    """
+    parts = [(*file.absolute().parts[1:-1], *([] if file.name == "model.atmc" else [_stem(file)])) for file in files]
+    depths = [1] * len(files)
+    while True:
+        names = ["-".join(path[-depth:]) for path, depth in zip(parts, depths, strict=True)]
+        counts = Counter(names)
+        if max(counts.values(), default=1) == 1:
+            return names
+        longer = [
+            depth + (counts[name] > 1 and depth < len(path))
+            for name, path, depth in zip(names, parts, depths, strict=True)
+        ]
+        if longer == depths:
+            same = " and ".join(str(file) for file, name in zip(files, names, strict=True) if counts[name] > 1)
+            raise ValueError(f"the figures of {same} would be written to the same file: name each model once")
+        depths = longer
+
+
+def _stem(file: Path) -> str:
+    return file.name.removesuffix(".atmc")
+
+
+def _read_figures(request: EvaluateRequest, output: _Output, identity: dict[str, Any]) -> dict[str, Any] | None:
+    """Return the figures that an earlier call with the same request wrote, if this one resumes; None without any.
+
+    Raises:
+        ValueError: the figures are of another request.
+    """
+    path = output.json_path
+    if not (request.resume and path and path.is_file()):
+        return None
+    try:
+        figures = json.loads(path.read_bytes())
+        earlier = dict(figures["request"])
+    except (ValueError, KeyError, TypeError):  # no figures of such a call: `_check_output` decides
+        return None
+    if earlier == identity:
+        return dict(figures)
+    if request.overwrite:
+        return None
+    changed = [
+        f"{key} was {earlier.get(key)!r}, is {identity.get(key)!r}"
+        for key in {**earlier, **identity}
+        if earlier.get(key) != identity.get(key)
+    ]
+    raise ValueError(f"{path} is of another evaluation ({'; '.join(changed)}): add --overwrite to replace it")
+
+
+def _check_output(request: EvaluateRequest, output: _Output) -> None:
+    """Raise ValueError if the evaluation would replace what exists, or resume what was not asked for."""
+    for path in (output.json_path, request.save_examples, request.gallery):
+        if path:
+            check_absent(path, overwrite=request.overwrite)
+    for state, path in output.existing_states().items():
         if not (request.resume or request.overwrite):
-            raise ValueError(f"{path} holds an unfinished evaluation: add --resume to go on with it or --overwrite")
-        if request.resume and not request.uses(of):
+            raise ValueError(
+                f"{path} holds an unfinished evaluation: add --resume to continue it or --overwrite to start again"
+            )
+        if request.resume and not request.needs(state):
             raise ValueError(f"{path} holds part of an evaluation that is not asked for now: ask for it, or remove it")
 
 
-def open_model(path: Path, model: str | None, data: Data | None = None) -> LoadedModel:
-    """The model of an .atmc file, or a zoo model or own class (`model`) with the weights of another checkpoint.
-
-    Args:
-        data: what a checkpoint's model is for; its mean and deviation normalize a zoo model, as in `compress`.
-
-    Raises:
-        ValueError: the file is missing, damaged or of another model, or a checkpoint came without a model's name.
-    """
-    if path.suffix not in WEIGHTS:
-        return artifact.open(path, factory=models.import_factory(model) if model and ":" in model else None)
-    if model is None:
-        raise ValueError(f"{path} holds weights only: name their model with --model")
-    assert data is not None
-    mean, std = (None, None) if ":" in model else (data.mean, data.std)
-    network = models.build(model, data.num_classes, input_shape=data.input_shape, mean=mean, std=std)
-    load_weights(network, str(path))
-    return LoadedModel(network.eval(), factors={}, metadata={}, source=str(path))
+def _open_inputs(request: EvaluateRequest, examples: adversarial_file.AdversarialExamples | None) -> _Inputs:
+    """Load the data and the models beside the evaluated ones."""
+    data = load_data(request.data, image_column=request.image_column, label_column=request.label_column)
+    shape = tuple(data.test.pixels.shape[1:])
+    if examples is not None and examples.adv.shape[1:] != shape:
+        replayed = tuple(examples.adv.shape[1:])
+        raise ValueError(f"{request.replay} holds images of shape {replayed}, the data have images of shape {shape}")
+    source = open_model(request.transfer_from, request.model, data).model if request.transfer_from else None
+    other = _open_checked(request, request.against, data).model if request.against else None
+    return _Inputs(data=data, source=source and source.to(request.device), other=other)
 
 
-def known_shape(loaded: LoadedModel) -> tuple[int, int, int]:
-    """Return (c, h, w) of the images that a model file is for. Raises ValueError if the file does not say it."""
-    shape = loaded.input_shape
-    if shape is None:
-        raise ValueError(f"{loaded.source} does not say what images its model takes: add --data")
-    return shape
+def _open_checked(request: EvaluateRequest, file: Path, data: Data) -> LoadedModel:
+    """Open a model of the request, on its device, and check that it takes the data's images."""
+    loaded = open_model(file, request.model, data)
+    check_image_shape(loaded, data)
+    loaded.model.to(request.device)
+    return loaded
 
 
-def check_size(loaded: LoadedModel, data: Data) -> None:
-    """Raise ValueError if a model file says that it takes images of another shape than the data have."""
-    shape = loaded.input_shape
-    if shape is not None and shape != data.input_shape:
-        raise ValueError(
-            f"{loaded.source} is for images of shape {shape} and does not take images of shape {data.input_shape}, "
-            f"as {data.name} has them"
-        )
+def _evaluate_file(
+    request: EvaluateRequest, file: Path, output: _Output, identity: dict[str, Any], inputs: _Inputs
+) -> Iterator[BatchAttacked | Check | PartMeasured | Report | Evaluated]:
+    """Evaluate one file, write its figures and take its states away."""
+    test, model = inputs.data.test, _open_checked(request, file, inputs.data).model
+    if output.json_path:
+        output.json_path.parent.mkdir(exist_ok=True)
+    if not request.resume:
+        output.remove_states()
+    results = _open_partial_results(request, output, model, test)
+    keep = request.save_examples is not None or request.gallery is not None
+    options = replace(request.options, state=output.state_path(ATTACKS), keep=keep)
+    figures: dict[str, Any] = {"model": str(file), "data": request.data, "threat": str(request.threat)}
+    figures["seed"] = options.seed
+    report = None
+    for event in run_evaluation(model, test, request.threat, options, source=inputs.source):
+        yield event
+        report = event if isinstance(event, Report) else None
+    assert report is not None
+    figures |= report.to_json() | {"per_class": report.per_class(), "seconds": report.seconds}
+    if inputs.other is not None:
+        against = replace(options, state=output.state_path(AGAINST), keep=False)
+        figures["against"] = yield from _evaluate_other(request, inputs.other, report, test, against)
+    figures |= yield from _measure_more(request, model, test, results)
+    if keep:
+        _write_examples(request, file, model, test, report)
+    figures |= {"request": identity, "versions": {"atmc": __version__, "torch": torch.__version__}}
+    if output.json_path:
+        write_json(output.json_path, figures)
+    output.remove_states()
+    yield Evaluated(figures)
 
 
-def _against(
-    request: Request, other: nn.Module, report: Report, data: Data, options: EvaluationOptions, figures: dict[str, Any]
-) -> Iterator[BatchAttacked | Check]:
-    """The other model through the same, and McNemar's test, put into figures."""
-    second, second_options = None, replace(options, state=request.state_path(AGAINST), keep=False)
-    for event in run_evaluation(other, data.test, request.threat, second_options):
+def _open_partial_results(request: EvaluateRequest, output: _Output, model: nn.Module, test: Images) -> PartialResults:
+    """Return what exists of curves and certificate."""
+    if not (output.json_path and request.needs(PARTS)):
+        return PartialResults(None, "")
+    decided = {"threat": str(request.threat), "seed": request.options.seed, "atmc": __version__}
+    return PartialResults(output.state_path(PARTS), resume.compute_fingerprint(model, test, len(test), **decided))
+
+
+def _evaluate_other(
+    request: EvaluateRequest, other: nn.Module, report: Report, test: Images, options: EvaluationOptions
+) -> Generator[BatchAttacked | Check, None, dict[str, Any]]:
+    """Evaluate the model of --against likewise; returns its figures with McNemar's test between the two."""
+    other_report = None
+    for event in run_evaluation(other, test, request.threat, options):
         if isinstance(event, Report):
-            second = event
+            other_report = event
         else:
             yield event
-    assert second is not None
-    tests = {name: found.to_json() for name, found in report.compared(second).items()}
-    figures["against"] = {"model": str(request.against), **second.to_json(), "comparison": tests}
+    assert other_report is not None
+    tests = {name: comparison.to_json() for name, comparison in report.compared(other_report).items()}
+    return {"model": str(request.against), **other_report.to_json(), "comparison": tests}
 
 
-def _more(
-    request: Request, model: nn.Module, test: Images, report: Report, parts: Parts
-) -> Generator[Measured, None, dict[str, Any]]:
-    """Curves, replayed and saved examples, the gallery and the certificate, as far as they were asked for."""
-    found: dict[str, Any] = {}
-    images, seed = test.to(torch.device(request.device)), request.options.seed
+def _measure_more(
+    request: EvaluateRequest, model: nn.Module, test: Images, results: PartialResults
+) -> Generator[PartMeasured, None, dict[str, Any]]:
+    """Measure curves, replayed examples and the certificate, as far as they were asked for; returns their figures."""
+    figures: dict[str, Any] = {}
+    images, options = test.to(torch.device(request.device)), request.options
     if request.curves:
         n = min(request.curves, len(test))
-        found["curves"] = yield from measured_curves(parts, model, images, request.threat, n)
+        figures["curves"] = yield from measure_curves(results, model, images, request.threat, n)
     if request.replay:
-        found["replay"] = {"file": str(request.replay), **adversarial_file.replay(request.replay, model).to_json()}
+        figures["replay"] = {"file": str(request.replay), **adversarial_file.replay(request.replay, model).to_json()}
     if request.certify is not None:
-        n = request.options.number(request.options.attacks[0]) or len(test)
-        found["smoothing"] = yield from measured_certificate(
-            parts, model, images, request.certify, n, request.certify_samples, seed
+        n = options.number(options.attacks[0]) or len(test)
+        figures["smoothing"] = yield from measure_certificate(
+            results, model, images, request.certify, n, request.certify_samples, options.seed
         )
-    if request.save_examples or request.gallery:
-        about = {"threat": str(request.threat), "seed": request.options.seed, "model": str(request.file)}
-        kept = adversarial_file.collect(model, report.labels, report.attacks, **about)
-        if request.save_examples:
-            kept.save(request.save_examples)
-        if request.gallery:
-            clean = test.float_pixels(slice(0, len(kept.labels))).cpu()
-            shown = chosen(model, clean, kept.adv, kept.labels)
-            write_beside(request.gallery, gallery(shown, request.threat))
-    return found
+    return figures
+
+
+def _write_examples(request: EvaluateRequest, file: Path, model: nn.Module, test: Images, report: Report) -> None:
+    """Write the adversarial images, and a picture of some of them, as far as they were asked for."""
+    about = {"threat": str(request.threat), "seed": request.options.seed, "model": str(file)}
+    examples = adversarial_file.collect(model, report.labels, report.attacks, **about)
+    if request.save_examples:
+        examples.save(request.save_examples)
+    if request.gallery:
+        clean = test.float_pixels(slice(0, len(examples.labels))).cpu()
+        shown = chosen(model, clean, examples.adv, examples.labels)
+        write_beside(request.gallery, gallery(shown, request.threat))

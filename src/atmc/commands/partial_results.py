@@ -1,4 +1,4 @@
-"""Long measurements in parts, kept in a file so that an interrupted one goes on: curves and the certificate."""
+"""Long measurements in parts, kept in a file so that an interrupted one continues: curves and the certificate."""
 
 from __future__ import annotations
 
@@ -22,88 +22,88 @@ SAVE_EVERY = 20.0  # seconds between two writes of the file
 
 
 @dataclass(frozen=True)
-class Measured:
-    """`done` of `total` parts of a measurement are there; `found` says in words what it gives so far."""
+class PartMeasured:
+    """`done` of `total` parts of a measurement are finished; `result` says in words what they give so far."""
 
-    what: str
+    measurement: str
     done: int
     total: int
-    found: str
+    result: str
 
 
-class Parts:
-    """Parts of a measurement by name, each a JSON value.
+class PartialResults:
+    """Finished parts of measurements by name, each a JSON value.
 
     Args:
-        path: the file that keeps them; None to keep nothing.
-        mark: the fingerprint of what decides them, besides what their names say.
+        path: the file that keeps them; None to keep them in memory only.
+        fingerprint: of everything that decides the values besides the names of the parts.
 
     Raises:
-        ValueError: the file is of another measurement, or is none.
+        ValueError: the file is damaged, is not of this kind, or has another fingerprint.
     """
 
-    def __init__(self, path: Path | None, mark: str) -> None:
-        self._path, self._mark, self._saved = path, mark, time.monotonic()
-        self._parts: dict[str, Any] = {}
+    def __init__(self, path: Path | None, fingerprint: str) -> None:
+        self._path, self._fingerprint, self._saved = path, fingerprint, time.monotonic()
+        self._values: dict[str, Any] = {}
         if path is None or not path.exists():
             return
         try:
-            held = json.loads(path.read_bytes())
-            found, parts = held["mark"], dict(held["parts"])
+            content = json.loads(path.read_bytes())
+            mark, values = content["mark"], dict(content["parts"])
         except (ValueError, KeyError, TypeError) as error:
             raise ValueError(f"{path} is not the state of a measurement, or is damaged: {error}") from error
-        if found != mark:
-            raise ValueError(f"{path} is of another measurement: remove it, or ask for the same as then")
-        self._parts = parts
+        if mark != fingerprint:
+            raise ValueError(f"{path} is of another measurement: remove it, or repeat the options of that measurement")
+        self._values = values
 
-    def part(self, name: str, measure: Callable[[], Any]) -> Any:
-        """The part of that name: as kept, else measured now and kept."""
-        if name not in self._parts:
-            self._parts[name] = measure()
+    def get_or_measure(self, name: str, measure: Callable[[], Any]) -> Any:
+        """Return the part of that name; if it is not there yet, measure and keep it."""
+        if name not in self._values:
+            self._values[name] = measure()
             if time.monotonic() - self._saved >= SAVE_EVERY:
                 self.save()
-        return self._parts[name]
+        return self._values[name]
 
     def save(self) -> None:
         """Write the file."""
         if self._path is not None:
-            write_beside(self._path, json.dumps({"mark": self._mark, "parts": self._parts}).encode())
+            write_beside(self._path, json.dumps({"mark": self._fingerprint, "parts": self._values}).encode())
         self._saved = time.monotonic()
 
 
-def measured_curves(
-    parts: Parts, model: nn.Module, images: Images, threat: Threat, n: int
-) -> Generator[Measured, None, dict[str, Any]]:
-    """Accuracy against eps and against steps on the first n images; see `robust.curves`."""
+def measure_curves(
+    results: PartialResults, model: nn.Module, images: Images, threat: Threat, n: int
+) -> Generator[PartMeasured, None, dict[str, Any]]:
+    """Measure accuracy against eps and against steps on the first n images, see `evaluation.curves`; yields points."""
     first = images.take(slice(0, n))
     radii = curves.eps_grid(threat, images.pixels[0].numel())
     measures: dict[str, list[partial[dict[str, Any]]]] = {
         "eps": [partial(curves.at_eps, model, first, threat, eps) for eps in radii],
         "steps": [partial(curves.at_steps, model, first, threat, steps) for steps in curves.STEPS],
     }
-    found: dict[str, list[dict[str, Any]]] = {name: [] for name in measures}
-    for name, points in measures.items():
-        for measure in points:
-            point = parts.part(f"{name} {len(found[name])} of {n} images", measure)
-            found[name].append(point)
-            share = f"{point['accuracy']:.1%} at {point[name]:.4g}"
-            yield Measured(f"accuracy against {name}", len(found[name]), len(points), share)
-    parts.save()
-    return found
+    points: dict[str, list[dict[str, Any]]] = {name: [] for name in measures}
+    for name, measures_of_points in measures.items():
+        for measure in measures_of_points:
+            point = results.get_or_measure(f"{name} {len(points[name])} of {n} images", measure)
+            points[name].append(point)
+            text = f"{point['accuracy']:.1%} at {point[name]:.4g}"
+            yield PartMeasured(f"accuracy against {name}", len(points[name]), len(measures_of_points), text)
+    results.save()
+    return points
 
 
-def measured_certificate(
-    parts: Parts, model: nn.Module, images: Images, sigma: float, n: int, samples: int, seed: int
-) -> Generator[Measured, None, dict[str, Any]]:
-    """Certified accuracy against radius on the first n images; see `robust.certify`."""
+def measure_certificate(
+    results: PartialResults, model: nn.Module, images: Images, sigma: float, n: int, samples: int, seed: int
+) -> Generator[PartMeasured, None, dict[str, Any]]:
+    """Certify the first n images by randomized smoothing, see `evaluation.smoothing`; yields images."""
     radii: list[float] = []
     abstained, n = 0, min(n, len(images))
     for i in range(n):
         measure = partial(smoothing.certify_radius, model, images, i, sigma, samples=samples, seed=seed)
-        radius, answered = parts.part(f"radius {i} at {sigma!r}, {samples} samples", measure)
+        radius, answered = results.get_or_measure(f"radius {i} at {sigma!r}, {samples} samples", measure)
         radii.append(radius)
         abstained += not answered
         share = sum(radius >= 0 for radius in radii) / len(radii)
-        yield Measured("certificate", i + 1, n, f"{share:.1%} certified right")
-    parts.save()
+        yield PartMeasured("certificate", i + 1, n, f"{share:.1%} certified right")
+    results.save()
     return smoothing.SmoothingCertificate(torch.tensor(radii, dtype=torch.float64), abstained, sigma, samples).to_json()

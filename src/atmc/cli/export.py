@@ -1,0 +1,52 @@
+"""`atmc export`: write a model for other programs."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from atmc.cli.options import ImageColumn, LabelColumn, ModelFile, OverwriteFiles, OwnClass
+from atmc.cli.terminal import say
+
+
+def export(
+    file: ModelFile,
+    to: Annotated[str, typer.Option(help="Format: onnx, safetensors or c.")],
+    out: Annotated[Path, typer.Option(help="File to write; for c a folder.")],
+    model: OwnClass = None,
+    data: Annotated[
+        str | None,
+        typer.Option(help="Compare the export on this data set's test images, see compress (default: random images)."),
+    ] = None,
+    threat: Annotated[
+        str | None,
+        typer.Option(help="Compare on PGD examples under this threat too (default: that of the file's training)."),
+    ] = None,
+    n: Annotated[int, typer.Option(help="Number of images to compare on, the first ones.")] = 256,
+    image_column: ImageColumn = None,
+    label_column: LabelColumn = None,
+    overwrite: OverwriteFiles = False,
+) -> None:
+    """Write a model as ONNX, safetensors or C source, and compare what was written with PyTorch."""
+    from atmc.commands import export as exports
+    from atmc.robust.threats import parse_threat
+
+    request = exports.Request(
+        file=file,
+        to=to,
+        out=out,
+        model=model,
+        data=data,
+        threat=parse_threat(threat) if threat else None,
+        n=n,
+        image_column=image_column,
+        label_column=label_column,
+        overwrite=overwrite,
+    )
+    exported = exports.export(request)
+    for path, size in exported.files.items():
+        say(f"{path}  {size:,} bytes")
+    for line in [*exported.notes, *exported.agreements]:
+        say(f"  {line}")
