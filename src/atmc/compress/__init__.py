@@ -1,1 +1,1 @@
-"""Make it small: projections, constraints, factorization, the ADMM step, budgets."""
+"""Make a model small: projections, constraints, factorization, the ADMM step, budgets."""

@@ -1,6 +1,9 @@
-"""How small a model must be, and how small it is by the paper's nominal count. Budgets in bytes are held by `rate`.
+"""State how small a model must be, and count how small it is by the paper's nominal size.
 
-Legend: N the number of conv and linear weights of the plain dense model (no biases, no batch norm).
+Budgets in bytes are held by `rate_control`.
+
+Legend: N the number of conv and linear weights of the plain dense model (no biases, no batch norm); k the number of
+nonzeros.
 """
 
 from __future__ import annotations
@@ -17,13 +20,13 @@ UNITS = {"B": 1, "kB": 1000, "KiB": 1024, "MB": 1000**2, "MiB": 1024**2}
 
 @dataclass(frozen=True)
 class Budget:
-    """What the compressed model may hold.
+    """How small the compressed model must be: exactly one of ratio, nonzeros and max_bytes is given.
 
     Args:
-        ratio: nonzeros over all factors as a share of N, in (0, 1]; k = int(ratio * N). The paper's knob.
+        ratio: the nonzeros of all factors divided by N, in (0, 1], as in the paper; k = int(ratio * N).
         nonzeros: k itself.
-        max_bytes: of the written file, all included. Exactly one of the three.
-        bits: at most 2^bits distinct nonzero values a tensor, 1 to 8; None keeps 32-bit values, or, with max_bytes,
+        max_bytes: the largest size of the written file.
+        bits: at most 2^bits distinct nonzero values per tensor, 1 to 8; None keeps 32-bit values, or, with max_bytes,
             leaves the bits of each tensor to rate control.
 
     >>> Budget(ratio=0.01, bits=4).resolve(430_500)
@@ -48,10 +51,13 @@ class Budget:
             raise ValueError(f"expected 1 to 8 bits, or none for 32-bit values, got {self.bits}")
 
     def resolve(self, dense_weights: int, *, floor: int = 1) -> int:
-        """k for a model with so many conv and linear weights; with max_bytes a first guess, inside what is possible.
+        """Return k for a model with N = dense_weights; with max_bytes it is a first guess, within the bounds.
+
+        Args:
+            floor: the smallest k that the model's layers can work with.
 
         Raises:
-            ValueError: k is above the model's weights or below floor (what its layers need at least).
+            ValueError: k is above N or below floor.
         """
         if self.max_bytes is not None:
             return max(min(4 * self.max_bytes // 8, dense_weights), min(floor, dense_weights))
@@ -67,13 +73,13 @@ class Budget:
 
 
 def parse_size(text: str | int) -> int:
-    """Bytes: a number, or text such as 900B, 24kB (1000), 24KiB (1024), 1.5MB or 1MiB.
+    """Return the bytes that a text means: 900B, 24kB (1000), 24KiB (1024), 1.5MB, 1MiB, or a number of bytes.
 
     >>> parse_size("24kB"), parse_size("1.5 KiB")
     (24000, 1536)
 
     Raises:
-        ValueError: no such size.
+        ValueError: the text is no size of at least one byte.
     """
     number, unit = str(text).strip(), "B"
     for name in sorted(UNITS, key=len, reverse=True):
@@ -89,16 +95,16 @@ def parse_size(text: str | int) -> int:
     return int(size)
 
 
-Bits = int | Mapping[str, int] | None  # of a code: one number for all tensors, or by name; None without codebook
+Bits = int | Mapping[str, int] | None  # bits of a code: one number for all tensors, or by name; None without codebook
 
 
 def bits_of(bits: Bits, name: str) -> int | None:
-    """The bits of one tensor."""
+    """Return the bits of one tensor."""
     return bits[name] if isinstance(bits, Mapping) else bits
 
 
 def mean_bits(tensors: Mapping[str, Tensor], bits: Bits) -> float | int | None:
-    """The bits of a code, the mean over nonzeros where tensors differ; None without codebook."""
+    """Return the bits of a code, if tensors differ their mean over the nonzeros; None without codebook."""
     if not isinstance(bits, Mapping):
         return bits
     counts = {name: int(tensor.count_nonzero()) for name, tensor in tensors.items()}
@@ -106,17 +112,17 @@ def mean_bits(tensors: Mapping[str, Tensor], bits: Bits) -> float | int | None:
 
 
 def distinct_nonzero(tensor: Tensor) -> int:
-    """Number of distinct nonzero values."""
-    flat = tensor.detach()
-    return len(torch.unique(flat[flat != 0]))
+    """Count the distinct nonzero values."""
+    values = tensor.detach()
+    return len(torch.unique(values[values != 0]))
 
 
 def nominal_bits(tensors: Mapping[str, Tensor], bits: Bits) -> int:
-    """The paper's size, in bits: positions, biases and batch norm are not counted.
+    """Return the paper's nominal size in bits, which leaves out positions, biases and batch norm.
 
-    Per tensor 32 a nonzero where there is no codebook or at most 2^bits nonzeros; else `bits` a nonzero and 32 a
-    distinct nonzero value (Gui et al. 2019, section 4; the authors' program). A tensor with more distinct values than
-    that, before its quantization, counts as having no codebook.
+    A tensor takes 32 bits per nonzero if it has no codebook or at most 2^bits nonzeros; else `bits` bits per nonzero
+    and 32 bits per distinct nonzero value (Gui et al. 2019, section 4, and the authors' implementation). A tensor with
+    more than 2^bits distinct values, before its quantization, counts as having no codebook.
     """
     total = 0
     for name, tensor in tensors.items():
@@ -129,6 +135,6 @@ def nominal_bits(tensors: Mapping[str, Tensor], bits: Bits) -> int:
 
 
 def check_budget(budget: object) -> None:
-    """ValueError for what is no budget."""
+    """Raise ValueError unless this is a `Budget`."""
     if not isinstance(budget, Budget):
         raise ValueError(f"expected a budget such as Budget(ratio=0.01, bits=4), got {budget!r:.80}")

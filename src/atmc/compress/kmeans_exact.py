@@ -1,6 +1,6 @@
-"""One-dimensional k-means over {0, a_1 .. a_B} with the center 0 held fixed: the global optimum.
+"""One-dimensional k-means over {0, a_1 .. a_B} with the center 0 fixed: the global optimum.
 
-Legend: x the tensor, q its quantization, N distinct nonzero entries of x, B = levels.
+Legend: x the tensor; q its quantization; N the number of distinct nonzero entries of x; B = levels.
 """
 
 from __future__ import annotations
@@ -12,48 +12,53 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from atmc.compress.sorted_values import (
-    Floats,
-    Integers,
-    Line,
-    Singles,
+    Float32s,
+    Float64s,
+    Int64s,
+    SortedValues,
+    copy_unquantized,
     distinct_if_few,
-    move_to_nearest,
+    quantize_to_nearest,
     sorted_nonzeros,
-    unchanged,
 )
 
 Starts = NDArray[np.int32]
 
 
 @dataclass(frozen=True)
-class _Programme:
-    """Optimal clusterings of the magnitudes on one side of 0, in order; the smallest may go to the zero cluster.
+class _DynamicProgram:
+    """The optimal clusterings of the magnitudes on one side of 0; the smallest magnitudes may go to the zero cluster.
 
-    Prefix sums (n + 1,) of weights, of weight * magnitude and of weight * magnitude^2 over n distinct magnitudes.
-    best[i] of row j is the least objective of the first i with j clusters, and starts[i] where its last cluster begins.
+    Row j of the program: best[i] is the least objective of the first i magnitudes in j clusters, starts[i] the index at
+    which the last of these clusters starts.
+
+    Args:
+        count, first, second: (n + 1,) prefix sums of weight, weight * magnitude and weight * magnitude^2 over the n
+            distinct magnitudes in ascending order.
     """
 
-    count: Floats
-    first: Floats
-    second: Floats
+    count: Float64s
+    first: Float64s
+    second: Float64s
 
     @staticmethod
-    def of(magnitudes: Floats, weights: Floats) -> _Programme:
+    def of(magnitudes: Float64s, weights: Float64s) -> _DynamicProgram:
+        """Compute the prefix sums."""
         powers = (weights, weights * magnitudes, weights * magnitudes**2)
-        return _Programme(*(np.append(0.0, np.cumsum(power)) for power in powers))
+        return _DynamicProgram(*(np.append(0.0, np.cumsum(power)) for power in powers))
 
     def solve(self, levels: int) -> tuple[list[float], list[Starts]]:
-        """The least objective with 0, 1, .. clusters (at most `levels`), and the rows of starts of 1, 2, .."""
+        """Return the least objective with 0, 1, .. clusters (at most `levels`), and the starts of rows 1, 2, .."""
         best, starts = self.second, np.zeros(len(self.count), dtype=np.int64)
         totals, rows = [float(best[-1])], []
         for clusters in range(1, min(levels, len(self.count) - 1) + 1):
-            best, starts = self._row(best, starts, clusters)
+            best, starts = self._next_row(best, starts, clusters)
             totals.append(float(best[-1]))
             rows.append(starts.astype(np.int32))
         return totals, rows
 
-    def _row(self, before: Floats, earlier: Integers, clusters: int) -> tuple[Floats, Integers]:
-        """The row of so many clusters from the one before: divide and conquer, all subproblems of a depth at once.
+    def _next_row(self, before: Float64s, earlier: Int64s, clusters: int) -> tuple[Float64s, Int64s]:
+        """Compute best and starts of a row from the row before, by divide and conquer, one depth at a time.
 
         The best start grows with i (the cost is concave Monge) and with the number of clusters; both bound the search.
         """
@@ -66,13 +71,13 @@ class _Programme:
                 high = np.where(ends + step < size, starts[np.minimum(ends + step, size - 1)], ends - 1)
                 high = np.minimum(high, ends - 1)
                 low = np.minimum(np.maximum(low, earlier[ends]), high)
-                starts[ends], best[ends] = self._least(before, ends, low, high)
+                starts[ends], best[ends] = self._best_starts(before, ends, low, high)
             step //= 2
             ends = np.arange(clusters + step, size, 2 * step) if step else ends
         return best, starts
 
-    def _least(self, before: Floats, ends: Integers, low: Integers, high: Integers) -> tuple[Integers, Floats]:
-        """For each end the start in low..high that makes before[start] + error(start..end) least, and that sum."""
+    def _best_starts(self, before: Float64s, ends: Int64s, low: Int64s, high: Int64s) -> tuple[Int64s, Float64s]:
+        """Return for each end the start in low..high with the least before[start] + error(start..end), and this sum."""
         lengths = high - low + 1
         heads = np.cumsum(lengths) - lengths
         start = np.arange(int(lengths.sum())) + np.repeat(low - heads, lengths)
@@ -82,8 +87,8 @@ class _Programme:
         hits = np.flatnonzero(score == np.repeat(least, lengths))
         return start[hits[np.searchsorted(hits, heads)]], self.second[ends] + least
 
-    def centers(self, rows: list[Starts]) -> Floats:
-        """The cluster means of the optimum with len(rows) clusters."""
+    def centers(self, rows: list[Starts]) -> Float64s:
+        """Return the cluster means of the optimum with len(rows) clusters."""
         end, means = len(self.count) - 1, []
         for starts in reversed(rows):
             start = int(starts[end])
@@ -92,13 +97,13 @@ class _Programme:
         return np.array(means, dtype=np.float64)
 
 
-def _optimum(values: Singles, levels: int) -> Floats:
-    """The centers of the optimum over both sides of 0, as float32 numbers, in order."""
+def _optimum(values: Float32s, levels: int) -> Float64s:
+    """Return the centers of the optimum over both sides of 0, as float32 numbers, in order."""
     points, weights = np.unique(values, return_counts=True)
     zero = int(np.searchsorted(points, np.float32(0.0)))
     magnitudes, masses = np.abs(points.astype(np.float64)), weights.astype(np.float64)
-    below = _Programme.of(magnitudes[:zero][::-1], masses[:zero][::-1])
-    above = _Programme.of(magnitudes[zero:], masses[zero:])
+    below = _DynamicProgram.of(magnitudes[:zero][::-1], masses[:zero][::-1])
+    above = _DynamicProgram.of(magnitudes[zero:], masses[zero:])
     (errors_below, rows_below), (errors_above, rows_above) = below.solve(levels), above.solve(levels)
     rest = [min(levels - j, len(rows_above)) for j in range(len(errors_below))]
     j = int(np.argmin([error + errors_above[k] for error, k in zip(errors_below, rest, strict=True)]))
@@ -110,11 +115,12 @@ def exact_zero_kmeans(x: Tensor, levels: int) -> tuple[Tensor, Tensor]:
     """Argmin over q of sum (x - q)^2: q is 0 where x is, and has at most `levels` distinct nonzero values.
 
     Dynamic programming (Wang and Song 2011, Ckmeans.1d.dp; divide and conquer as in Gronlund et al. 2017). The center 0
-    is fixed, so no cluster of an optimum spans it: one programme for the negative entries, one for the positive, and
-    the best way to share the levels. O(levels * N log N) time, O(levels * N) memory, N distinct values. Exact up to
-    float64 sums of squares (clusters narrower than 1e-7 of their magnitude look alike) and centers rounded to float32.
+    is fixed, so no cluster of an optimum contains both signs: there is one program for the negative entries, one for
+    the positive entries, and the levels are divided between them in the best way. It takes O(levels * N log N) time and
+    O(levels * N) memory. The result is exact up to float64 sums of squares (clusters narrower than 1e-7 of their
+    magnitude look alike) and to centers rounded to float32.
 
-    Args, returns and raises: as `zero_kmeans`.
+    Arguments, results and errors are those of `zero_kmeans`.
 
     >>> import torch
     >>> exact_zero_kmeans(torch.tensor([0.0, 1.0, 2.0, -5.0]), 2)
@@ -123,5 +129,5 @@ def exact_zero_kmeans(x: Tensor, levels: int) -> tuple[Tensor, Tensor]:
     positions, values = sorted_nonzeros(x, levels)
     distinct = distinct_if_few(values, levels)
     if distinct is not None:
-        return unchanged(x, distinct)
-    return move_to_nearest(x, positions, Line.of(values), _optimum(values, levels))
+        return copy_unquantized(x, distinct)
+    return quantize_to_nearest(x, positions, SortedValues.of(values), _optimum(values, levels))
