@@ -9,21 +9,25 @@ import argparse
 from pathlib import Path
 
 import torch
-from common import lenet, write
 
 import atmc
+from atmc.commands.outputs import write_json
 from atmc.data import load_data
 from atmc.evaluation.accuracy import robust_accuracy
 from atmc.evaluation.evaluate import prepare
 from atmc.evaluation.statistics import compare
 
-LIKE = {"steps": 100, "step_size": 76 / 255 / 20}  # as many gradients as APGD takes
-OURS = {"pgd 100 steps, ce": {**LIKE, "loss": "ce"}, "pgd 100 steps, dlr": {**LIKE, "loss": "dlr"}, "pgd-strong": {}}
-THEIRS = {"pgd 100 steps, ce": "apgd-ce", "pgd 100 steps, dlr": "apgd-dlr", "pgd-strong": "apgd-ce"}
+HUNDRED_STEPS = {"steps": 100, "step_size": 76 / 255 / 20}  # the number of gradients that APGD takes
+SETTINGS = {
+    "pgd 100 steps, ce": {**HUNDRED_STEPS, "loss": "ce"},
+    "pgd 100 steps, dlr": {**HUNDRED_STEPS, "loss": "dlr"},
+    "pgd-strong": {},
+}
+APGD = {"pgd 100 steps, ce": "apgd-ce", "pgd 100 steps, dlr": "apgd-dlr", "pgd-strong": "apgd-ce"}
 
 
 def main() -> None:
-    """Three pairs of attacks on three models."""
+    """Compare three pairs of attacks on three models."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--models", default="results/mnist")
     parser.add_argument("--data", default="../shared/data/mnist")
@@ -32,19 +36,20 @@ def main() -> None:
     torch.set_num_threads(1)
     threat, rows = atmc.Linf(76 / 255), []
     for run in ("dense", "atmc8-01", "atmc8-0015"):
-        model, test = prepare(lenet(Path(options.models) / run), load_data(options.data).test)
-        theirs = {name: robust_accuracy(model, test, threat, name, n=options.n) for name in set(THEIRS.values())}
-        for name, settings in OURS.items():
+        model, test = prepare(atmc.load(Path(options.models) / run / "model.atmc"), load_data(options.data).test)
+        theirs = {name: robust_accuracy(model, test, threat, name, n=options.n) for name in set(APGD.values())}
+        for name, settings in SETTINGS.items():
             attack = "pgd-strong" if name == "pgd-strong" else "pgd"
-            ours, other = robust_accuracy(model, test, threat, attack, n=options.n, **settings), theirs[THEIRS[name]]
-            test_of_both = compare(ours.right, other.right)
-            row = {"model": run, "ours": name, "theirs": THEIRS[name], "n": options.n}
+            ours, other = robust_accuracy(model, test, threat, attack, n=options.n, **settings), theirs[APGD[name]]
+            comparison = compare(ours.right, other.right)
+            row = {"model": run, "ours": name, "theirs": APGD[name], "n": options.n}
             row |= {"ours_right": int(ours.right.sum()), "theirs_right": int(other.right.sum())}
             row |= {"same_verdict": int((ours.right == other.right).sum())}
-            row |= {"only_theirs_fools": test_of_both.only_a, "only_ours_fools": test_of_both.only_b}
-            rows.append(row | {"mcnemar_p": float(f"{test_of_both.p:.3g}")})
+            row |= {"only_theirs_fools": comparison.only_a, "only_ours_fools": comparison.only_b}
+            rows.append(row | {"mcnemar_p": float(f"{comparison.p:.3g}")})
             print(rows[-1], flush=True)
-            write("agreement.json", {"threat": str(threat), "seed": 0, "rows": rows})
+            out = Path(__file__).with_name("agreement.json")
+            write_json(out, {"threat": str(threat), "seed": 0, "rows": rows})
 
 
 if __name__ == "__main__":

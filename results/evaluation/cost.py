@@ -3,7 +3,7 @@
 python results/evaluation/cost.py [--models results/mnist] [--data ../shared/data/mnist] [--n 20] [--rounds 3]
 
 Same images, batch, device, seed and one thread, in turn in one process. pyautoattack gets the model as `atmc.load`
-gives it, and once more in the memory layout that atmc chooses for itself. The checks are timed apart.
+returns it, and once more in the memory layout that atmc chooses for itself. The checks are timed separately.
 """
 
 from __future__ import annotations
@@ -14,25 +14,26 @@ import statistics
 import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import torch
-from common import lenet, write
 from pyautoattack import AutoAttack
 
 import atmc
+from atmc.commands.outputs import write_json
 from atmc.data import load_data
 from atmc.evaluation.evaluate import prepare
 
 
 def seconds(run: Callable[[], object]) -> float:
-    """How long a call takes."""
+    """Return the time that a call takes."""
     began = time.perf_counter()
     run()
     return time.perf_counter() - began
 
 
 def main() -> None:
-    """All three in turn, a few times; the median of each counts."""
+    """Time all three in turn, a few times; the median of each counts."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--models", default="results/mnist")
     parser.add_argument("--data", default="../shared/data/mnist")
@@ -42,7 +43,7 @@ def main() -> None:
     options = parser.parse_args()
     torch.set_num_threads(1)
     logging.getLogger("auto-attack").setLevel(logging.ERROR)
-    threat, model = atmc.Linf(76 / 255), lenet(Path(options.models) / options.run)
+    threat, model = atmc.Linf(76 / 255), atmc.load(Path(options.models) / options.run / "model.atmc")
     test = load_data(options.data).test.take(slice(0, options.n))
     x, y = test.float_pixels(slice(None)), test.labels
     fast, _ = prepare(model, test)
@@ -62,16 +63,23 @@ def main() -> None:
         for name, way in ways.items():
             times[name].append(round(seconds(way), 2))
             print(name, times[name][-1], flush=True)
-    medians = {name: statistics.median(found) for name, found in times.items()}
+    medians = {name: statistics.median(seconds_of_calls) for name, seconds_of_calls in times.items()}
     report = atmc.evaluate(model, load_data(options.data).test, threat=threat, attack="pgd-strong", n=100)
-    found = {"model": options.run, "threat": str(threat), "n": options.n, "batch_size": 500, "threads": 1, "seed": 0}
-    found |= {"seconds": times, "versions": {"torch": torch.__version__, "atmc": atmc.__version__}}
+    figures: dict[str, Any] = {
+        "model": options.run,
+        "threat": str(threat),
+        "n": options.n,
+        "batch_size": 500,
+        "threads": 1,
+        "seed": 0,
+    }
+    figures |= {"seconds": times, "versions": {"torch": torch.__version__, "atmc": atmc.__version__}}
     for name in ("pyautoattack, same layout", "pyautoattack"):
-        found[f"ratio to {name}"] = round(medians["atmc.evaluate"] / medians[name], 3)
-    found["checks on 100 images, seconds"] = report.seconds["checks"]
-    found["pgd-strong on the same 100, seconds"] = report.seconds["pgd-strong"]
-    write("cost.json", found)
-    print(found)
+        figures[f"ratio to {name}"] = round(medians["atmc.evaluate"] / medians[name], 3)
+    figures["checks on 100 images, seconds"] = report.seconds["checks"]
+    figures["pgd-strong on the same 100, seconds"] = report.seconds["pgd-strong"]
+    write_json(Path(__file__).with_name("cost.json"), figures)
+    print(figures)
 
 
 if __name__ == "__main__":

@@ -2,23 +2,24 @@
 
 python results/evaluation/false_alarms.py
 
-Honest: plain ReLU networks, trained here on the digits (8x8), naturally and by PGD, three seeds each, under three
-norms; a check sees blocks of 100 images that training did not. A failed check counts as a false alarm, unless a
-stronger attack bears it out: AutoAttack takes more than the interval from the accuracy that the check doubted.
+Honest models are plain ReLU networks, trained here on the digits (8x8), naturally and by PGD, with three seeds each,
+under three norms. A check sees blocks of 100 images that were not used in training. A failed check counts as a false
+alarm unless AutoAttack confirms it, by an accuracy below the interval of the one that the check doubted.
 """
 
 from __future__ import annotations
 
 import time
 from collections import Counter
+from pathlib import Path
 from typing import Any
 
 import torch
 import torch.nn.functional as F
-from common import write
 from torch import nn
 
 import atmc
+from atmc.commands.outputs import write_json
 from atmc.data import Images
 from atmc.evaluation.accuracy import robust_accuracy
 from atmc.evaluation.evaluate import EvaluationOptions, Report, run_evaluation
@@ -30,23 +31,23 @@ THREATS = [atmc.Linf(0.1), atmc.L2(0.6), atmc.L1(2.0)]
 FAMILIES = {"mlp": (64, 128), "cnn": (0, 0)}
 
 
-def small(images: Images) -> Images:
-    """The digits as 8x8."""
+def shrink(images: Images) -> Images:
+    """Return the digits as images of 8x8 pixels."""
     return Images(images.float_pixels(slice(None))[:, :, 3:27:3, 3:27:3].contiguous(), images.labels)
 
 
-def network(kind: str) -> nn.Module:
-    """Two layers of one kind or the other."""
+def build_network(kind: str) -> nn.Module:
+    """Return an untrained network: two dense layers, or two convolutions and a dense layer."""
     if kind == "mlp":
         return nn.Sequential(nn.Flatten(), nn.Linear(64, 128), nn.ReLU(), nn.Linear(128, 10))
     body = [nn.Conv2d(1, 16, 3), nn.ReLU(), nn.Conv2d(16, 32, 3, stride=2), nn.ReLU(), nn.Flatten()]
     return nn.Sequential(*body, nn.Linear(128, 10))
 
 
-def trained(kind: str, train: Images, threat: Threat | None, seed: int) -> nn.Module:
-    """A network after 400 steps of Adam, against PGD where there is a threat."""
+def train_network(kind: str, train: Images, threat: Threat | None, seed: int) -> nn.Module:
+    """Train a network for 400 steps of Adam, on images of PGD if there is a threat."""
     torch.manual_seed(seed)
-    model = network(kind)
+    model = build_network(kind)
     optimizer = torch.optim.Adam(model.parameters(), lr=3e-3)
     for _ in range(400):
         part = torch.randint(len(train), (128,))
@@ -58,8 +59,8 @@ def trained(kind: str, train: Images, threat: Threat | None, seed: int) -> nn.Mo
     return model.eval()
 
 
-def borne_out(model: nn.Module, images: Images, threat: Threat, attack: str) -> bool:
-    """Whether AutoAttack leaves less than the interval of the attack's own accuracy."""
+def is_confirmed(model: nn.Module, images: Images, threat: Threat, attack: str) -> bool:
+    """Return whether AutoAttack leaves less than the interval of the attack's own accuracy."""
     own = robust_accuracy(model, images, threat, attack)
     strong = robust_accuracy(model, images, threat, "autoattack")
     low = wilson(int(own.right.sum()), own.n)[0]
@@ -67,10 +68,10 @@ def borne_out(model: nn.Module, images: Images, threat: Threat, attack: str) -> 
 
 
 def main() -> None:
-    """Every model, threat, attack and block."""
+    """Evaluate every model under every threat and attack, on every block of images."""
     torch.set_num_threads(1)
     data = atmc.load_data("digits")
-    train, blocks = small(data.train), [small(data.test.take(slice(i, i + 100))) for i in (0, 100, 200)]
+    train, blocks = shrink(data.train), [shrink(data.test.take(slice(i, i + 100))) for i in (0, 100, 200)]
     verdicts: dict[str, Counter[str]] = {"pgd": Counter(), "pgd-strong": Counter()}
     alarms: list[dict[str, Any]] = []
     spent, evaluations = 0.0, 0
@@ -78,31 +79,35 @@ def main() -> None:
         for seed in range(3):
             for threat in THREATS:
                 for training in ("natural", "pgd"):
-                    model = trained(kind, train, threat if training == "pgd" else None, seed)
+                    model = train_network(kind, train, threat if training == "pgd" else None, seed)
                     for position, block in enumerate(blocks):
                         for attack in verdicts:
                             began = time.perf_counter()
-                            *_, report = run_evaluation(model, block, threat, EvaluationOptions((attack,)))
+                            *_, report = run_evaluation(model, block, threat, EvaluationOptions(attacks=(attack,)))
                             assert isinstance(report, Report)
                             spent, evaluations = spent + time.perf_counter() - began, evaluations + 1
                             verdicts[attack].update(f"{check.name}: {check.ok}" for check in report.checks)
                             if not report.failed:
                                 continue
-                            true = borne_out(model, block, threat, attack)
-                            about = {"model": f"{kind} {training} {seed}", "threat": str(threat), "attack": attack}
+                            confirmed = is_confirmed(model, block, threat, attack)
+                            evaluated = {"model": f"{kind} {training} {seed}", "threat": str(threat), "attack": attack}
                             for check in report.failed:
-                                found = {"block": position, **check.to_json(), "borne_out": true}
-                                alarms.append(about | found)
+                                alarms.append(
+                                    evaluated | {"block": position, **check.to_json(), "borne_out": confirmed}
+                                )
                                 print(alarms[-1], flush=True)
-    told = {name: sum(n for key, n in found.items() if not key.endswith("None")) for name, found in verdicts.items()}
+    answered = {
+        name: sum(n for key, n in counter.items() if not key.endswith("None")) for name, counter in verdicts.items()
+    }
     false = {name: sum(a["attack"] == name and not a["borne_out"] for a in alarms) for name in verdicts}
-    summary: dict[str, Any] = {"evaluations": evaluations, "images": 100, "verdicts": told, "false_alarms": false}
-    summary["share"] = {name: round(false[name] / told[name], 5) for name in told}
+    summary: dict[str, Any] = {"evaluations": evaluations, "images": 100, "verdicts": answered, "false_alarms": false}
+    summary["share"] = {name: round(false[name] / answered[name], 5) for name in answered}
     loud = {name: {(a["model"], a["threat"], a["block"]) for a in alarms if a["attack"] == name} for name in verdicts}
-    summary["evaluations_with_an_alarm"] = {name: len(found) for name, found in loud.items()}
+    summary["evaluations_with_an_alarm"] = {name: len(alarmed) for name, alarmed in loud.items()}
     summary["seconds_an_evaluation"] = round(spent / evaluations, 2)
-    counts = {name: dict(sorted(found.items())) for name, found in verdicts.items()}
-    write("false_alarms.json", {"summary": summary, "alarms": alarms, "counts": counts})
+    counts = {name: dict(sorted(counter.items())) for name, counter in verdicts.items()}
+    document = {"summary": summary, "alarms": alarms, "counts": counts}
+    write_json(Path(__file__).with_name("false_alarms.json"), document)
     print(summary)
 
 
