@@ -1,4 +1,4 @@
-"""What a Python user calls: compress(), evaluate(), load(), save()."""
+"""The functions of the Python interface: compress(), evaluate(), load(), save()."""
 
 from __future__ import annotations
 
@@ -36,17 +36,19 @@ def compress(
     on_event: Callable[[StepDone | EpochDone], None] | None = None,
     **settings: Any,
 ) -> Result:
-    """The most robust model of this architecture that fits the budget.
+    """Train a model to be robust within a budget (Gui et al. 2019), and return it as its file will hold it.
 
     Args:
         model: any module that maps images (n, c, h, w) in [0, 1] to logits; normalization belongs inside. If it is
             trained already, pass epochs={"dense": 0}. It is not changed.
         train, val: a DataLoader, a dataset of (image, label) pairs, or a pair of tensors; images in [0, 1].
         threat: what the adversary may do, ``Linf(8 / 255)`` or "linf:8/255".
-        budget: what the result may hold.
-        method: ``atmc`` or one of its rivals, see `methods.METHODS`.
-        recipe: how to train; by default `default_recipe` of the model with the given settings (epochs=..., seed=...).
+        budget: how many nonzeros or bytes the result may have, and bits per nonzero.
+        method: ``atmc`` or one of its baselines, see docs/method.md.
+        recipe: how to train; by default made of `settings` and defaults that suit the model.
+        device: where to train.
         on_event: called after every step and epoch.
+        settings: fields of `Recipe`, such as epochs=5, objective="trades", objective_options={"beta": 3.0}, seed=1.
 
     >>> import atmc
     >>> x, y = torch.rand(64, 1, 28, 28), torch.arange(64) % 10
@@ -56,12 +58,12 @@ def compress(
     True
 
     Raises:
-        ValueError: images, labels, model, threat, budget or settings that make no sense; nothing was trained.
+        ValueError: images, labels, model, threat, budget or settings are wrong; nothing was trained.
         TrainingDiverged: the loss is not finite.
     """
     if recipe is not None and settings:
         raise ValueError(f"expected a recipe or settings, got both: {', '.join(settings)}")
-    place = parse_device(device)
+    device = parse_device(device)
     check_module(model)
     check_budget(budget)
     job = Job(
@@ -72,9 +74,9 @@ def compress(
         budget=budget,
         method=method,
         recipe=recipe or default_recipe(model, **settings),
-        device=place,
+        device=device,
     )
-    with deterministic(place):
+    with deterministic(device):
         for event in job.run():
             if on_event:
                 on_event(event)

@@ -7,7 +7,7 @@ from torch import nn
 from atmc.compress.constraints import NonzeroBudget
 from atmc.compress.factorize import compressible_parameters, factorize
 from atmc.models import build
-from atmc.models.batch_norm import to_affine
+from atmc.models.batch_norm import make_affine
 from atmc.pack import artifact
 from atmc.training.dead_weights import zero_dead_weights
 from atmc.training.finalize import finalize_copy, smallest_model
@@ -55,7 +55,7 @@ def test_a_unit_that_sleeps_on_these_images_alone_is_kept():
 
 @pytest.mark.parametrize("name", ["lenet", "resnet18", "wrn-10-1", "mobilenetv2"])
 def test_a_dense_network_is_read_everywhere(name):
-    model = to_affine(build(name, 10, seed=0)).eval()
+    model = make_affine(build(name, 10, seed=0)).eval()
     shape = (4, 1, 28, 28) if name == "lenet" else (4, 3, 32, 32)
     with torch.no_grad():
         for vector in (p for p in model.parameters() if p.dim() == 1):

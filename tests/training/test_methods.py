@@ -503,7 +503,7 @@ class TestALastImageAlone:
         steps = [event for event in work.run() if isinstance(event, StepDone)]
         assert [(event.step, event.steps) for event in steps[:5]] == [(step, 5) for step in range(1, 6)]
         assert len(steps) == 4 * 5
-        assert steps[-1].share == 1
+        assert steps[-1].fraction == 1
         assert work.result().decided.clean.n == 100  # batch norm re-estimated too
 
     def test_resumes_to_the_same_file(self, few):
@@ -519,6 +519,6 @@ class TestALastImageAlone:
     def test_without_a_batch_before_it(self, few, images, batch_size):
         train, val = few
         some = train.take(slice(0, images)), val
-        with pytest.raises(ValueError, match=f"at least 2 images a step.*got {images} training .* {batch_size}$"):
+        with pytest.raises(ValueError, match=f"at least 2 images per step.*got {images} training .* {batch_size}$"):
             job(some, model=normed(), **{**ALONE, "batch_size": batch_size})
         job(some, model=tiny(), **{**ALONE, "batch_size": batch_size})

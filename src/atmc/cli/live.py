@@ -15,7 +15,7 @@ from atmc.commands.evaluate import FileStarted
 from atmc.commands.partial_results import PartMeasured
 from atmc.commands.run import Message
 from atmc.evaluation.accuracy import BatchAttacked
-from atmc.evaluation.suspect import Check
+from atmc.evaluation.checks import Check
 from atmc.training.loop import StepDone
 from atmc.training.runner import EpochDone, Record
 
@@ -116,7 +116,7 @@ class LiveLine:
             notes.append(f"res {residuals}" if self._narrow else f"residuals {residuals}")
         note = (" " if self._narrow else "  ").join(notes)
         description = f"{event.phase} {event.epoch}/{event.epochs}"
-        self._bar.update(self._task, description=description, completed=event.share, note=note, training=True)
+        self._bar.update(self._task, description=description, completed=event.fraction, note=note, training=True)
 
     def _show_attack(self, event: BatchAttacked) -> None:
         stage = (event.attack, event.stage)

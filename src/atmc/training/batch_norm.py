@@ -1,4 +1,4 @@
-"""Batch norm before and after training: its statistics estimated again, and restored after a model file was read."""
+"""Re-estimate batch norm statistics after training, and restore them after a model file was read."""
 
 from __future__ import annotations
 
@@ -20,10 +20,12 @@ from atmc.training.loop import Loop, autocast, seeded
 def reestimate_batch_norm(
     model: nn.Module, train: Images, loop: Loop, *, objective: Objective, attack: TrainingAttack
 ) -> bool:
-    """Running statistics recomputed over one epoch, in the objective's own mixture of clean and adversarial passes.
+    """Recompute running statistics over one epoch, in place, with the objective's clean and adversarial passes.
 
-    The mean over all images that pass takes the place of the running one. The attack sees the model as it was. False,
-    and nothing done, without batch norm.
+    Means over all images that pass replace the running averages. The attack sees the model as it was.
+
+    Returns:
+        False, and nothing was done, if the model has no batch norm with running statistics.
     """
     norms = [module for module in model.modules() if isinstance(module, BATCH_NORMS) and module.track_running_stats]
     if not norms:
@@ -52,11 +54,14 @@ def reestimate_batch_norm(
 
 @torch.no_grad()
 def restore_batch_norm(model: nn.Module, images: Images, *, n: int = 2000, batch_size: int = 250) -> bool:
-    """Batch norms of a model file made fit for training again; False, and nothing done, where they are not affine.
+    """Give the batch norms of a decoded model file running statistics again, in place, so that it can be trained.
 
-    A file holds a scale and a shift (`pack.norms.to_affine`). Here every norm gets the statistics of its input over the
-    first n images, and the weight and bias with which it computes the same as before in evaluation mode, up to
-    rounding: without them, a first pass in training mode would normalize what was never meant to be.
+    A file holds only a scale and a shift (`models.batch_norm.make_affine`). Here every norm gets the statistics of its
+    input over the first n images, and the weight and bias with which it computes the same as before in evaluation
+    mode, up to rounding. Without them the first pass in training mode would change the network's output.
+
+    Returns:
+        False, and nothing was done, if the batch norms are not affine.
     """
     if not is_affine(model):
         return False
@@ -71,7 +76,7 @@ def restore_batch_norm(model: nn.Module, images: Images, *, n: int = 2000, batch
         hook.remove()
     for norm, moments in sums.items():
         mean, var = moments.mean_and_variance()
-        assert norm.running_mean is not None  # of an affine norm
+        assert norm.running_mean is not None  # an affine norm has them
         assert norm.running_var is not None
         norm.bias.copy_(norm.bias.double() + norm.weight.double() * mean)
         norm.weight.copy_(norm.weight.double() * (var + norm.eps).sqrt())
@@ -81,7 +86,7 @@ def restore_batch_norm(model: nn.Module, images: Images, *, n: int = 2000, batch
 
 
 class _Moments:
-    """A forward hook: sums of a norm's input and of its squares, per channel, in float64."""
+    """A forward pre-hook that sums a norm's input and its squares, per channel, in float64."""
 
     def __init__(self) -> None:
         self._count, self._sum, self._squares = 0, torch.zeros(()), torch.zeros(())
@@ -93,13 +98,13 @@ class _Moments:
         self._squares = self._squares.to(x) + x.square().sum(1)
 
     def mean_and_variance(self) -> tuple[Tensor, Tensor]:
-        """Per channel."""
+        """Return both per channel."""
         mean = self._sum / self._count
         return mean, (self._squares / self._count - mean**2).clamp_min(0)
 
 
 class _MeanOverImages:
-    """Sets a batch norm's momentum before each pass so that its running statistics are the mean over all images."""
+    """A forward pre-hook that sets a norm's momentum so that its running statistics are the mean over all images."""
 
     def __init__(self) -> None:
         self._seen = 0

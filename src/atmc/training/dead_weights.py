@@ -28,7 +28,7 @@ def zero_dead_weights(model: nn.Module, probe: Tensor) -> int:
     No weight tensor becomes zero altogether. If the logits of the probe change nevertheless, nothing is done.
 
     Args:
-        model: in evaluation mode, with affine batch norms (`models.batch_norm.to_affine`).
+        model: in evaluation mode, with affine batch norms (`models.batch_norm.make_affine`).
         probe: images (n, c, h, w).
     """
     parameters = [p for p in model.parameters() if p.requires_grad and p.is_floating_point()]

@@ -19,7 +19,7 @@ from atmc.compress.budget import Bits, distinct_nonzero, mean_bits, nominal_bits
 from atmc.compress.factorize import compressible_parameters, compressible_weights, cut_ranks, fold
 from atmc.compress.rate_control import Allocation, RateControl
 from atmc.evaluation.statistics import Accuracy
-from atmc.models.batch_norm import to_affine
+from atmc.models.batch_norm import make_affine
 from atmc.pack.weight_forms import shorten
 from atmc.training.dead_weights import zero_dead_weights
 from atmc.training.loop import assign
@@ -141,7 +141,7 @@ def finalize_copy(model: nn.Module, probe: Tensor) -> nn.Module:
 
 def _simplify(model: nn.Module, probe: Tensor) -> int:
     """Make norms affine, zero dead weights, give each weight its shortest form; return the number of dead weights."""
-    to_affine(model).eval()
+    make_affine(model).eval()
     dead = zero_dead_weights(model, probe)
     shorten(model)
     return dead + zero_dead_weights(
@@ -155,20 +155,20 @@ def smallest_model(method: str, model: nn.Module, exclude: tuple[str, ...]) -> n
 
     Every layer has one nonzero, or one rank for `alr`; all other parameters are noise that no coder shortens.
     """
-    small = to_affine(fold(model).cpu())
-    sites = compressible_weights(small, exclude=exclude)
+    small = make_affine(fold(model).cpu())
+    weights = compressible_weights(small, exclude=exclude)
     if method == "alr":
-        cut_ranks(small, {site.path: 1 for site in sites if site.factorable})
-        sites = [site for site in sites if not site.factorable]
+        cut_ranks(small, {weight.path: 1 for weight in weights if weight.factorable})
+        weights = [weight for weight in weights if not weight.factorable]
     noise = torch.Generator().manual_seed(0)
     for parameter in small.parameters():
         parameter.copy_(torch.randn(parameter.shape, generator=noise).half())
     if method != "alr":
-        for site in sites:
-            weight = getattr(site.module, site.parameter).view(-1)
-            last = float(weight[-1])
-            weight.zero_()
-            weight[-1] = last
+        for weight in weights:
+            entries = weight.tensor.view(-1)
+            last = float(entries[-1])
+            entries.zero_()
+            entries[-1] = last
     return small
 
 

@@ -1,4 +1,4 @@
-"""One compression from a model and a budget to the bytes of a file."""
+"""One compression, from a model and a budget to the bytes of a file."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from atmc.compress.budget import Budget
 from atmc.compress.factorize import check_compressible, compressible_weights, fold, use_channels_last
 from atmc.compress.rate_control import Allocation, BudgetTooSmall, RateControl
 from atmc.core.files import write_beside
-from atmc.data import Images, mixed_order
+from atmc.data import Images, mix_classes
 from atmc.evaluation.evaluate import check_model, takes_channels_last
 from atmc.pack import artifact
 from atmc.robust.threats import Threat, check_threat
@@ -34,10 +34,10 @@ class Result:
     """A compressed model.
 
     Args:
-        model: plain module in evaluation mode, decoded from `data`.
+        model: a plain module in evaluation mode, decoded from `data`.
         data: the bytes of the model file.
-        records: one an epoch, as in log.jsonl.
-        decided: what the last validation decided, see `finish.FinalChoices`.
+        records: one per epoch, as in log.jsonl.
+        decided: what was chosen after the last epoch, with the validation accuracies.
     """
 
     model: nn.Module
@@ -46,14 +46,15 @@ class Result:
     decided: FinalChoices
 
     def save(self, path: str | os.PathLike[str]) -> int:
-        """Write the model file; its size in bytes."""
+        """Write the model file; return its size in bytes."""
         return write_beside(Path(path), self.data)
 
 
 class Job:
-    """One compression, step by step: iterate `run`, then take `result`. `compress` does both.
+    """One compression, step by step: iterate `run`, then call `result`. `atmc.compress` does both.
 
-    Everything a user gave is checked here, before any training; see `compress` for the arguments and errors.
+    The constructor checks everything that a user gave, before any training; see `atmc.compress` for arguments and
+    errors.
     """
 
     def __init__(
@@ -76,29 +77,29 @@ class Job:
         check_compressible(model, exclude=recipe.exclude)
         if has_batch_norm(model) and min(len(train), recipe.batch_size) == 1:
             raise ValueError(
-                f"expected at least 2 images a step, since the model has batch norm; got {len(train)} training images "
-                f"in batches of {recipe.batch_size}"
+                f"expected at least 2 images per step, since the model has batch norm; got {len(train)} training "
+                f"images in batches of {recipe.batch_size}"
             )
         self.dense_weights = sum(
             weight.tensor.numel() for weight in compressible_weights(model, exclude=recipe.exclude)
         )
         self._plain = fold(model).cpu()
-        self._about: dict[str, Any] = {
+        self._metadata: dict[str, Any] = {
             "input_shape": shape,
             "classes": classes,
             "threat": str(threat),
             "method": method,
         }
-        self._refuse_unwritable(model)
+        self._check_writable(model)
         floor = smallest_budget(method, model, recipe.exclude)
         self.nonzeros = budget.resolve(self.dense_weights, floor=floor) if method != "da" else self.dense_weights
-        rate = self._rate(model, budget, method, recipe, train) if budget.max_bytes is not None else None
+        rate = self._build_rate_control(model, budget, method, recipe, train) if budget.max_bytes is not None else None
         plan = Plan(
             nonzeros=self.nonzeros, dense_weights=self.dense_weights, bits=budget.bits, recipe=recipe, rate=rate
         )
         phases = build_phases(method, plan)
         working = copy.deepcopy(model).to(device)
-        train, val = train.to(device), mixed_order(val).to(device)
+        train, val = train.to(device), mix_classes(val).to(device)
         restore_batch_norm(working, train)
         recipe = replace(
             choose_recipe(method, recipe),
@@ -111,8 +112,8 @@ class Job:
         start = Allocation(self.nonzeros, budget.bits)
         self.runner = Runner(working, train, val, threat, phases, recipe, start=start, rate=rate)
 
-    def _refuse_unwritable(self, model: nn.Module) -> None:
-        """ValueError now, not after training, for a model that a file cannot hold, or not be read from."""
+    def _check_writable(self, model: nn.Module) -> None:
+        """Raise ValueError, before any training, for a model that cannot be written to a file and read back."""
         for name, value in model.state_dict().items():
             if value.is_floating_point() and not bool(value.isfinite().all()):
                 raise ValueError(f"tensor {name}: expected finite values, got nan or infinity")
@@ -120,10 +121,12 @@ class Job:
         for value in empty.state_dict().values():
             if value.dim() >= 2:
                 value.zero_()
-        artifact.from_bytes(artifact.to_bytes(empty, **self._about), factory=self._plain_copy)
+        artifact.from_bytes(artifact.to_bytes(empty, **self._metadata), factory=self._plain_copy)
 
-    def _rate(self, model: nn.Module, budget: Budget, method: str, recipe: Recipe, train: Images) -> RateControl:
-        """Rate control for a budget in bytes. BudgetTooSmall if no file of the model is that small."""
+    def _build_rate_control(
+        self, model: nn.Module, budget: Budget, method: str, recipe: Recipe, train: Images
+    ) -> RateControl:
+        """Return the rate control of a budget in bytes. Raises BudgetTooSmall if no file of the model is that small."""
         if method == "da":
             raise ValueError("method 'da' keeps every weight: leave out max_bytes")
         assert budget.max_bytes is not None
@@ -131,10 +134,10 @@ class Job:
         probe = probe_images(train)
 
         def projected_bytes(trained: nn.Module) -> int:
-            return len(artifact.to_bytes(finalize_copy(trained, probe), **self._about))
+            return len(artifact.to_bytes(finalize_copy(trained, probe), **self._metadata))
 
         def file_bytes(rounded: nn.Module) -> int:
-            return len(artifact.to_bytes(rounded, **self._about))
+            return len(artifact.to_bytes(rounded, **self._metadata))
 
         smallest = file_bytes(smallest_model(method, model, recipe.exclude))
         if budget.max_bytes < smallest:
@@ -154,18 +157,19 @@ class Job:
         )
 
     def _plain_copy(self, num_classes: int) -> nn.Module:
+        """Build the model that a file is decoded into: the factory of `artifact.from_bytes`."""
         return copy.deepcopy(self._plain)
 
     def run(self, state: State | None = None) -> Iterator[StepDone | EpochDone]:
-        """Train, from a saved state if there is one; yields every step and every epoch's end."""
+        """Train, from a saved state if there is one; yield after every step and every epoch."""
         for event in self.runner.run(state):
             if isinstance(event, EpochDone):
                 self.records.append(event.record)
             yield event
 
     def result(self) -> Result:
-        """The final choices, the file, and the model decoded from it."""
-        model, decided = self.runner.finalize()
-        data = artifact.to_bytes(model, **self._about)
+        """Finalize the trained model, encode it, and decode the file's model."""
+        model, choices = self.runner.finalize()
+        data = artifact.to_bytes(model, **self._metadata)
         decoded = artifact.from_bytes(data, factory=self._plain_copy)
-        return Result(decoded, data, self.records, decided)
+        return Result(decoded, data, self.records, choices)

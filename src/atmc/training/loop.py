@@ -1,7 +1,7 @@
-"""fit(): projected stochastic gradient descent on an adversarial loss, with an optional ADMM pull to a codebook.
+"""fit(): projected stochastic gradient descent on an adversarial loss, with an optional ADMM pull towards a codebook.
 
-Reads neither configuration nor disk. One epoch is: for each batch, attack, one gradient step, projection on the
-constraint; every `interval` steps ADMM's copy and dual are refreshed (Gui et al. 2019, algorithm 1).
+Each step attacks a batch, takes one gradient step and projects on the constraint; every `interval` steps ADMM's copy
+and dual are refreshed (Gui et al. 2019, algorithm 1). This module reads neither configuration nor disk.
 """
 
 from __future__ import annotations
@@ -27,14 +27,20 @@ Schedule = Callable[[float], float]
 
 
 class TrainingDiverged(RuntimeError):
-    """The loss is no longer a finite number."""
+    """The loss is not a finite number."""
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class StepDone:
-    """Where training stands after a step. Epochs and steps count from 1; loss is the epoch's mean so far.
+    """The progress of training after a step.
 
-    `phase` and `share`, of all the run's epochs that are done, are filled in by whoever runs several phases.
+    Args:
+        epoch, step: of `epochs` and `steps`, counted from 1.
+        loss: the epoch's mean so far.
+        seconds: since the epoch began.
+        admm: the state of ADMM after the step, if there is one.
+        phase: the name of the phase; `fit` leaves it empty, and `Runner` fills it in.
+        fraction: of all the run's epochs, the part that is done; likewise.
     """
 
     epoch: int
@@ -45,22 +51,22 @@ class StepDone:
     seconds: float
     admm: Admm | None
     phase: str = ""
-    share: float = 0.0
+    fraction: float = 0.0
 
     @property
     def epoch_done(self) -> bool:
-        """Whether this was the epoch's last step."""
+        """Return whether this was the epoch's last step."""
         return self.step == self.steps
 
 
 @dataclass(frozen=True)
 class Loop:
-    """How one phase steps through the data.
+    """How one phase goes through the data.
 
     Args:
         recipe: the settings of the run.
         learning_rate: fraction of the phase that is done, in [0, 1) -> learning rate.
-        eps_ramp: epochs over which the training attack's ball grows to full size; 0 outside the dense phase.
+        eps_ramp: epochs in which the training attack's ball grows to full size; 0 outside the dense phase.
         seed: keys every random draw of the phase, together with epoch and example.
     """
 
@@ -70,7 +76,7 @@ class Loop:
     seed: int = 0
 
     def batches(self, train: Images, epoch: int) -> Iterator[Batch]:
-        """Yield one epoch's batches, their images in the memory layout of the run."""
+        """Yield one epoch's batches, with the images in the memory layout of the run."""
         recipe = self.recipe
         for batch in batches(train, recipe.batch_size, seed=self.seed, epoch=epoch, augment=recipe.augment):
             if recipe.channels_last and batch.x.dim() == 4:
@@ -93,12 +99,16 @@ def fit(
     constraint: Callable[[float], Constraint] | None = None,
     admm: Admm | None = None,
 ) -> Iterator[StepDone]:
-    """Train in place, from epoch `start` (0-based) on; yields after every step.
+    """Train in place, from epoch `start` (counted from 0) on; yield after every step.
 
     Args:
+        model: in any mode; it is in training mode during the steps.
+        objective: the loss.
+        attack: makes the adversarial images that the loss asks for.
         tensors: the constrained parameters, name -> parameter.
+        epochs: of the phase, those before `start` included.
         constraint: fraction of the phase done -> what the tensors must satisfy after the step.
-        admm: state to start from; the current state comes with every `StepDone`.
+        admm: the state to start from; the current state comes with every `StepDone`.
 
     Raises:
         TrainingDiverged: the loss is not finite.
@@ -111,9 +121,11 @@ def fit(
             done = (epoch + step / steps) / epochs
             for group in optimizer.param_groups:
                 group["lr"] = loop.learning_rate(done)
+            # attack, which the objective calls
             ramp = min(1.0, (epoch + (step + 1) / steps) / loop.eps_ramp) if loop.eps_ramp else 1.0
             noise = Noise(batch.index, seed=loop.seed, purpose="attack", epoch=epoch)
             perturb = attack.on(model, noise, eps_scale=ramp)
+            # gradient step
             optimizer.zero_grad(set_to_none=True)
             with seeded(derived_seed(loop.seed, epoch, step), batch.x.device), cached_weights(model):
                 with autocast(batch.x.device, loop.recipe.bf16):
@@ -125,12 +137,21 @@ def fit(
             if admm is not None:
                 admm.add_penalty_gradient(tensors)
             optimizer.step()
+            # projection
             if constraint is not None:
                 assign(tensors, constraint(done).project({name: t.detach() for name, t in tensors.items()}))
+            # ADMM
             if admm is not None and step % loop.recipe.interval == 0:
                 admm = admm.step(tensors)
-            seconds = time.perf_counter() - began
-            yield StepDone(epoch + 1, epochs, step + 1, steps, total / (step + 1), seconds, admm)
+            yield StepDone(
+                epoch=epoch + 1,
+                epochs=epochs,
+                step=step + 1,
+                steps=steps,
+                loss=total / (step + 1),
+                seconds=time.perf_counter() - began,
+                admm=admm,
+            )
 
 
 @torch.no_grad()
@@ -142,19 +163,19 @@ def assign(tensors: Mapping[str, nn.Parameter], values: Mapping[str, Tensor]) ->
 
 @contextmanager
 def seeded(seed: int, device: torch.device) -> Iterator[None]:
-    """Within, torch's global generators start from a seed (dropout draws from them); outside they are untouched."""
+    """Start torch's global generators, from which dropout draws, from a seed within; outside they are untouched."""
     with torch.random.fork_rng([device] if device.type == "cuda" else []):
         torch.manual_seed(seed)
         yield
 
 
 def autocast(device: torch.device, enabled: bool) -> torch.autocast:
-    """bfloat16 autocast on a device, without its cache of weights: one cast under no_grad would lose their gradient."""
+    """Return bfloat16 autocast for a device, without its cache: a weight cast under no_grad would lose its gradient."""
     return torch.autocast(device.type, torch.bfloat16, enabled=enabled, cache_enabled=False)
 
 
 def cosine(peak: float, warmup: float = 0.0) -> Schedule:
-    """Linear rise to peak over the first `warmup` share of the phase, then half a cosine down to 1 % of it."""
+    """Return a schedule: a linear rise to peak in the first `warmup` of the phase, then half a cosine down to 1 %."""
 
     def rate(done: float) -> float:
         if done < warmup:

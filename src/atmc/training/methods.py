@@ -68,7 +68,7 @@ def al0q(plan: Plan) -> list[Phase]:
 
 def ap(plan: Plan) -> list[Phase]:
     """Build one-shot magnitude pruning of the robust dense model, then fine-tuning on that support."""
-    prune = Phase("tune", constraint=_keep_support, feasible=_prune, starts_feasible=True, keeps_start=True)
+    prune = Phase(name="tune", constraint=_keep_support, feasible=_prune, starts_feasible=True, keeps_start=True)
     return [_dense_phase(), prune]
 
 
@@ -95,7 +95,7 @@ def alr(plan: Plan) -> list[Phase]:
             )
         cut_to(model, entries)
 
-    return [_dense_phase(), Phase("tune", enter=cut, keeps_start=True)]
+    return [_dense_phase(), Phase(name="tune", enter=cut, keeps_start=True)]
 
 
 def da(plan: Plan) -> list[Phase]:
@@ -159,13 +159,13 @@ def _count_unfactored(model: nn.Module, exclude: tuple[str, ...]) -> int:
 
 def _dense_phase() -> Phase:
     """Train the plain model without a constraint."""
-    return Phase("dense")
+    return Phase(name="dense")
 
 
 def _l0_phase(plan: Plan) -> Phase:
     """Project W on a number of nonzeros that falls from N to k over the first part of the phase."""
     constraint = _shrink_budget(plan, lambda k: plan.dense_weights)
-    return Phase("l0", constraint=constraint, feasible=_prune)
+    return Phase(name="l0", constraint=constraint, feasible=_prune)
 
 
 def _prune(allocation: Allocation) -> Constraint:
@@ -186,7 +186,7 @@ def _admm_phase(plan: Plan, *, factored: bool) -> Phase:
 
     constraint = _shrink_budget(plan, lambda k: max(k, min(int(plan.recipe.regrow * k), plan.dense_weights)))
     return Phase(
-        "admm",
+        name="admm",
         enter=enter,
         constraint=constraint,
         feasible=Allocation.constraint,
@@ -210,7 +210,7 @@ def _shrink_budget(
 
 def _tune_phase(codebook: bool) -> Phase:
     """Train with positions fixed; with a codebook codes too, so that only its values, biases and norms are learned."""
-    return Phase("tune", constraint=_keep_codes if codebook else _keep_support, keeps_start=True)
+    return Phase(name="tune", constraint=_keep_codes if codebook else _keep_support, keeps_start=True)
 
 
 def _keep_support(start: Tensors) -> Callable[[float, Allocation], Constraint]:

@@ -1,8 +1,8 @@
 """Run the phases of a method one after the other, resumable after every epoch.
 
-A method is a list of phases. Each starts from the best feasible model of the one before, trains, and after every epoch
-is judged on the validation split by the model that satisfies all of the phase's constraints (`Phase.feasible`).
-The state between two epochs is one value, `State`, made of tensors and numbers.
+A method is a list of phases. Each starts from the best feasible model of the phase before. After every epoch the model
+that satisfies all of the phase's constraints (`Phase.feasible`) is validated, and the best one is kept. The state
+between two epochs is one value, `State`, made of tensors and numbers.
 """
 
 from __future__ import annotations
@@ -36,19 +36,19 @@ from atmc.training.settings import Recipe
 Tensors = Mapping[str, Tensor]
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Phase:
-    """One stage of a method.
+    """One phase of a method.
 
     Args:
         name: key of its epochs and learning rate in the recipe.
         enter: changes the model on entry (factorizes it, cuts ranks).
-        constraint: tensors at entry -> (fraction done, what the budget gives -> constraint of each step).
-        feasible: what the budget gives -> what a validated, chosen and written model satisfies; None if the steps'
-            constraint already is it.
-        starts_feasible: training starts from the feasible model.
-        admm: what the budget gives -> the ADMM that pulls the tensors.
-        keeps_start: the model on entry is itself a candidate.
+        constraint: tensors at entry -> a function (fraction of the phase done, allocation) -> constraint of the step.
+        feasible: allocation -> the constraint of a model that is validated, chosen and written; None if the constraint
+            of the steps suffices.
+        starts_feasible: whether training starts from the feasible model.
+        admm: allocation -> the ADMM that pulls the tensors.
+        keeps_start: whether the model on entry is itself a candidate.
     """
 
     name: str
@@ -62,7 +62,18 @@ class Phase:
 
 @dataclass
 class State:
-    """Everything between two epochs; `tensors()` of it goes into a checkpoint."""
+    """Everything that training needs to continue between two epochs; a checkpoint holds its fields.
+
+    Args:
+        phase: index of the phase.
+        epoch: epochs of the phase that are done.
+        structure: path of each factorized weight -> its form and rank.
+        model, optimizer: their state dicts.
+        admm: the state of ADMM, if the phase has one.
+        allocation: the fields of the current `Allocation`.
+        start: the constrained tensors when the phase began.
+        best: state dict of the best feasible model of the phase, with its validation score.
+    """
 
     phase: int = 0
     epoch: int = 0
@@ -76,11 +87,17 @@ class State:
     best_score: float = -math.inf
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Record:
-    """One line of log.jsonl: an epoch (0 for a phase's start) and its feasible model's figures.
+    """One line of log.jsonl: an epoch (0 for the start of a phase) and its feasible model.
 
-    Accuracies are of the first clean_n and robust_n validation images.
+    Args:
+        loss: mean over the epoch; None for epoch 0.
+        clean, robust: accuracies on the first clean_n and robust_n validation images, the second one under `pgd`.
+        nominal_bits: see `compress.budget.nominal_bits`.
+        file_bytes: the projected size of the file under a budget in bytes; None otherwise.
+        primal, dual: residuals of ADMM; None without ADMM.
+        seconds: time of training, without validation.
     """
 
     phase: str
@@ -100,19 +117,22 @@ class Record:
 
 @dataclass(frozen=True)
 class EpochDone:
-    """An epoch is over: its record, and the state to save."""
+    """An epoch is done: its record, and the state to save."""
 
     record: Record
     state: State
 
 
 class Runner:
-    """The phases of one method on one model; iterate `run` to the end, then `finalize`.
+    """Runs the phases of one method on one model: iterate `run` to the end, then call `finalize`.
 
     Args:
-        model: plain, trained in place (its structure changes as phases demand).
-        start: what the budget gives at first.
-        rate: holds a budget in bytes; None where the budget is a number of nonzeros.
+        model: trained in place; phases may factorize it.
+        train, val: the images to train and to validate on.
+        threat: the perturbations of training and validation.
+        recipe: how to train.
+        start: the allocation at first.
+        rate: the rate control of a budget in bytes; None if the budget is a number of nonzeros.
     """
 
     def __init__(
@@ -138,21 +158,22 @@ class Runner:
         self._objective = OBJECTIVES[recipe.objective].build(recipe.objective_options)
 
     def run(self, state: State | None = None) -> Iterator[StepDone | EpochDone]:
-        """Train from a state (by default from the start); yields every step and every epoch's end."""
+        """Train from a state (by default from the start); yield after every step and every epoch."""
         state = state or State(allocation=asdict(self._budget))
         if state.model:
-            here = factor_structure(self.model)  # a checkpoint may have brought some weights factorized
-            apply_structure(self.model, {path: form for path, form in state.structure.items() if path not in here})
+            own = factor_structure(self.model)  # weights that a checkpoint brought are factorized already
+            apply_structure(self.model, {path: form for path, form in state.structure.items() if path not in own})
         for index in range(state.phase, len(self.phases)):
             if index != state.phase:
                 state = State(phase=index, allocation=state.allocation)
-            yield from self._phase(self.phases[index], state)
+            yield from self._run_phase(self.phases[index], state)
 
-    def _phase(self, phase: Phase, state: State) -> Iterator[StepDone | EpochDone]:
+    def _run_phase(self, phase: Phase, state: State) -> Iterator[StepDone | EpochDone]:
+        """Train one phase from its start or from a saved state; the model ends as the best one of the phase."""
         resumed = bool(state.model)
         device = next(self.model.parameters()).device
         state.start = {name: value.to(device) for name, value in state.start.items()}
-        state.admm = _moved(state.admm, device)
+        state.admm = _to_device(state.admm, device)
         if resumed:
             self.model.load_state_dict(state.model)
         elif phase.enter:
@@ -176,8 +197,8 @@ class Runner:
         step_constraint = phase.constraint(state.start) if phase.constraint else None
         epochs = self._recipe.epochs.get(phase.name, 0)
         if not resumed and (phase.keeps_start or not epochs):
-            yield self._judge(phase, state, tensors, None, admm, optimizer)
-        for progress in fit(
+            yield self._validate_epoch(phase, state, tensors, None, admm, optimizer)
+        for step in fit(
             self.model,
             self._train,
             self._loop(phase, state.phase),
@@ -187,43 +208,47 @@ class Runner:
             tensors=tensors,
             epochs=epochs,
             start=state.epoch,
-            constraint=_at_each_step(step_constraint, state) if step_constraint else None,
+            constraint=_bind_allocation(step_constraint, state) if step_constraint else None,
             admm=admm,
         ):
-            yield replace(progress, phase=phase.name, share=self._share(state.phase, progress))
-            if progress.epoch_done:
-                yield self._judge(phase, state, tensors, progress, progress.admm, optimizer)
+            yield replace(step, phase=phase.name, fraction=self._fraction_done(state.phase, step))
+            if step.epoch_done:
+                yield self._validate_epoch(phase, state, tensors, step, step.admm, optimizer)
         self.model.load_state_dict(state.best)
 
-    def _share(self, index: int, progress: StepDone) -> float:
-        """Epochs done over epochs of all phases."""
+    def _fraction_done(self, index: int, step: StepDone) -> float:
+        """Return the epochs done over the epochs of all phases; index: of the current phase."""
         epochs = [self._recipe.epochs.get(phase.name, 0) for phase in self.phases]
-        return (sum(epochs[:index]) + progress.epoch - 1 + progress.step / progress.steps) / sum(epochs)
+        return (sum(epochs[:index]) + step.epoch - 1 + step.step / step.steps) / sum(epochs)
 
-    def _judge(
+    def _validate_epoch(
         self,
         phase: Phase,
         state: State,
         tensors: Mapping[str, nn.Parameter],
-        progress: StepDone | None,
+        step: StepDone | None,
         admm: Admm | None,
         optimizer: torch.optim.Optimizer,
     ) -> EpochDone:
-        """Validate the feasible model, keep it if it is the best, and update the state."""
-        held, now, size = _copy(tensors), _allocation(state), None
+        """Validate the feasible model, keep it if it is the best, and update the state.
+
+        Args:
+            step: the epoch's last step; None at the start of a phase.
+        """
+        values, now, size = _copy(tensors), _allocation(state), None
         if self.rate and phase.feasible:
             now, following, size = self.rate.allocate(self.model, tensors, now, choose_bits=False)
             state.allocation = asdict(following)
         if phase.feasible:
-            assign(tensors, phase.feasible(now).project(held))
+            assign(tensors, phase.feasible(now).project(values))
         clean, robust = self._validate(self.model)
         score = self._score(clean, robust)
         if score > state.best_score:
             state.best, state.best_score = _copy(self.model.state_dict()), score
         record = Record(
             phase=phase.name,
-            epoch=progress.epoch if progress else 0,
-            loss=progress.loss if progress else None,
+            epoch=step.epoch if step else 0,
+            loss=step.loss if step else None,
             clean=clean.accuracy,
             clean_n=clean.n,
             robust=robust.accuracy,
@@ -231,11 +256,11 @@ class Runner:
             nonzeros=sum(int(t.count_nonzero()) for t in tensors.values()),
             nominal_bits=nominal_bits(tensors, now.bits),
             file_bytes=size,
-            primal=_number(admm.primal) if admm else None,
-            dual=_number(admm.dual) if admm else None,
-            seconds=round(progress.seconds, 3) if progress else 0.0,
+            primal=_finite(admm.primal) if admm else None,
+            dual=_finite(admm.dual) if admm else None,
+            seconds=round(step.seconds, 3) if step else 0.0,
         )
-        assign(tensors, held)
+        assign(tensors, values)
         state.epoch = record.epoch
         state.structure = dict(factor_structure(self.model))
         state.model, state.optimizer = self.model.state_dict(), optimizer.state_dict()
@@ -243,7 +268,7 @@ class Runner:
         return EpochDone(record, state)
 
     def finalize(self) -> tuple[nn.Module, FinalChoices]:
-        """What the file will hold, see `finalize.finalize`."""
+        """Turn the trained model into what the file will hold; see `training.finalize.finalize`."""
         loop = self._loop(None, len(self.phases))
 
         def reestimate(model: nn.Module) -> bool:
@@ -261,7 +286,7 @@ class Runner:
         )
 
     def _validate(self, model: nn.Module) -> tuple[Accuracy, Accuracy]:
-        """Clean and `pgd` accuracy on the first val_clean_n and val_n images of the validation split, in float32."""
+        """Return clean and `pgd` accuracy on the first val_clean_n and val_n validation images, in float32."""
         model.eval()
         with full_float32(), cached_weights(model):
             clean = clean_accuracy(model, self._val, n=self._recipe.val_clean_n)
@@ -269,11 +294,12 @@ class Runner:
         return clean, robust
 
     def _score(self, clean: Accuracy, robust: Accuracy) -> float:
-        """What chooses between epochs: the mean of both accuracies, or the clean one in natural training."""
+        """Return the number that chooses between epochs: the mean accuracy, or the clean one in natural training."""
         adversarial = OBJECTIVES[self._recipe.objective].adversarial
         return (clean.accuracy + robust.accuracy) / 2 if adversarial else clean.accuracy
 
     def _loop(self, phase: Phase | None, index: int) -> Loop:
+        """Return how a phase goes through the data; None for batch norm re-estimation, which trains nothing."""
         recipe, dense = self._recipe, phase is not None and phase.name == "dense"
         peak = recipe.learning_rate[phase.name] if phase and recipe.epochs.get(phase.name, 0) else 0.0
         return Loop(
@@ -284,6 +310,7 @@ class Runner:
         )
 
     def _optimizer(self) -> torch.optim.Optimizer:
+        """Return a new optimizer of all parameters; the schedule of `fit` sets its learning rate."""
         decay = self._recipe.weight_decay
         if self._recipe.optimizer == "sgd":
             return torch.optim.SGD(self.model.parameters(), lr=0.1, momentum=0.9, nesterov=True, weight_decay=decay)
@@ -291,26 +318,31 @@ class Runner:
 
 
 def _allocation(state: State) -> Allocation:
+    """Return the current allocation."""
     return Allocation(**state.allocation)
 
 
-def _at_each_step(constraint: Callable[[float, Allocation], Constraint], state: State) -> Callable[[float], Constraint]:
-    """The constraint of a step under what the budget gives by then: rate control moves it from epoch to epoch."""
+def _bind_allocation(
+    constraint: Callable[[float, Allocation], Constraint], state: State
+) -> Callable[[float], Constraint]:
+    """Return fraction done -> constraint, under the allocation of that moment: rate control changes it every epoch."""
     return lambda done: constraint(done, _allocation(state))
 
 
 def _copy(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Copy tensors by name."""
     return {name: value.detach().clone() for name, value in state.items()}
 
 
-def _moved(value: Any, device: torch.device) -> Any:
-    """Tensors in nested dicts and lists, on a device."""
+def _to_device(value: Any, device: torch.device) -> Any:
+    """Move the tensors in nested dicts and lists to a device."""
     if isinstance(value, Tensor):
         return value.to(device)
     if isinstance(value, dict):
-        return {key: _moved(item, device) for key, item in value.items()}
-    return [_moved(item, device) for item in value] if isinstance(value, list) else value
+        return {key: _to_device(item, device) for key, item in value.items()}
+    return [_to_device(item, device) for item in value] if isinstance(value, list) else value
 
 
-def _number(value: float) -> float | None:
+def _finite(value: float) -> float | None:
+    """Return the value, or None if it is not a finite number."""
     return value if math.isfinite(value) else None
