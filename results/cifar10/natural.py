@@ -23,7 +23,7 @@ HERE = Path(__file__).parent
 
 
 def main() -> None:
-    """Clean accuracy on the whole test split, pgd and pgd-strong on its first n images, in float32."""
+    """Measure clean accuracy on the whole test split, pgd and pgd-strong on its first n images, in float32."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--checkpoint", default="runs/pyautoattack/model_test.pt")
     parser.add_argument("--data", default="../shared/data/cifar10-jpeg")
@@ -31,7 +31,7 @@ def main() -> None:
     parser.add_argument("--threads", type=int, default=1)
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
-    model = atmc.models.build("resnet18", 10)  # it takes images as they are: nothing is normalized
+    model = atmc.models.build("resnet18", 10)  # the checkpoint takes images without normalization
     load_weights(model, options.checkpoint)
     began = time.monotonic()
     report = atmc.evaluate(

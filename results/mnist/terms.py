@@ -8,14 +8,14 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
-from atmc.pack.inspect import inspection
+from atmc.pack.inspect import inspect_file
 
 HERE = Path(__file__).parent
 
 
 def count_terms(path: Path) -> list[int]:
     """Return the terms of each layer, in the order of the layers; 0 if the file holds the layer's W itself."""
-    contents = inspection(path)
+    contents = inspect_file(path)
     kept = {layer: factors["components"] for layer, factors in contents["factorized"].items()}
     return [kept.get(layer, 0) for layer in contents["dead_channels"]]
 

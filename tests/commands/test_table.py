@@ -192,6 +192,7 @@ def test_results_of_runs_and_of_evaluations(tmp_path):
 
     assert names(tmp_path / "runs") == ["a", "dense"]
     assert names(tmp_path / "runs" / "a", evaluation) == ["a", "dense"]
+    assert names(tmp_path / "runs" / "a" / "metrics.json") == ["a"]
     both = names(tmp_path / "runs", tmp_path / "more")
     assert both == [str(tmp_path / "runs" / "a"), "dense", str(tmp_path / "more" / "a")]
 

@@ -56,24 +56,25 @@ def read_results(paths: Sequence[Path]) -> list[Row]:
 
     Returns:
         Rows in the order of the paths, within a folder sorted by name. Each has the fields of its JSON, and `run`: the
-        name of the run folder, or of the file without ".json".
+        run folder or the file without ".json", as seen from the path; if two are the same, the whole path.
 
     Raises:
         ValueError: there is nothing to read, or a file holds no JSON object.
     """
-    names, files, documents = [], [], []
-    for path in paths:
-        for file in _find_results(path):
-            document = read_json(file)
-            if not isinstance(document, dict):
-                raise ValueError(f"{file} holds no result: expected a JSON object")
-            base = file.parent if file.name == "metrics.json" else file.with_suffix("")
-            names.append(base.resolve().name if base in (path, path.with_suffix("")) else str(base.relative_to(path)))
-            files.append(base)
-            documents.append(document)
+    files = [(path, file) for path in paths for file in _find_results(path)]
+    bases = [file.parent if file.name == "metrics.json" else file.with_suffix("") for _, file in files]
+    names = [
+        str(base.relative_to(path) if path in base.parents else base.resolve().name)
+        for (path, _), base in zip(files, bases, strict=True)
+    ]
     many = {name for name, count in Counter(names).items() if count > 1}
-    runs = [str(base) if name in many else name for name, base in zip(names, files, strict=True)]
-    return [[document, {"run": run}] for run, document in zip(runs, documents, strict=True)]
+    rows: list[Row] = []
+    for (_, file), base, name in zip(files, bases, names, strict=True):
+        document = read_json(file)
+        if not isinstance(document, dict):
+            raise ValueError(f"{file} holds no result: expected a JSON object")
+        rows.append([document, {"run": str(base) if name in many else name}])
+    return rows
 
 
 def _find_results(path: Path) -> list[Path]:
