@@ -3,6 +3,8 @@
 import csv
 import io
 import json
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -232,6 +234,13 @@ def test_command_prints_and_writes(tmp_path, capsys):
     assert call("table", tmp_path, "--columns", "run", "--columns", "bits", "--format", "csv", "--out", out) == 0
     assert out.read_text() == "run,bits\na,4\n"
     assert "add --overwrite" in refused(capsys, "table", tmp_path, "--out", out)
+
+
+def test_command_runs_without_torch(tmp_path):
+    write_run(tmp_path / "a")
+    code = "import sys; from atmc.cli.main import app; app(sys.argv[1:], standalone_mode=False); assert 'torch' not in "
+    code += "sys.modules"
+    subprocess.run([sys.executable, "-c", code, "table", tmp_path], check=True)
 
 
 def test_command_refuses(tmp_path, capsys):

@@ -86,7 +86,8 @@ def _draw(table: Mapping[str, Any], folder: Path, definitions: Mapping[str, ast.
 def _build_rows(table: Mapping[str, Any], folder: Path, definitions: Mapping[str, ast.expr]) -> list[Row]:
     """Read a table's sources; make, group, choose and sort its rows.
 
-    Rows that one value of `rows` gave are grouped, chosen and sorted among themselves: "siblings" here.
+    Rows that came from the same entry by the last expression of `rows` are siblings: they are grouped and sorted among
+    themselves.
     """
     lookups = Lookups()
 
