@@ -2,9 +2,9 @@
 
     python benchmarks/c_sizes.py [results/mnist/atmc8-006/model.atmc ...] --data ../shared/data --out results/deploy
 
-Writes c_sizes.json and c_sizes.md; where files are named, the other rows stay as they are. Needs cc; the columns of the
-Cortex-M4 need arm-none-eabi-gcc, its instructions also newlib (Debian: gcc-arm-none-eabi, libnewlib-arm-none-eabi) and
-qemu-system-arm. Each is left out where it is missing.
+Writes c_sizes.json; `atmc table --page results/deploy/c_sizes.md` makes the table of it. If files are named, the other
+rows stay as they are. Needs cc; the columns of the Cortex-M4 need arm-none-eabi-gcc, its instructions also newlib
+(Debian: gcc-arm-none-eabi, libnewlib-arm-none-eabi) and qemu-system-arm. What a missing tool would give is left out.
 """
 
 from __future__ import annotations
@@ -69,24 +69,6 @@ int main(void)
     return 0;
 }
 """
-
-NOTES = """# Sizes of the C sources
-
-Written by `benchmarks/c_sizes.py`, like `c_sizes.json`. All sources compile without a warning with `{flags}`.
-Tools: {tools}; {machine}, other work beside it.
-
-RAM is the static arena. The caller's image comes on top, and the stack, at most the sum of all frames. Flash is code,
-tables and constants of `model.c`, `-Os`. Instructions are those of one image, to two digits, on an emulated Cortex-M4
-(qemu), where the generated test passes, too. Time: median over the clean images, one thread, `-O2`, x86-64.
-Adversarial images: PGD of {steps} steps on the decoded model, eps 76/255 on MNIST, 8/255 on CIFAR-10. Difference:
-the largest of any logit from PyTorch's, over the largest logit. The CIFAR-10 files come from brief runs, of which the
-sizes count and the accuracies do not.
-"""
-COLUMNS = (
-    *("file", "file, bytes", "tables, bytes", "tables / file", "RAM, bytes", "stack at most, M4"),
-    *("flash, x86-64", "flash, M4", "instructions, M4", "time, ms"),
-    *("same top-1, clean", "same top-1, adversarial", "difference"),
-)
 
 
 def call(*command: str | Path, folder: Path) -> str:
@@ -196,29 +178,6 @@ def of_file(path: Path, test: Images, classes: int, eps: float, attacked: int, t
     return row
 
 
-def table(report: dict[str, Any]) -> str:
-    """A page from the report."""
-    compilers = ", ".join(report["compilers"].values())
-    notes = NOTES.format(flags=" ".join(STRICT), tools=compilers, machine=report["machine"], steps=STEPS)
-    lines = [notes, f"| {' | '.join(COLUMNS)} |", "|---" * len(COLUMNS) + "|"]
-    for row in report["files"]:
-        arm = row.get("cortex_m4", {})
-        both = row["clean"], row["adversarial"]
-        cells = [
-            f"`{'/'.join(Path(row['file']).parts[1:3])}`",
-            *(f"{row[key]:,}" for key in ("file_bytes", "table_bytes")),
-            f"{row['tables_over_file']:.2f}",
-            f"{row['arena_bytes']:,}",
-            *(f"{size:,}" if size else "–" for size in (arm.get("stack_at_most"), row["x86_64"]["flash"])),
-            *(f"{arm[key]:,}" if key in arm else "–" for key in ("flash", "instructions")),
-            f"{1000 * row['clean']['median_seconds']:.3g}",
-            *(f"{one['same_top1']:,} of {one['images']:,}" for one in both),
-            f"{max(one['max_difference'] / one['max_logit'] for one in both):.1e}",
-        ]
-        lines.append(f"| {' | '.join(cells)} |")
-    return "\n".join(lines) + "\n"
-
-
 def machine() -> str:
     info = Path("/proc/cpuinfo")
     names = re.findall(r"model name\s*:\s*(.+)", info.read_text()) if info.exists() else []
@@ -247,7 +206,6 @@ def main() -> None:
             print(json.dumps(row), flush=True)
             report = {"machine": machine(), "compilers": compilers, "files": list(rows.values())}
             saved.write_text(json.dumps(report, indent=1) + "\n")
-            (arguments.out / "c_sizes.md").write_text(table(report))
 
 
 if __name__ == "__main__":

@@ -15,7 +15,7 @@ from atmc.commands.pages import fill_page
 from atmc.commands.table import default_columns, draw_table, parse_column, parse_columns, read_results
 
 RESULTS = Path(__file__).parents[2] / "results"
-PAGES = sorted(path.with_name("README.md") for path in RESULTS.glob("*/tables.toml"))
+PAGES = sorted(path for path in RESULTS.glob("*/*.md") if "<!-- table: " in path.read_text(encoding="utf-8"))
 
 
 def accuracy(value, n=360):
@@ -258,7 +258,7 @@ def test_command_refuses(tmp_path, capsys):
     assert "did you mean 'bits'" in refused(capsys, "table", tmp_path / "a", "--columns", "bit")
 
 
-@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.parent.name)
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: f"{page.parent.name}/{page.name}")
 def test_committed_pages_show_the_figures_of_their_json_files(page):
     filled = fill_page(page)
     assert filled.text == page.read_text(encoding="utf-8")
