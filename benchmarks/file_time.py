@@ -25,7 +25,7 @@ import torch
 from torch import nn
 
 from atmc import models
-from atmc.models.batch_norm import to_affine
+from atmc.models.batch_norm import make_affine
 from atmc.pack import artifact
 
 ROOT = Path(__file__).parents[1]
@@ -45,7 +45,7 @@ def sparse_resnet34() -> nn.Module:
             parameter.copy_(torch.from_numpy(random_tensor("log-normal", shape, 0.005, seed)))
         else:
             parameter.copy_(torch.randn(parameter.shape, generator=noise))
-    return to_affine(model)
+    return make_affine(model)
 
 
 def worker(what: str, folder: Path) -> list[float]:

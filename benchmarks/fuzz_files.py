@@ -39,7 +39,7 @@ from torch import nn
 from atmc import models
 from atmc.compress.constraints import Codebook, NonzeroBudget
 from atmc.compress.factorize import compressible_parameters, cut_ranks, factorize
-from atmc.models.batch_norm import to_affine
+from atmc.models.batch_norm import make_affine
 from atmc.pack import artifact
 from atmc.pack.container import DICTIONARY, Reader, pack_parts, varint
 from atmc.training.loop import assign
@@ -100,7 +100,7 @@ def bases() -> list[Base]:
         ("own class, codebook", squeezed(Net(4), 50, 2), Net, 0.3),
         ("own class, factorized", squeezed(factorize(Net(4)), 60, 3), Net, 0.25),
         ("own class, low rank", squeezed(cut_ranks(Net(4), ranks), 70, None), Net, 0.15),
-        ("own class, scale and shift", squeezed(to_affine(Net(4)), 40, None), Net, 0.25),
+        ("own class, scale and shift", squeezed(make_affine(Net(4)), 40, None), Net, 0.25),
         ("own class, dense float32", Net(4), Net, 0.04),
     ]
     found = []

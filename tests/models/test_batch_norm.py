@@ -5,7 +5,7 @@ import torch
 from torch import nn
 
 from atmc.data import Images
-from atmc.models.batch_norm import is_affine, to_affine
+from atmc.models.batch_norm import is_affine, make_affine
 from atmc.training.batch_norm import restore_batch_norm
 
 
@@ -31,13 +31,13 @@ def test_scale_and_shift_compute_the_same():
     model, x = network(), torch.rand(50, 1, 8, 8)
     before = model(x)
     assert not is_affine(model)
-    assert is_affine(to_affine(model))
+    assert is_affine(make_affine(model))
     assert torch.allclose(model(x), before, atol=1e-5)
     assert torch.equal(model[1].running_mean, torch.zeros(6))
 
 
 def test_restored_norms_compute_the_same_and_know_their_inputs():
-    model, x = to_affine(network()), torch.rand(50, 1, 8, 8)
+    model, x = make_affine(network()), torch.rand(50, 1, 8, 8)
     before = model(x)
     assert restore_batch_norm(model, IMAGES, n=300)
     assert torch.allclose(model(x), before, atol=1e-5)
@@ -51,7 +51,7 @@ def test_restored_norms_compute_the_same_and_know_their_inputs():
 
 
 def test_without_restoring_training_mode_computes_something_else():
-    model, x = to_affine(network()), IMAGES.float_pixels(torch.arange(300))
+    model, x = make_affine(network()), IMAGES.float_pixels(torch.arange(300))
     before = model(x)
     assert (model.train()(x) - before).abs().mean() > 0.2
 

@@ -1,1 +1,1 @@
-"""What every other part rests on: files, numerics, random numbers, errors, the version."""
+"""Provide what all other parts use: files, numerics, random numbers, arguments, errors, the version."""

@@ -1,4 +1,4 @@
-"""Writing to disk: a file is the old one or the whole new one, and an error says which file it was."""
+"""Write files so that each is the old one or the whole new one, and so that errors name the file."""
 
 from __future__ import annotations
 
@@ -9,13 +9,13 @@ from pathlib import Path
 
 
 def write_beside(path: Path, data: bytes) -> int:
-    """Write to a temporary neighbour and rename, so that path is always the old file or the whole new one.
+    """Write a temporary file in the same folder and rename it, so that path is the old file or the whole new one.
 
     Returns:
-        the number of bytes.
+        The number of bytes.
 
     Raises:
-        OSError: a full disk, say; it names path, and the neighbour is gone.
+        OSError: such as a full disk; it names path, and the temporary file is removed.
     """
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
@@ -31,20 +31,24 @@ def write_beside(path: Path, data: bytes) -> int:
 
 
 def append_line(path: Path, text: str) -> None:
-    """Add a line to a text file. Raises OSError that names it; part of the line may be there then."""
+    """Append a line to a text file.
+
+    Raises:
+        OSError: it names path; part of the line may be in the file.
+    """
     with _named(path), open(path, "a", encoding="utf-8") as file:
         file.write(text + "\n")
 
 
 def remove_leftovers(folder: Path) -> None:
-    """Take away the temporary neighbours that a killed `write_beside` left."""
+    """Remove the temporary files that a killed `write_beside` left in a folder."""
     for path in folder.glob(".*.tmp"):
         path.unlink(missing_ok=True)
 
 
 @contextmanager
 def _named(path: Path) -> Iterator[None]:
-    """Within, an OSError is about this path, whatever the system's own says: a full disk names no file."""
+    """Make an OSError within the context name this path; the system's own error for a full disk names no file."""
     try:
         yield
     except OSError as error:

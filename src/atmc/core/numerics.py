@@ -1,4 +1,4 @@
-"""How torch may compute, for a while: float32 in full, and the same bits again. The user's own settings come back.
+"""Set for a while how torch computes: float32 at full precision, or repeatable; then restore the user's settings.
 
 Written for CUDA devices; no release has been run on one yet, only the switching itself is tested.
 """
@@ -18,10 +18,10 @@ _Value = TypeVar("_Value")
 
 @contextmanager
 def full_float32() -> Iterator[None]:
-    """Within, no device shortens float32 factors to TF32 or bfloat16 in matrix products and convolutions.
+    """Forbid TF32 and bfloat16 for float32 matrix products and convolutions within the context, on every device.
 
-    Both interfaces of torch are switched: the older one of two flags, and that of 2.9 where each backend has its own
-    precision. Reading the older one fails where a user has set the newer one to something it cannot express.
+    Both interfaces of torch are switched: the older one of two flags, and that of torch 2.9, in which each backend has
+    its own precision. Reading the older one fails if a user has set the newer one to a value that it cannot express.
     """
     backends = _backends()
     precisions = [backend.fp32_precision for backend in backends]
@@ -43,13 +43,14 @@ def full_float32() -> Iterator[None]:
 
 
 def _backends() -> list[Any]:
-    """What has a precision of its own; nothing before torch 2.9."""
-    places = (("cuda", "matmul"), ("cudnn", "conv"), ("cudnn", "rnn"), ("mkldnn", "matmul"), ("mkldnn", "conv"))
-    found = [getattr(getattr(torch.backends, library), kind, None) for library, kind in places]
-    return [backend for backend in found if hasattr(backend, "fp32_precision")]
+    """List the backends that have their own precision; none before torch 2.9."""
+    names = (("cuda", "matmul"), ("cudnn", "conv"), ("cudnn", "rnn"), ("mkldnn", "matmul"), ("mkldnn", "conv"))
+    backends = [getattr(getattr(torch.backends, library), kind, None) for library, kind in names]
+    return [backend for backend in backends if hasattr(backend, "fp32_precision")]
 
 
 def _readable(read: Callable[[], _Value]) -> _Value | None:
+    """Return ``read()``, or None if torch refuses to read the setting."""
     try:
         return read()
     except RuntimeError:
@@ -58,10 +59,10 @@ def _readable(read: Callable[[], _Value]) -> _Value | None:
 
 @contextmanager
 def deterministic(device: torch.device) -> Iterator[None]:
-    """Within, on a CUDA device, the same step gives the same bits, so that a resumed run can end in the same file.
+    """Make a training step on a CUDA device repeatable bit for bit, so that a resumed run can end in the same file.
 
-    No trial runs that choose an algorithm, deterministic algorithms where there are some (torch warns of an operation
-    that has none), and cuBLAS with a fixed workspace. Nothing is changed for other devices.
+    Within the context no trial runs choose an algorithm, deterministic algorithms are used (torch warns of an operation
+    that has none), and cuBLAS has a fixed workspace. Nothing is changed for other devices.
     """
     if device.type != "cuda":
         yield

@@ -1,6 +1,6 @@
-"""Random changes of training images, keyed by (seed, epoch, example): the same alone, in any batch, in any process.
+"""Change training images at random, keyed by (seed, epoch, example): the same in any batch and in any process.
 
-Package-private: `atmc.data.batches` applies them. The images of a batch are changed together, without a loop.
+Package-private: `atmc.data.batches` applies the changes. The images of a batch are changed together, without a loop.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ PADDING = 4  # pixels of zero around an image before it is cropped, as is usual 
 
 
 def crop(x: Tensor, noise: Noise) -> Tensor:
-    """Each image of x (n, c, h, w) cut at random, h by w, out of itself with 4 pixels of zero around it."""
+    """Pad each image of x (n, c, h, w) with 4 pixels of zero on each side, and crop it at random to h by w."""
     height, width = x.shape[2:]
     corner = noise.integers(2 * PADDING + 1, (2,))
     rows = corner[:, :1] + torch.arange(height, device=x.device)
@@ -30,7 +30,7 @@ def crop(x: Tensor, noise: Noise) -> Tensor:
 
 
 def flip(x: Tensor, noise: Noise) -> Tensor:
-    """Each image of x (n, c, h, w) mirrored left to right, or not, with even odds."""
+    """Mirror each image of x (n, c, h, w) left to right with probability 1/2."""
     mirrored = noise.integers(2, (1, 1, 1)).bool()
     return torch.where(mirrored, x.flip(3), x)
 
@@ -39,8 +39,8 @@ Change = Callable[[Tensor, Noise], Tensor]
 AUGMENTATIONS: dict[str, tuple[Change, ...]] = {"none": (), "crop": (crop,), "flip": (flip,), "crop-flip": (crop, flip)}
 
 
-def changes(name: str) -> tuple[Change, ...]:
-    """The changes that a name stands for, in their order.
+def find_changes(name: str) -> tuple[Change, ...]:
+    """Return the changes of a named augmentation, in their order.
 
     Raises:
         ValueError: the name is unknown.
@@ -51,7 +51,10 @@ def changes(name: str) -> tuple[Change, ...]:
 
 
 def augment(x: Tensor, index: Tensor, *, name: str, seed: int, epoch: int) -> Tensor:
-    """The images x (n, c, h, w), of any dtype, changed; index (n,) int64 says which examples they are.
+    """Return the images x (n, c, h, w), of any dtype, after a named augmentation.
+
+    Args:
+        index: (n,) int64, which examples of the data set the images are.
 
     >>> x = torch.arange(18.0).view(2, 1, 3, 3)
     >>> both = augment(x, torch.tensor([7, 3]), name="crop-flip", seed=0, epoch=1)
@@ -59,6 +62,6 @@ def augment(x: Tensor, index: Tensor, *, name: str, seed: int, epoch: int) -> Te
     >>> bool((both[1] == alone[0]).all())
     True
     """
-    for change in changes(name):
+    for change in find_changes(name):
         x = change(x, Noise(index, seed=seed, purpose=f"augment: {change.__name__}", epoch=epoch))
     return x

@@ -1,4 +1,4 @@
-"""Batches of one epoch, in [0, 1]; order and augmentation are keyed by the seed, the epoch and the example."""
+"""Serve the batches of an epoch; order and augmentation are keyed by the seed, the epoch and the example."""
 
 from __future__ import annotations
 
@@ -10,12 +10,18 @@ from torch import Tensor
 
 from atmc.core.rng import permutation
 from atmc.data import augment as augmentation
-from atmc.data.images import Images, in_unit_range
+from atmc.data.images import Images, to_unit_range
 
 
 @dataclass(frozen=True, eq=False)
 class Batch:
-    """Examples of one step: x (b, c, h, w) float32 in [0, 1], y (b,) int64, index (b,) int64, their rows in Images."""
+    """The examples of one step.
+
+    Args:
+        x: (b, c, h, w) float32 in [0, 1].
+        y: (b,) int64, the labels.
+        index: (b,) int64, the examples' rows in `Images`.
+    """
 
     x: Tensor
     y: Tensor
@@ -23,7 +29,7 @@ class Batch:
 
 
 def batch_count(n: int, batch_size: int) -> int:
-    """Batches in an epoch of n images, as `batches` makes them.
+    """Count the batches of an epoch of n images, as `batches` serves them.
 
     >>> batch_count(6, 2), batch_count(7, 3), batch_count(8, 3), batch_count(1, 3)
     (3, 2, 3, 1)
@@ -42,17 +48,18 @@ def batches(
     shuffle: bool = True,
     drop_last: bool = False,
 ) -> Iterator[Batch]:
-    """One epoch's batches, on the images' device; a pure function of its arguments.
+    """Iterate over one epoch's batches, on the images' device; a pure function of its arguments.
 
     Args:
         images: the examples.
-        batch_size: examples in each batch; the last one may have fewer, unless drop_last leaves it out. A single
-            image that would be left for the last batch joins the one before it, for every model alike: batch norm
-            cannot take one image, and its gradient alone would count as much as a whole batch's.
-        seed: the run's seed; with the epoch it decides the order, and with epoch and example the augmentation.
+        batch_size: examples per batch; the last batch may have fewer. A single image that would be left for the last
+            batch joins the batch before it, for every model: batch norm cannot take one image, and the gradient of one
+            image would count as much as that of a whole batch.
+        seed: the run's seed; with the epoch it determines the order, with epoch and example the augmentation.
         epoch: counted by the caller.
         augment: ``none``, ``crop`` (zero-padded by 4, random crop), ``flip`` (left to right), or ``crop-flip``.
         shuffle: False serves the examples in their own order.
+        drop_last: leave out a last batch that would have fewer examples.
 
     Raises:
         ValueError: a batch size below 1, or an unknown augmentation; at the call, not at the first batch.
@@ -63,7 +70,7 @@ def batches(
     """
     if batch_size < 1:
         raise ValueError(f"expected batch_size >= 1, got {batch_size}")
-    augmentation.changes(augment)
+    augmentation.find_changes(augment)  # raises if the name is unknown
     order = permutation(len(images), seed=seed, purpose="order", epoch=epoch) if shuffle else torch.arange(len(images))
     order = order.to(images.labels.device)
     count = len(order) // batch_size if drop_last else batch_count(len(order), batch_size)
@@ -72,6 +79,6 @@ def batches(
         start = number * batch_size
         index = order[start : start + batch_size if drop_last or number < count - 1 else None]
         pixels = augmentation.augment(images.pixels[index], index, name=augment, seed=seed, epoch=epoch)
-        return Batch(in_unit_range(pixels), images.labels[index], index)
+        return Batch(to_unit_range(pixels), images.labels[index], index)
 
     return map(batch, range(count))

@@ -1,4 +1,4 @@
-"""Labelled images in memory, and the forms in which a Python user may hand them over.
+"""Hold labelled images in memory, and read them from what a Python user may pass.
 
 Package-private: import `Images` and `as_images` from `atmc.data`.
 """
@@ -17,10 +17,11 @@ from torch.utils.data import IterableDataset, TensorDataset
 from atmc.data import sources
 
 
-def in_unit_range(pixels: Tensor) -> Tensor:
-    """float32 in [0, 1]; k becomes the float32 nearest to k/255, on every device.
+def to_unit_range(pixels: Tensor) -> Tensor:
+    """Convert uint8 pixels to float32 in [0, 1], k to the float32 nearest to k/255; leave others as they are.
 
-    The divisor is a tensor: CUDA multiplies by the rounded reciprocal where it is a Python number.
+    The result is the same on every device. The divisor is a tensor since CUDA would multiply by the rounded reciprocal
+    of a Python number.
     """
     if pixels.dtype != torch.uint8:
         return pixels
@@ -29,7 +30,7 @@ def in_unit_range(pixels: Tensor) -> Tensor:
 
 @dataclass(frozen=True, eq=False)
 class Images:
-    """Labelled images, whole, in memory, on one device.
+    """Labelled images in memory, all on one device.
 
     Args:
         pixels: (n, c, h, w), uint8, or float32 in [0, 1].
@@ -51,40 +52,40 @@ class Images:
         return len(self.labels)
 
     def to(self, device: torch.device | str) -> Images:
-        """The same images on a device."""
+        """Return the same images on a device."""
         return Images(self.pixels.to(device), self.labels.to(device))
 
     def take(self, indices: Tensor | Sequence[int] | slice) -> Images:
-        """Some of the images, in the order of the indices."""
-        where = _indices(indices)
-        return Images(self.pixels[where], self.labels[where])
+        """Return some of the images, in the order of the indices."""
+        index = _index(indices)
+        return Images(self.pixels[index], self.labels[index])
 
     def float_pixels(self, indices: Tensor | Sequence[int] | slice) -> Tensor:
-        """Some of the images' pixels as float32 in [0, 1].
+        """Return the pixels of some of the images as float32 in [0, 1].
 
         >>> Images(torch.tensor([0, 51, 255], dtype=torch.uint8).view(1, 1, 1, 3), torch.tensor([4])).float_pixels([0])
         tensor([[[[0.0000, 0.2000, 1.0000]]]])
         """
-        return in_unit_range(self.pixels[_indices(indices)])
+        return to_unit_range(self.pixels[_index(indices)])
 
 
-def _indices(indices: Tensor | Sequence[int] | slice) -> Tensor | slice:
+def _index(indices: Tensor | Sequence[int] | slice) -> Tensor | slice:
     return indices if isinstance(indices, Tensor | slice) else torch.tensor(indices, dtype=torch.int64)
 
 
 def as_images(source: object, *, num_classes: int | None = None) -> Images:
-    """Reads labelled images from what a Python user has: once, from the first to the last, in the order it comes.
+    """Read labelled images from a source that a Python user passes, once and in its order.
 
     Args:
         source: a DataLoader; a dataset or other iterable of (image, label) pairs, an image being a tensor or array
-            (c, h, w) or a Pillow image, or of batches of them, (n, c, h, w) with n labels; or one pair of tensors or
+            (c, h, w) or a Pillow image; an iterable of batches, (n, c, h, w) with n labels; or one pair of tensors or
             arrays, images (n, c, h, w) and labels (n,). Pixels are uint8, or floating point in [0, 1].
-        num_classes: what the labels must lie below, if given.
+        num_classes: if given, every label must be below it.
 
     Floating point pixels that are all exactly k/255 in float32 are kept as uint8, others as float32.
 
     Raises:
-        ValueError: other shapes or dtypes, different sizes, pixels outside [0, 1], labels that are no integers >= 0.
+        ValueError: other shapes or dtypes, different sizes, pixels outside [0, 1], labels that are not integers >= 0.
 
     >>> loader = torch.utils.data.DataLoader([(torch.ones(1, 2, 2), 3), (torch.zeros(1, 2, 2), 0)], batch_size=2)
     >>> images = as_images(loader)
@@ -106,14 +107,14 @@ def as_images(source: object, *, num_classes: int | None = None) -> Images:
     if not sum(map(len, labels)):
         raise ValueError("expected at least one image, got none")
     if len({x.dtype for x in pixels}) > 1:
-        pixels = [in_unit_range(x) for x in pixels]
+        pixels = [to_unit_range(x) for x in pixels]
     images = Images(torch.cat(pixels), torch.cat(labels))
     sources.check_labels(images.labels.cpu().numpy(), num_classes, "the images given")
     return images
 
 
 def _pairs(source: object) -> Iterator[tuple[object, object]]:
-    """The (image, label) pairs, single or batched, of any of as_images' forms."""
+    """Yield the (image, label) pairs, single or batched, of any source that `as_images` takes."""
     items: Iterable[object]
     if isinstance(source, Images):
         items = [(source.pixels, source.labels)]
@@ -139,7 +140,7 @@ def _pairs(source: object) -> Iterator[tuple[object, object]]:
 
 
 def _pixels(image: object) -> Tensor:
-    """One image or a batch as (n, c, h, w) uint8 or float32, checked."""
+    """Return one image or a batch as (n, c, h, w) uint8 or float32; raise ValueError if it is neither."""
     if isinstance(image, Image):
         array = sources.image_array(image)
         return torch.from_numpy(array[None, None] if array.ndim == 2 else array.transpose(2, 0, 1)[None].copy())
@@ -159,18 +160,18 @@ def _pixels(image: object) -> Tensor:
 
 
 def _compact(x: Tensor) -> Tensor:
-    """Floats in [0, 1] as uint8 where every one is exactly k/255, else as they are; checked."""
+    """Return floats as uint8 if every one is exactly k/255, else as they are; raise ValueError outside [0, 1]."""
     if not x.isfinite().all():
         raise ValueError("expected pixels in [0, 1], found values that are not finite")
     if x.numel() and not (x.min() >= 0 and x.max() <= 1):
-        found = f"found values from {float(x.min()):.4g} to {float(x.max()):.4g}"
-        raise ValueError(f"expected pixels in [0, 1], {found}; normalization belongs into the model")
+        extremes = f"from {float(x.min()):.4g} to {float(x.max()):.4g}"
+        raise ValueError(f"expected pixels in [0, 1], found values {extremes}; normalization belongs in the model")
     levels = (x * 255).round().to(torch.uint8)
-    return levels if torch.equal(in_unit_range(levels), x) else x
+    return levels if torch.equal(to_unit_range(levels), x) else x
 
 
 def _labels(label: object) -> Tensor:
-    """One label or a batch of them as (n,) int64."""
+    """Return one label or a batch of labels as (n,) int64; raise ValueError unless they are integers."""
     if not isinstance(label, Tensor):
         array = np.asarray(label)
         if array.dtype.kind not in "iu":

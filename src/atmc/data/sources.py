@@ -1,10 +1,10 @@
-"""Reading labelled images from where they lie: scikit-learn's digits, parquet files, image folders, the hub.
+"""Read labelled images as whole splits of uint8 pixels: scikit-learn's digits, parquet files, image folders, the hub.
 
-Package-private: `atmc.data.load_data` is the door. Everything comes back as whole splits of uint8 pixels.
+Package-private: users call `atmc.data.load_data`.
 
-Decoding: 8-bit gray stays one channel, everything else of 8 bits (palette, RGBA, CMYK, ...) becomes RGB, alpha
-dropped; images of more than 8 bits per channel are refused. Where gray and RGB images meet in one data set, the gray
-ones are repeated over three channels. An orientation noted by a camera is applied.
+Decoding: 8-bit gray stays one channel, everything else of 8 bits (palette, RGBA, CMYK, ...) becomes RGB, without
+alpha; images of more than 8 bits per channel are refused. If a data set has gray and RGB images, the gray ones are
+repeated over three channels. An orientation noted by a camera is applied.
 """
 
 from __future__ import annotations
@@ -33,13 +33,13 @@ _GRAY = {"1", "L", "LA", "La"}  # Pillow's modes of 8 bits and less
 _COLOR = {"P", "PA", "RGB", "RGBA", "RGBa", "RGBX", "CMYK", "YCbCr", "HSV", "LAB"}
 _UNREADABLE = (OSError, SyntaxError, ValueError, EOFError, Image.DecompressionBombError)  # what Pillow raises
 _HUB_ID = re.compile(r"\w[\w.-]*/\w[\w.-]*(:[\w.-]+)?")
-_MAX_UNNAMED = 2**16  # classes, where the source does not name them: more is a column of something else
+_MAX_UNNAMED = 2**16  # classes of a source that does not name them: more is a column of something else
 
 T = TypeVar("T")
 
 
 class Split(NamedTuple):
-    """One split as read: pixels (n, c, h, w) uint8, labels (n,) int64, and the classes' names where given."""
+    """One split as read: pixels (n, c, h, w) uint8, labels (n,) int64, and the classes' names if they are known."""
 
     pixels: NDArray[np.uint8]
     labels: NDArray[np.int64]
@@ -47,10 +47,10 @@ class Split(NamedTuple):
 
 
 def read(name: str, image_column: str | None, label_column: str | None) -> tuple[dict[str, Split], tuple[str, ...]]:
-    """Splits (keys among ``train``, ``validation``, ``test``) and class names of a local folder or a hub id.
+    """Read the splits (keys among ``train``, ``validation``, ``test``) and class names of a local folder or a hub id.
 
     Raises:
-        ValueError: nothing of this name, or what it holds is no set of equally large labelled images.
+        ValueError: the name is unknown, or the content is not a set of labelled images of one size.
     """
     folder = Path(name).expanduser()
     if folder.is_file():
@@ -59,20 +59,24 @@ def read(name: str, image_column: str | None, label_column: str | None) -> tuple
     if folder.is_dir() and not files:
         if image_column is not None or label_column is not None:
             raise ValueError(f"an image folder has no columns, but image_column or label_column was given for {name}")
-        return _agreeing(_read_image_folder(folder), name)
-    tables = _ordered({split: _open(paths) for split, paths in files.items()} or _hub_tables(name), name)
-    return _agreeing({split: _read_table(split, t, image_column, label_column) for split, t in tables.items()}, name)
+        return _unify_splits(_read_image_folder(folder), name)
+    tables = _select_splits(
+        {split: _read_parquet_files(paths) for split, paths in files.items()} or _hub_tables(name), name
+    )
+    return _unify_splits(
+        {split: _read_table(split, t, image_column, label_column) for split, t in tables.items()}, name
+    )
 
 
-def _ordered(found: dict[str, T], name: str) -> dict[str, T]:
-    """The splits with train first; raises ValueError where train, or both of test and validation, are missing."""
-    if "train" not in found or not {"test", "validation"} & set(found):
-        raise ValueError(f"expected the splits train and test in {name}, found {' and '.join(found) or 'neither'}")
-    return {split: found[split] for split in ("train", "validation", "test") if split in found}
+def _select_splits(splits: dict[str, T], name: str) -> dict[str, T]:
+    """Return the splits, train first; raise ValueError if train, or both of test and validation, are missing."""
+    if "train" not in splits or not {"test", "validation"} & set(splits):
+        raise ValueError(f"expected the splits train and test in {name}, found {' and '.join(splits) or 'neither'}")
+    return {split: splits[split] for split in ("train", "validation", "test") if split in splits}
 
 
 def digits() -> tuple[NDArray[np.uint8], NDArray[np.int64]]:
-    """Pixels (1797, 1, 28, 28) and labels of scikit-learn's digits: 8x8, each pixel tripled, a border of 2 zeros."""
+    """Return pixels (1797, 1, 28, 28) and labels of scikit-learn's digits: 8x8, pixels tripled, a border of 2 zeros."""
     from sklearn.datasets import load_digits
 
     values, labels = load_digits(return_X_y=True)
@@ -82,7 +86,7 @@ def digits() -> tuple[NDArray[np.uint8], NDArray[np.int64]]:
 
 
 def image_array(image: Image.Image) -> NDArray[np.uint8]:
-    """An image's pixels, (h, w) where it is gray, else (h, w, 3)."""
+    """Return an image's pixels, (h, w) if it is gray, else (h, w, 3)."""
     if image.mode not in _GRAY | _COLOR:
         raise ValueError(f"expected at most 8 bits per channel, got Pillow's mode {image.mode}")
     mode = "L" if image.mode in _GRAY else "RGB"
@@ -91,16 +95,16 @@ def image_array(image: Image.Image) -> NDArray[np.uint8]:
 
 
 def check_labels(labels: NDArray[np.int64], num_classes: int | None, place: str) -> None:
-    """Raises ValueError unless all labels are >= 0 and, where num_classes is given, below it."""
+    """Raise ValueError unless all labels are >= 0 and, if num_classes is given, below it."""
     wrong = labels < 0 if num_classes is None else (labels < 0) | (labels >= num_classes)
     if wrong.any():
         row = int(wrong.argmax())
-        wanted = ">= 0" if num_classes is None else f"in 0 .. {num_classes - 1}"
-        raise ValueError(f"expected labels {wanted}, got {labels[row]} in row {row} of {place}")
+        expected = ">= 0" if num_classes is None else f"in 0 .. {num_classes - 1}"
+        raise ValueError(f"expected labels {expected}, got {labels[row]} in row {row} of {place}")
 
 
 def _stack(sources: Iterable[bytes | Path], places: Iterable[str]) -> NDArray[np.uint8]:
-    """Decodes files (or their bytes) into (n, c, h, w); places name them in errors."""
+    """Decode files (or their bytes) into pixels (n, c, h, w); places are their names in errors."""
     arrays: list[NDArray[np.uint8]] = []
     for source, place in zip(sources, places, strict=True):
         try:
@@ -109,7 +113,7 @@ def _stack(sources: Iterable[bytes | Path], places: Iterable[str]) -> NDArray[np
         except _UNREADABLE as error:
             raise ValueError(f"cannot read the image in {place}: {error}") from error
         if arrays[-1].shape[:2] != arrays[0].shape[:2]:
-            sizes = f"{_size(arrays[0])} and, in {place}, {_size(arrays[-1])}"
+            sizes = f"{_format_size(arrays[0])} and, in {place}, {_format_size(arrays[-1])}"
             raise ValueError(f"expected images of one size, got {sizes}")
     channels = max(3 if array.ndim == 3 else 1 for array in arrays)
     pixels = np.empty((len(arrays), channels, *arrays[0].shape[:2]), dtype=np.uint8)
@@ -118,12 +122,16 @@ def _stack(sources: Iterable[bytes | Path], places: Iterable[str]) -> NDArray[np
     return pixels
 
 
-def _size(image: NDArray[np.uint8]) -> str:
+def _format_size(image: NDArray[np.uint8]) -> str:
     return f"{image.shape[0]}x{image.shape[1]}"
 
 
-def _agreeing(splits: dict[str, Split], name: str) -> tuple[dict[str, Split], tuple[str, ...]]:
-    """The splits, brought to one number of channels, and their class names; sizes, classes and labels checked."""
+def _unify_splits(splits: dict[str, Split], name: str) -> tuple[dict[str, Split], tuple[str, ...]]:
+    """Repeat gray images if other splits have color, and return the splits with the class names.
+
+    Raises:
+        ValueError: the splits differ in image size or classes, or a label has no class.
+    """
     channels = max(split.pixels.shape[1] for split in splits.values())
     first = splits["train"]
     names = first.class_names
@@ -132,32 +140,37 @@ def _agreeing(splits: dict[str, Split], name: str) -> tuple[dict[str, Split], tu
         if top >= _MAX_UNNAMED:
             raise ValueError(f"expected labels below {_MAX_UNNAMED} in {name}, which names no classes, got {top}")
         names = tuple(map(str, range(top + 1)))
-    for which, split in splits.items():
+    for key, split in splits.items():
         if split.pixels.shape[2:] != first.pixels.shape[2:]:
-            sizes = f"{_size(first.pixels[0, 0])} in train and {_size(split.pixels[0, 0])} in {which}"
+            sizes = f"{_format_size(first.pixels[0, 0])} in train and {_format_size(split.pixels[0, 0])} in {key}"
             raise ValueError(f"expected images of one size in {name}, got {sizes}")
         if split.class_names != first.class_names:
             classes = [", ".join(s.class_names or ("none named",)) for s in (first, split)]
-            raise ValueError(f"expected the same classes in train and {which}, got {classes[0]} and {classes[1]}")
-        check_labels(split.labels, len(names), which)
-        splits[which] = split._replace(pixels=split.pixels.repeat(channels // split.pixels.shape[1], axis=1))
+            raise ValueError(f"expected the same classes in train and {key}, got {classes[0]} and {classes[1]}")
+        check_labels(split.labels, len(names), key)
+        splits[key] = split._replace(pixels=split.pixels.repeat(channels // split.pixels.shape[1], axis=1))
     return splits, names
 
 
 def _read_image_folder(root: Path) -> dict[str, Split]:
-    """Reads ``split/class/*.png`` (and the like); classes are the folders' names, sorted as text."""
+    """Read ``split/class/*.png`` (and the like); classes are the folders' names, sorted as text."""
     folders = {SPLITS[path.name]: path for path in _subfolders(root) if path.name in SPLITS}
     if not folders:
         raise ValueError(f"found neither parquet files nor train/<class>/ with images in the folder {root}")
     splits = {}
-    for split, folder in _ordered(folders, str(root)).items():
+    for split, folder in _select_splits(folders, str(root)).items():
         classes = _subfolders(folder)
-        files = [[path for path in sorted(place.iterdir()) if path.suffix.lower() in SUFFIXES] for place in classes]
+        files = [
+            [path for path in sorted(class_folder.iterdir()) if path.suffix.lower() in SUFFIXES]
+            for class_folder in classes
+        ]
         if not any(files):
             raise ValueError(f"the split {split} is empty: found no images in {folder}/<class>/")
         paths = [path for group in files for path in group]
         labels = np.repeat(np.arange(len(classes)), [len(group) for group in files])
-        splits[split] = Split(_stack(paths, map(str, paths)), labels, tuple(place.name for place in classes))
+        splits[split] = Split(
+            _stack(paths, map(str, paths)), labels, tuple(class_folder.name for class_folder in classes)
+        )
     return splits
 
 
@@ -166,24 +179,24 @@ def _subfolders(folder: Path) -> list[Path]:
 
 
 def _parquet_files(root: Path) -> dict[str, list[Path]]:
-    """Each split's files, told by ``train-00000-of-00001.parquet``, ``train.parquet`` or ``train/0000.parquet``."""
-    found: dict[str, list[Path]] = {}
+    """Return each split's files: ``train-00000-of-00001.parquet``, ``train.parquet`` or ``train/0000.parquet``."""
+    files: dict[str, list[Path]] = {}
     paths = [path for path in sorted(root.rglob("*.parquet")) if "/." not in f"/{path.relative_to(root).as_posix()}"]
     for path in paths:
         split = SPLITS.get(re.split(r"[-_.]", path.name)[0]) or SPLITS.get(path.parent.name)
         if split is not None:
-            found.setdefault(split, []).append(path)
-    if paths and not found:
+            files.setdefault(split, []).append(path)
+    if paths and not files:
         raise ValueError(f"expected files named train-*.parquet and test-*.parquet in {root}, got {paths[0].name}")
-    for split, files in found.items():
-        folders = sorted({str(path.parent) for path in files})
+    for split, split_files in files.items():
+        folders = sorted({str(path.parent) for path in split_files})
         if len(folders) > 1:
             raise ValueError(f"found several sets with a split {split}, name the folder of one: {', '.join(folders)}")
-    return found
+    return files
 
 
-def _open(paths: list[Path]) -> Any:
-    """The rows of all files of a split, one pyarrow.Table."""
+def _read_parquet_files(paths: list[Path]) -> Any:
+    """Read the rows of all files of a split into one pyarrow.Table."""
     tables = []
     for path in paths:
         try:
@@ -196,7 +209,7 @@ def _open(paths: list[Path]) -> Any:
 
 
 def _read_table(split: str, table: Any, image_column: str | None, label_column: str | None) -> Split:
-    """Decodes the image and label columns of a pyarrow.Table in the hub's layout."""
+    """Decode the image and label columns of a pyarrow.Table in the hub's layout."""
     if len(table) == 0:
         raise ValueError(f"the split {split} is empty")
     features = json.loads((table.schema.metadata or {}).get(b"huggingface", b"{}")).get("info", {}).get("features", {})
@@ -214,30 +227,38 @@ def _read_table(split: str, table: Any, image_column: str | None, label_column: 
     names = features.get(label_column, {}).get("names")
     check_labels(labels, len(names) if names else None, split)  # before the images, which take longer
     places = [f"row {row} of {split}" for row in range(len(table))]
-    files = (_encoded(value.as_py(), place) for value, place in zip(table.column(image_column), places, strict=True))
-    return Split(_stack(files, places), labels, tuple(names) if names else None)
+    images = (
+        _image_source(value.as_py(), place) for value, place in zip(table.column(image_column), places, strict=True)
+    )
+    return Split(_stack(images, places), labels, tuple(names) if names else None)
 
 
-def _image_column(schema: Any, features: dict[str, Any], wanted: str | None) -> str:
-    """The column whose type says image: a struct with the file's bytes, or what the hub's metadata declares one."""
+def _image_column(schema: Any, features: dict[str, Any], name: str | None) -> str:
+    """Return the image column: the one of this name, by default the only one.
+
+    An image column is a struct with the file's bytes, or declared as images in the hub's metadata.
+
+    Raises:
+        ValueError: there is no image column, none of this name, or several without a name.
+    """
 
     def holds_images(field: Any) -> bool:
         feature = features.get(field.name)
         declared = isinstance(feature, dict) and feature.get("_type") == "Image"
         return declared or (pa.types.is_struct(field.type) and field.type.get_field_index("bytes") >= 0)
 
-    found = [field.name for field in schema if holds_images(field)]
-    if not found:
+    columns = [field.name for field in schema if holds_images(field)]
+    if not columns:
         raise ValueError(f"found no image column, the columns are: {', '.join(schema.names)}")
-    if wanted is None and len(found) > 1:
-        raise ValueError(f"found several image columns, name one by image_column: {', '.join(found)}")
-    if wanted is not None and wanted not in found:
-        raise ValueError(f"expected image_column to be one of the image columns {', '.join(found)}, got {wanted}")
-    return wanted or found[0]
+    if name is None and len(columns) > 1:
+        raise ValueError(f"found several image columns, name one by image_column: {', '.join(columns)}")
+    if name is not None and name not in columns:
+        raise ValueError(f"expected image_column to be one of the image columns {', '.join(columns)}, got {name}")
+    return name or columns[0]
 
 
-def _encoded(value: bytes | dict[str, Any] | None, place: str) -> bytes | Path:
-    """An image's file as bytes, or where it lies (the hub's image folders, once fetched)."""
+def _image_source(value: bytes | dict[str, Any] | None, place: str) -> bytes | Path:
+    """Return an image's file as bytes, or its path (for image folders of the hub, after the download)."""
     content = value.get("bytes") or value.get("path") if isinstance(value, dict) else value
     if not content:
         raise ValueError(f"expected an image in {place}, got none")
@@ -245,20 +266,22 @@ def _encoded(value: bytes | dict[str, Any] | None, place: str) -> bytes | Path:
 
 
 def _hub_tables(name: str) -> dict[str, Any]:
-    """The splits of a hub data set, pyarrow.Tables; a name without ``owner/`` never asks the hub."""
+    """Load the splits of a hub data set as pyarrow.Tables; the hub is not asked for a name without ``owner/``."""
     if not _HUB_ID.fullmatch(name):
-        raise ValueError(f"found no data set {name}: no folder here, and no hub id like owner/name{_hint(name)}")
+        raise ValueError(f"found no data set {name}: no folder here, and no hub id like owner/name{_suggest(name)}")
     import datasets
     from huggingface_hub.errors import HfHubHTTPError
 
     repository, _, configuration = name.partition(":")
-    refused = (ConnectionError, FileNotFoundError, HfHubHTTPError, datasets.exceptions.DatasetsError, ValueError)
+    failures = (ConnectionError, FileNotFoundError, HfHubHTTPError, datasets.exceptions.DatasetsError, ValueError)
     try:
-        with _quiet():
+        with _hide_progress_bars():
             loaded = datasets.load_dataset(repository, configuration or None)
-    except (*refused, RuntimeError) as error:  # RuntimeError: the set is a script, which `datasets` no longer runs
+    except (*failures, RuntimeError) as error:  # RuntimeError: the set is a script, which `datasets` no longer runs
         reason = str(error).partition("\n")[0] or type(error).__name__
-        raise ValueError(f"found no folder {name}, and cannot load it from the hub: {reason}{_hint(name)}") from error
+        raise ValueError(
+            f"found no folder {name}, and cannot load it from the hub: {reason}{_suggest(name)}"
+        ) from error
     return {
         SPLITS[split]: rows.with_format("arrow")[:].replace_schema_metadata(rows.features.arrow_schema.metadata)
         for split, rows in loaded.items()
@@ -266,29 +289,32 @@ def _hub_tables(name: str) -> dict[str, Any]:
     }
 
 
-def _hint(name: str) -> str:
-    """Near names: of the usual data sets, and of the folders beside the one that was meant."""
+def _suggest(name: str) -> str:
+    """Return "; did you mean ...?" with near names of common data sets and of folders, "" if none is near.
+
+    Unlike `errors.did_you_mean` it knows short names of data sets, may name several, and expects paths to be nearer.
+    """
     known = {short: full for full in KNOWN for short in (full, full.split("/")[-1])}
     parent = Path(name).expanduser().parent
-    beside = {str(path): str(path) for path in _subfolders(parent)} if parent.is_dir() else {}
+    folders = [str(path) for path in _subfolders(parent)] if parent.is_dir() else []
     near = get_close_matches(name, known, n=2) or get_close_matches(name.split("/")[-1], known, n=2)
-    near = [known[short] for short in near] + get_close_matches(name, beside, n=1, cutoff=0.8)
+    near = [known[short] for short in near] + get_close_matches(name, folders, n=1, cutoff=0.8)
     near = [other for other in dict.fromkeys(near) if other != name]
     return f"; did you mean {' or '.join(near)}?" if near else ""
 
 
 @contextmanager
-def _quiet() -> Iterator[None]:
-    """No progress bars inside."""
+def _hide_progress_bars() -> Iterator[None]:
+    """Show no progress bars of the hub's libraries within the context."""
     import datasets
     import huggingface_hub
 
-    both: tuple[Any, ...] = (datasets.utils, huggingface_hub.utils)
-    shown = [bars for bars in both if not bars.are_progress_bars_disabled()]
-    for bars in shown:
-        bars.disable_progress_bars()
+    libraries: tuple[Any, ...] = (datasets.utils, huggingface_hub.utils)
+    enabled = [library for library in libraries if not library.are_progress_bars_disabled()]
+    for library in enabled:
+        library.disable_progress_bars()
     try:
         yield
     finally:
-        for bars in shown:
-            bars.enable_progress_bars()
+        for library in enabled:
+            library.enable_progress_bars()

@@ -1,9 +1,9 @@
-"""Batch norm in a file: one scale and one shift a channel, beside the weights.
+"""Bring batch norm into the form that a file stores: one scale and one shift per channel.
 
 In evaluation mode batch norm is x * scale + shift, with scale = weight / sqrt(var + eps) and shift = bias - mean *
-scale. `to_affine` moves the running statistics into weight and bias, so that they need not be stored. Multiplied into
-the convolution before it, the scale would destroy its codebook; before an activation there is no convolution to take
-it.
+scale. `make_affine` moves the running statistics into weight and bias, so that they need not be stored. The scale is
+not multiplied into the convolution before it, since that would destroy the convolution's codebook, and a batch norm
+before a convolution has none to be multiplied into.
 """
 
 from __future__ import annotations
@@ -17,15 +17,15 @@ from torch.nn.modules.batchnorm import _BatchNorm
 STATISTICS = ("running_mean", "running_var", "num_batches_tracked")
 
 
-def _norms(model: nn.Module) -> Iterator[tuple[str, _BatchNorm]]:
-    """Batch norms that have both running statistics and a scale and shift."""
+def _batch_norms(model: nn.Module) -> Iterator[tuple[str, _BatchNorm]]:
+    """Yield path and module of every batch norm that has running statistics and a scale and shift."""
     for path, module in model.named_modules():
         if isinstance(module, _BatchNorm) and module.running_mean is not None and module.affine:
             yield path, module
 
 
-def _implied(norm: _BatchNorm) -> dict[str, Tensor]:
-    """The statistics of a norm that is affine: mean 0, and a variance that eps makes 1."""
+def _affine_form(norm: _BatchNorm) -> dict[str, Tensor]:
+    """Return the statistics with which a batch norm is affine: mean 0, and a variance of 1 - eps."""
     assert norm.running_mean is not None
     zero = torch.zeros(norm.running_mean.shape)
     return {
@@ -36,34 +36,36 @@ def _implied(norm: _BatchNorm) -> dict[str, Tensor]:
 
 
 @torch.no_grad()
-def to_affine(model: nn.Module) -> nn.Module:
-    """Running statistics moved into weight and bias, in float64 and rounded once; in place, and returned.
+def make_affine(model: nn.Module) -> nn.Module:
+    """Move the running statistics into weight and bias, in float64 and rounded once; in place, return the model.
 
-    The model computes the same in evaluation mode, up to rounding. It is no longer fit for training: see
-    `train.restore_batch_norm`.
+    The model computes the same in evaluation mode, up to rounding. It must not be trained further before
+    `training.batch_norm.restore_batch_norm` has measured the statistics again.
     """
-    for _, norm in _norms(model):
+    for _, norm in _batch_norms(model):
         assert norm.running_mean is not None
         assert norm.running_var is not None
         scale = norm.weight.double() / (norm.running_var.double() + norm.eps).sqrt()
         shift = norm.bias.double() - norm.running_mean.double() * scale
         norm.weight.copy_(scale)
         norm.bias.copy_(shift)
-        for name, value in _implied(norm).items():
+        for name, value in _affine_form(norm).items():
             getattr(norm, name).copy_(value)
     return model
 
 
 def is_affine(model: nn.Module) -> bool:
-    """Whether there is batch norm, and all of it is as `to_affine` leaves it."""
-    norms = [norm for _, norm in _norms(model)]
+    """Tell whether the model has batch norm, all of it as `make_affine` leaves it."""
+    norms = [norm for _, norm in _batch_norms(model)]
     return bool(norms) and all(
-        torch.equal(getattr(norm, name).cpu(), value) for norm in norms for name, value in _implied(norm).items()
+        torch.equal(getattr(norm, name).cpu(), value) for norm in norms for name, value in _affine_form(norm).items()
     )
 
 
-def implied_statistics(model: nn.Module) -> dict[str, Tensor]:
-    """State dict entries that need not be stored of a model whose norms are affine."""
+def affine_statistics(model: nn.Module) -> dict[str, Tensor]:
+    """Return the state dict entries that need not be stored, if all batch norm is affine."""
     return {
-        f"{path}.{name}".lstrip("."): value for path, norm in _norms(model) for name, value in _implied(norm).items()
+        f"{path}.{name}".lstrip("."): value
+        for path, norm in _batch_norms(model)
+        for name, value in _affine_form(norm).items()
     }

@@ -1,6 +1,6 @@
-"""A user's own model: ``package.module:factory``, a callable ``factory(num_classes=...) -> nn.Module``.
+"""Build a user's own model from ``package.module:factory``, a callable ``factory(num_classes=...) -> nn.Module``.
 
-What the factory or its module raises becomes one sentence that names it.
+An error in the factory or its module becomes one sentence that names it.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from torch import nn
 
 from atmc.core.errors import unknown
 
-USER_CODE_ERRORS = (  # what a user's code that has a mistake raises; an exception class of its own is not among them
+USER_CODE_ERRORS = (  # what Python raises for a mistake in a user's code; not the exception classes that it defines
     ArithmeticError,
     AssertionError,
     AttributeError,
@@ -34,10 +34,10 @@ USER_CODE_ERRORS = (  # what a user's code that has a mistake raises; an excepti
 
 
 def call_factory(factory: Callable[..., nn.Module], num_classes: int, name: str | None = None) -> nn.Module:
-    """The module that a user's factory makes for so many classes.
+    """Return the module that a user's factory builds for a number of classes.
 
     Args:
-        name: what to call the factory in errors; by default where it was defined.
+        name: the factory's name in errors; by default ``module:name`` of its definition.
 
     Raises:
         ValueError: it does not take num_classes alone, fails with one of `USER_CODE_ERRORS`, or returns no nn.Module.
@@ -57,22 +57,22 @@ def call_factory(factory: Callable[..., nn.Module], num_classes: int, name: str 
 
 
 def factory_name(factory: Callable[..., nn.Module]) -> str:
-    """``module:name`` where a factory was defined, as on the command line; its repr where it has no name."""
+    """Return ``module:name`` of a factory's definition, as on the command line; its repr if it has no name."""
     names = getattr(factory, "__module__", None), getattr(factory, "__qualname__", None)
     return ":".join(map(str, names)) if all(names) else reprlib.repr(factory)
 
 
 def first_line(error: BaseException) -> str:
-    """An error's kind and the first line of what it says, ``KeyError: 'width'``."""
+    """Return an error's class and the first line of its message, ``KeyError: 'width'``."""
     lines = str(error).splitlines()
     return f"{type(error).__name__}: {lines[0]}" if lines else type(error).__name__
 
 
 def import_factory(name: str) -> Callable[..., nn.Module]:
-    """The callable of ``package.module:factory``, imported with the current folder first on the path.
+    """Import the callable of ``package.module:factory``, with the current folder first on the path.
 
     Raises:
-        ValueError: no such name, or the module cannot be imported or has no such callable.
+        ValueError: the name is not of this form, or the module cannot be imported or has no such callable.
     """
     module_name, _, attribute = name.partition(":")
     if not attribute.isidentifier() or not all(part.isidentifier() for part in module_name.split(".")):

@@ -1,4 +1,4 @@
-"""LeNet in the form that Caffe made common: two 5x5 convolutions, two fully connected layers, no batch norm."""
+"""LeNet in the form of Caffe's example: two 5x5 convolutions, two fully connected layers, no batch norm."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-_MAX_FEATURES = 2**20  # entries per row of fc1: 2 GiB of weights; a file may ask for no more
+_MAX_FEATURES = 2**20  # inputs of fc1: 2 GiB of weights; no file may ask for more
 
 
 class LeNet(nn.Module):
@@ -18,11 +18,11 @@ class LeNet(nn.Module):
     Args:
         num_classes: number of logits.
         input_shape: (C, H, W); fc1's size depends on it. Pooling drops an odd last row or column.
-        normalize: first layer, the identity where it is None.
+        normalize: the first layer; None for the identity.
 
     Raises:
-        ValueError: when H or W is below 16, where nothing is left after the second pooling, or the image is so large
-            that fc1 would take over 2**20 features.
+        ValueError: H or W is below 16, so that nothing is left after the second pooling, or the image is so large that
+            fc1 would have more than 2**20 inputs.
 
     >>> LeNet(10)(torch.zeros(2, 1, 28, 28)).shape
     torch.Size([2, 10])
@@ -45,7 +45,7 @@ class LeNet(nn.Module):
         self.fc2 = nn.Linear(500, num_classes)
 
     def forward(self, x: Tensor) -> Tensor:
-        """Images (n, C, H, W) to logits (n, num_classes)."""
+        """Map images (n, C, H, W) to logits (n, num_classes)."""
         x = F.relu(F.max_pool2d(self.conv1(self.normalize(x)), 2))  # relu and maximum commute: a quarter of the work
         x = F.relu(F.max_pool2d(self.conv2(x), 2))
         logits: Tensor = self.fc2(F.relu(self.fc1(torch.flatten(x, 1))))
@@ -53,5 +53,5 @@ class LeNet(nn.Module):
 
 
 def _side(pixels: int) -> int:
-    """Height or width after both convolutions (each 4 less) and both poolings (half of it, rounded down)."""
+    """Return the height or width after both convolutions (4 less each) and both poolings (half, rounded down)."""
     return ((pixels - 4) // 2 - 4) // 2

@@ -12,12 +12,12 @@ from torch.nn import functional as F
 
 from atmc.models.resnet import init_convolutions
 
-# Expansion t, output channels c, number of blocks n, stride s of the first block: Table 2, but for s = 2 at c = 24.
+# Expansion t, output channels c, number of blocks n, stride s of the first block: Table 2, but with s = 1 at c = 24.
 _STAGES = ((1, 16, 1, 1), (6, 24, 2, 1), (6, 32, 3, 2), (6, 64, 4, 2), (6, 96, 3, 1), (6, 160, 3, 2), (6, 320, 1, 1))
 
 
 class ConvNorm(nn.Module):
-    """Convolution without bias, batch norm, and ReLU6 where ``active``."""
+    """Convolution without bias, batch norm, and ReLU6 if ``active``."""
 
     def __init__(
         self, inputs: int, outputs: int, kernel: int, *, stride: int = 1, groups: int = 1, active: bool = True
@@ -33,7 +33,7 @@ class ConvNorm(nn.Module):
 
 
 class InvertedResidual(nn.Module):
-    """1x1 expansion (none for t = 1), 3x3 depthwise, linear 1x1 projection; added to the input where shapes agree."""
+    """1x1 expansion (none for t = 1), 3x3 depthwise, linear 1x1 projection; added to the input if shapes are equal."""
 
     def __init__(self, inputs: int, outputs: int, stride: int, expansion: int) -> None:
         super().__init__()
@@ -54,7 +54,7 @@ class MobileNetV2(nn.Module):
     Args:
         num_classes: number of logits.
         channels: channels of the images.
-        normalize: first layer, the identity where it is None.
+        normalize: the first layer; None for the identity.
 
     >>> MobileNetV2(10).eval()(torch.zeros(2, 3, 8, 8)).shape
     torch.Size([2, 10])
@@ -76,7 +76,7 @@ class MobileNetV2(nn.Module):
         init_convolutions(self)
 
     def forward(self, x: Tensor) -> Tensor:
-        """Images (n, C, H, W) of any height and width to logits (n, num_classes)."""
+        """Map images (n, C, H, W) of any height and width to logits (n, num_classes)."""
         x = self.head(self.blocks(self.stem(self.normalize(x))))
         logits: Tensor = self.fc(torch.flatten(F.adaptive_avg_pool2d(x, 1), 1))
         return logits

@@ -1,4 +1,4 @@
-"""Normalization as a layer of the model, so that attacks and thresholds live in [0, 1] pixel space."""
+"""Normalize images in the model's first layer, so that attacks and radii refer to pixels in [0, 1]."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ _FLOAT32 = torch.finfo(torch.float32)
 
 
 class Normalize(nn.Module):
-    """Computes ``(x - mean) / std`` for each channel of images x, (n, C, H, W) in [0, 1].
+    """The layer ``(x - mean) / std``, per channel of images x, (n, C, H, W) in [0, 1].
 
     ``mean`` and ``std`` become float32 buffers of shape (C, 1, 1) and are part of the state dict.
 
@@ -23,8 +23,8 @@ class Normalize(nn.Module):
         std: C positive finite numbers, in pixel units.
 
     Raises:
-        ValueError: for empty or unequally long arguments and for values that float32 cannot hold; in the forward
-            pass for images of another number of channels (which would otherwise be broadcast unnoticed).
+        ValueError: the arguments are empty or not equally long, or float32 cannot hold a value; in the forward pass,
+            the images have another number of channels (which would otherwise be broadcast).
 
     >>> Normalize([0.5], [0.25])(torch.ones(1, 1, 1, 1)).item()
     2.0
@@ -50,15 +50,15 @@ class Normalize(nn.Module):
 
 
 def check_statistics(mean: object, std: object, channels: int | None = None) -> tuple[list[float], list[float]]:
-    """The per-channel means and standard deviations as plain floats.
+    """Return the per-channel means and standard deviations as plain floats.
 
     Args:
         mean, std: lists or tuples of numbers; anything else is refused, since these may come from a file.
-        channels: how many there have to be, None for any equal number.
+        channels: the number of values that each must have; None for any equal number.
 
     Raises:
-        ValueError: when one is no list of numbers, the lengths are wrong, a value is not finite in float32, or a
-            standard deviation is not positive there.
+        ValueError: one is not a list of numbers, a length is wrong, a value is not finite in float32, or a standard
+            deviation is not positive in float32.
     """
     means, stds = _floats("mean", mean), _floats("std", std)
     expected = len(means) if channels is None else channels
@@ -84,6 +84,6 @@ def _float(word: str, value: object) -> float:
         number = float(value)
     except OverflowError:  # an integer beyond float64
         number = math.inf
-    if not abs(number) <= _FLOAT32.max:  # also where it is nan
+    if not abs(number) <= _FLOAT32.max:  # also if it is nan
         raise ValueError(f"expected {word} to be finite in float32, got {number}")
     return number

@@ -1,8 +1,8 @@
 """Residual networks in the form used on 32x32 images.
 
 He, Zhang, Ren, Sun, "Deep residual learning for image recognition", CVPR 2016: the ImageNet depths and widths
-(Table 1) with a 3x3 stem of stride 1 and no max-pooling. Submodules are named as in the usual public CIFAR programs
-(conv1, bn1, layer1..4, shortcut, linear), so that their checkpoints fit.
+(Table 1) with a 3x3 stem of stride 1 and no max-pooling. Submodules are named as in the usual public implementations
+for CIFAR (conv1, bn1, layer1..4, shortcut, linear), so that their checkpoints can be loaded.
 """
 
 from __future__ import annotations
@@ -16,10 +16,10 @@ from torch.nn import functional as F
 
 
 def init_convolutions(model: nn.Module) -> None:
-    """Draws every 2d convolution's weight from N(0, 2 / fan_out) in place (He et al., ICCV 2015, Section 2.2).
+    """Draw every 2d convolution's weight from N(0, 2 / fan_out), in place (He et al., ICCV 2015, Section 2.2).
 
     fan_out is the number of outputs that an input reaches, kernel area times output channels of its group. (PyTorch's
-    own initializer does not know of groups: it would start depthwise weights ``groups`` times smaller in variance.)
+    own initializer ignores groups: the variance of depthwise weights would be ``groups`` times smaller.)
     """
     for module in model.modules():
         if isinstance(module, nn.Conv2d):
@@ -46,7 +46,7 @@ class BasicBlock(nn.Module):
 
 
 class Bottleneck(nn.Module):
-    """1x1, 3x3 (which carries the stride) and 1x1 convolution to 4 ``channels``, added to the shortcut."""
+    """1x1, 3x3 (with the stride) and 1x1 convolution to 4 ``channels``, added to the shortcut."""
 
     expansion = 4
 
@@ -72,10 +72,10 @@ class ResNet(nn.Module):
 
     Args:
         block: BasicBlock or Bottleneck.
-        blocks: number of blocks of each of the four stages; stages 2 to 4 halve height and width.
+        blocks: number of blocks in each of the four stages; stages 2 to 4 halve height and width.
         num_classes: number of logits.
         channels: channels of the images.
-        normalize: first layer, the identity where it is None.
+        normalize: the first layer; None for the identity.
 
     >>> ResNet(BasicBlock, (1, 1, 1, 1), 10)(torch.zeros(2, 3, 8, 8)).shape
     torch.Size([2, 10])
@@ -102,7 +102,7 @@ class ResNet(nn.Module):
         init_convolutions(self)
 
     def forward(self, x: Tensor) -> Tensor:
-        """Images (n, C, H, W) of any height and width to logits (n, num_classes)."""
+        """Map images (n, C, H, W) of any height and width to logits (n, num_classes)."""
         x = F.relu(self.bn1(self.conv1(self.normalize(x))))
         x = self.layer4(self.layer3(self.layer2(self.layer1(x))))
         logits: Tensor = self.linear(torch.flatten(F.adaptive_avg_pool2d(x, 1), 1))
@@ -110,7 +110,7 @@ class ResNet(nn.Module):
 
 
 def _shortcut(inputs: int, outputs: int, stride: int) -> nn.Module:
-    """The identity, or a 1x1 convolution with batch norm where the shape changes (He et al., option B)."""
+    """Build the identity, or a 1x1 convolution with batch norm if the shape changes (He et al., option B)."""
     if stride == 1 and inputs == outputs:
         return nn.Identity()
     return nn.Sequential(nn.Conv2d(inputs, outputs, 1, stride, bias=False), nn.BatchNorm2d(outputs))
