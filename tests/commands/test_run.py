@@ -211,6 +211,35 @@ def test_settings_younger_than_the_run_are_at_their_defaults(here):
             finish(here / "out", resume=True, changes={"training": {**SMALL["training"], **setting}})
 
 
+def test_objective_options_go_through_a_run_folder(here):
+    trades = {**SMALL["training"], "objective": "trades", "epochs": {"dense": 1, "l0": 0, "admm": 0, "tune": 0}}
+    given = {**trades, "objective_options": {"beta": 3.0}}
+    assert finish(here / "out", changes={"training": given})["objective"] == "trades"
+    assert read_toml(here / "out" / "config.toml")["training"]["objective_options"] == {"beta": 3.0}
+    finish(here / "out", resume=True, changes={"training": given})
+    message = r"training\.objective_options was \{'beta': 3\.0\}, is \{'beta': 6\.0\}"
+    with pytest.raises(ValueError, match=message):
+        finish(here / "out", resume=True, changes={"training": trades})
+
+
+def test_a_configuration_older_than_objective_options_resumes_with_their_defaults(here):
+    trades = {**SMALL["training"], "objective": "trades", "epochs": {"dense": 1, "l0": 0, "admm": 0, "tune": 0}}
+    metrics = finish(here / "out", changes={"training": trades})
+    config = here / "out" / "config.toml"
+    text = config.read_text()
+    section = "[training.objective_options]\nbeta = 6.0\n"
+    assert section in text
+    config.write_text(text.replace(section, ""))
+    assert finish(here / "out", resume=True, changes={"training": trades}) == metrics
+
+
+def test_metrics_name_the_objective_that_trained(here):
+    changes = {"method": "nap", "bits": None, "training": {**SMALL["training"], "epochs": 0}}
+    metrics = finish(here / "out", changes=changes)
+    assert list(metrics)[:2] == ["method", "objective"]
+    assert metrics["objective"] == "natural"
+
+
 def test_a_number_of_images_for_each_attack(here):
     changes = {
         "eval_n": {"pgd-strong": 7},
