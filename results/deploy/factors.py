@@ -18,19 +18,19 @@ INT8_TARGETS = {99: 4}
 LENET_TARGET = 3
 
 
-def collect_times(session: dict[str, Any], batch: int) -> dict[str, dict[str, Any]]:
+def collect_times(measurement: dict[str, Any], batch: int) -> dict[str, dict[str, Any]]:
     """Return each engine's figures with one thread and this batch size, by its name."""
     return {
         row["engine"]: row | times
-        for row in session["engines"]
+        for row in measurement["engines"]
         for times in row["times"]
         if (times["threads"], times["batch"]) == (1, batch)
     }
 
 
-def factor(session: dict[str, Any], batch: int, baseline: str) -> float:
+def factor(measurement: dict[str, Any], batch: int, baseline: str) -> float:
     """Return how many times as fast the engine of atmc is as the best engine of a baseline."""
-    rows = collect_times(session, batch)
+    rows = collect_times(measurement, batch)
     best = min(row["median_ms"] for name, row in rows.items() if name != OURS and is_of(row, baseline))
     return float(best / rows[OURS]["median_ms"])
 
@@ -58,8 +58,8 @@ def target(case: dict[str, Any], batch: int, baseline: str) -> float | None:
 
 
 def describe_factor(case: dict[str, Any], batch: int, baseline: str) -> dict[str, Any]:
-    """Return a case's factor: the median over sessions, the range, the target, and all of it as text."""
-    values = [factor(session, batch, baseline) for session in case["sessions"]]
+    """Return a case's factor: the median over the measurements, the range, the target, and all of it as text."""
+    values = [factor(measurement, batch, baseline) for measurement in case["sessions"]]
     median, wanted = statistics.median(values), target(case, batch, baseline)
     text = f"{median:.3g}"
     if len(values) > 1:
@@ -71,8 +71,8 @@ def describe_factor(case: dict[str, Any], batch: int, baseline: str) -> dict[str
 
 
 def describe_times(case: dict[str, Any], batch: int) -> dict[str, str]:
-    """Return each engine's median and half quartile distance in ms, of the session with the median factor."""
-    ordered = sorted(case["sessions"], key=lambda session: factor(session, batch, "float32"))
+    """Return each engine's median and half quartile distance in ms, of the measurement with the median factor."""
+    ordered = sorted(case["sessions"], key=lambda measurement: factor(measurement, batch, "float32"))
     rows = collect_times(ordered[(len(ordered) - 1) // 2], batch)
     return {
         name: f"{digits(row['median_ms'], 3)} ±{digits((row['q3_ms'] - row['q1_ms']) / 2, 1)}"
@@ -101,12 +101,14 @@ def main() -> None:
         row = {name: case[name] for name in ("network", "pattern", "zeros")}
         row |= {"macs_left": macs["left"] / macs["dense"]}
         rows.append(row | {f"batch_{batch}": describe_batch(case, batch) for batch in (1, 64)})
-    sessions = [session for case in cases.values() for session in case["sessions"]]
+    sessions = [session for case in cases.values() for measurement in case["sessions"]]
     made_on = {
-        **sessions[-1]["machine"],
-        "versions": sessions[-1]["versions"],
-        "dates": sorted({session["date"] for session in sessions}),
-        "runs": sorted({row["runs"] for session in sessions for row in session["engines"] if "runs" in row}),
+        **measurements[-1]["machine"],
+        "versions": measurements[-1]["versions"],
+        "dates": sorted({measurement["date"] for measurement in measurements}),
+        "runs": sorted(
+            {row["runs"] for measurement in measurements for row in measurement["engines"] if "runs" in row}
+        ),
     }
     (HERE / "factors.json").write_text(json.dumps({"made_on": made_on, "rows": rows}, indent=1) + "\n")
 
