@@ -101,7 +101,7 @@ def main() -> None:
         row = {name: case[name] for name in ("network", "pattern", "zeros")}
         row |= {"macs_left": macs["left"] / macs["dense"]}
         rows.append(row | {f"batch_{batch}": describe_batch(case, batch) for batch in (1, 64)})
-    sessions = [session for case in cases.values() for measurement in case["sessions"]]
+    measurements = [measurement for case in cases.values() for measurement in case["sessions"]]
     made_on = {
         **measurements[-1]["machine"],
         "versions": measurements[-1]["versions"],
