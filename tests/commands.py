@@ -1,4 +1,4 @@
-"""The command line as a user calls it."""
+"""Call the command line as a user does."""
 
 import sys
 
@@ -8,7 +8,7 @@ from atmc.cli.main import main
 
 
 def call(*arguments: object) -> int:
-    """The exit status of a command line."""
+    """Run a command and return its exit status."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(sys, "argv", ["atmc", *map(str, arguments)])
         with pytest.raises(SystemExit) as stopped:
@@ -17,7 +17,7 @@ def call(*arguments: object) -> int:
 
 
 def refused(capsys: pytest.CaptureFixture[str], *arguments: object, status: int = 2) -> str:
-    """What a command that ends with this status says in one line on stderr."""
+    """Run a command that must end with this status; returns the one line that it writes to stderr."""
     capsys.readouterr()
     assert call(*arguments) == status
     lines = capsys.readouterr().err.splitlines()

@@ -1,4 +1,4 @@
-"""The command line: what it prints and writes, and its exit status: 0 done, 2 wrong input in one sentence, 1 else."""
+"""The command line: what it prints and writes, and its exit status (0 done, 2 wrong input, 1 anything else)."""
 
 import fcntl
 import json
@@ -41,7 +41,7 @@ def probabilities(num_classes):
     return nn.Sequential(build(num_classes), nn.Softmax(1))
 
 class Viewing(nn.Module):
-    """Flattens by view, as very many models do."""
+    """Flattens by view, as many models do."""
 
     def __init__(self, num_classes):
         super().__init__()
@@ -53,7 +53,7 @@ class Viewing(nn.Module):
         return self.head(x.view(x.size(0), -1))
 
 class Picky(nn.Module):
-    """Says by an assertion what size it takes, as vision transformers do."""
+    """Asserts the size of its images, as vision transformers do."""
 
     def __init__(self, num_classes):
         super().__init__()
@@ -129,7 +129,8 @@ class TestDone:
         [
             (["--help"], ["compress", "evaluate", "inspect"]),
             (["compress", "--help"], ["--model", "--threat", "--ratio", "--bits", "--resume", "--overwrite"]),
-            (["evaluate", "--help"], ["--attack", "--json", "--overwrite"]),
+            (["compress", "--help"], ["resnet18", "al0q", "trades:beta=6", "mart:weight=5", "pgd-strong"]),
+            (["evaluate", "--help"], ["--attack", "--after", "--json", "--overwrite", "autoattack", "margin"]),
             (["inspect", "--help"], ["--json"]),
         ],
     )
@@ -143,17 +144,43 @@ class TestDone:
         options = "--model cli_models:build --data digits --threat linf:0.1 --ratio 0.3 --bits 2 --epochs dense=1,l0=1"
         options += ",admm=1,tune=0 --objective natural --attack fgsm,pgd --eval-n 10 --limit 60 --seed 3 --threads 1"
         assert call("compress", *options.split(), "--precision", "fp32", "--device", "cpu", "--out", out) == 0
-        said = capsys.readouterr()
-        assert said.err == ""
+        output = capsys.readouterr()
+        assert output.err == ""
         metrics = json.loads((out / "metrics.json").read_text())
         assert metrics["bits"] == 2
         assert metrics["seed"] == 3
         assert set(metrics["attacks"]) == {"fgsm", "pgd"}
         assert metrics["attacks"]["pgd"]["n"] == 10
-        assert f"{metrics['file_bytes']:,} bytes" in said.out
-        assert str(out / "model.atmc") in said.out
-        assert str(out / "report.html") in said.out
-        assert [line.split()[0] for line in said.out.splitlines() if line.endswith(" s")] == ["dense", "l0", "admm"]
+        assert f"{metrics['file_bytes']:,} bytes" in output.out
+        assert str(out / "model.atmc") in output.out
+        assert str(out / "report.html") in output.out
+        assert [line.split()[0] for line in output.out.splitlines() if line.endswith(" s")] == ["dense", "l0", "admm"]
+
+    def test_an_objective_with_its_options(self, tmp_path):
+        """It replaces the file's, and the file's options with it."""
+        (tmp_path / "run.toml").write_text(f'{CONFIG}objective = "mart"\nobjective_options = {{ weight = 2.0 }}\n')
+        command = ["compress", "--config", tmp_path / "run.toml", "--epochs", 0]
+        for text, options in (("trades:beta=3", {"beta": 3.0}), ("mart", {"weight": 5.0}), (None, {"weight": 2.0})):
+            out = tmp_path / f"out-{text}"
+            assert call(*command, "--out", out, *(["--objective", text] if text else [])) == 0
+            assert config.read_toml(out / "config.toml")["training"]["objective_options"] == options
+
+    def test_a_model_that_does_not_normalize(self, tmp_path, capsys):
+        options = "--model lenet --data digits --threat linf:0.1 --ratio 0.01 --epochs 0 --limit 50 --val-n 10"
+        command = [
+            "compress",
+            *options.split(),
+            "--eval-n",
+            5,
+            "--no-checks",
+            "--no-normalize",
+            "--out",
+            tmp_path / "out",
+        ]
+        assert call(*command, "--out", tmp_path / "out") == 0
+        assert config.read_toml(tmp_path / "out" / "config.toml")["normalize"] is False
+        assert call("inspect", tmp_path / "out" / "model.atmc", "--json") == 0
+        assert '"mean": null' in capsys.readouterr().out
 
     def test_options_go_before_the_configuration(self, tmp_path, capsys):
         out = tmp_path / "out"
@@ -193,20 +220,20 @@ class TestDone:
     def test_inspect(self, done, capsys):
         capsys.readouterr()
         assert call("inspect", done / "model.atmc", "--json") == 0
-        found = json.loads(capsys.readouterr().out)
-        assert found["file_bytes"] == (done / "model.atmc").stat().st_size
-        assert found["metadata"]["model"]["name"] == "cli_models:build"
-        parts = found["totals"]
+        contents = json.loads(capsys.readouterr().out)
+        assert contents["file_bytes"] == (done / "model.atmc").stat().st_size
+        assert contents["metadata"]["model"]["name"] == "cli_models:build"
+        parts = contents["totals"]
         counted = sum(parts[name] for name in ("header", "positions", "codebook", "codes"))
-        assert counted + parts["metadata and checksums"] == pytest.approx(found["file_bytes"], abs=0.01)
+        assert counted + parts["metadata and checksums"] == pytest.approx(contents["file_bytes"], abs=0.01)
         assert call("inspect", done / "model.atmc") == 0
         table = capsys.readouterr().out
-        assert f"{found['file_bytes']:,} bytes" in table
-        assert all(row["name"] in table for row in found["tensors"])
+        assert f"{contents['file_bytes']:,} bytes" in table
+        assert all(row["name"] in table for row in contents["tensors"])
 
     @pytest.mark.parametrize("name", ["[red]model.atmc", "a[/b].atmc"])
     def test_names_with_brackets_are_only_names(self, done, tmp_path, capsys, monkeypatch, name):
-        """Square brackets are markup to the library that prints."""
+        """Square brackets are markup for rich, which prints."""
         monkeypatch.chdir(tmp_path)
         copy = tmp_path / name
         copy.parent.mkdir(exist_ok=True)
@@ -483,7 +510,7 @@ class TestFailed:
 
     @pytest.mark.parametrize("name", ["config.toml", "state.pt", "model.atmc", "report.html", "metrics.json"])
     def test_a_full_disk(self, done, tmp_path, capsys, monkeypatch, name):
-        """From the moment when this file is written anew, once a checkpoint is there."""
+        """From the first time that this file is written after the first checkpoint."""
         out = tmp_path / "a run"
         replace = os.replace
 
@@ -507,15 +534,15 @@ class TestFailed:
         assert (out / "model.atmc").read_bytes() == (done / "model.atmc").read_bytes()
 
     def test_a_full_disk_for_the_log(self, tmp_path, capsys, monkeypatch):
-        (tmp_path / "out").mkdir()
-        (tmp_path / "out" / "log.jsonl").symlink_to("/dev/full")
-        monkeypatch.setattr("atmc.commands.run._check_folder", lambda *_, **__: False)
-        monkeypatch.setattr("atmc.commands.run._clear", lambda _: None)
-        monkeypatch.setattr("atmc.commands.run._read_checkpoint", lambda _: (None, 0.0))
+        def open_full(path, *arguments, **options):
+            return original("/dev/full" if str(path).endswith("log.jsonl") else path, *arguments, **options)
+
+        original = open
+        monkeypatch.setattr("builtins.open", open_full)
         message = refused(capsys, "compress", "--config", "run.toml", "--out", tmp_path / "out", status=1)
         assert message.endswith("log.jsonl: No space left on device")
 
-    def test_a_full_disk_says_how_to_go_on(self, tmp_path, capsys, monkeypatch):
+    def test_a_full_disk_says_how_to_continue(self, tmp_path, capsys, monkeypatch):
         def full(*_):
             raise OSError(28, os.strerror(28))
 
@@ -551,7 +578,7 @@ class TestFailed:
     )
     @pytest.mark.parametrize("after", [False, True], ids=["before", "after"])
     def test_interrupted(self, done, tmp_path, capsys, monkeypatch, place, nth, after):
-        """Ctrl-C, the signal itself, just before or after one of these is called: every part of a run."""
+        """SIGINT (Ctrl-C) just before or after one of these functions is called, in every part of a run."""
         out, calls, original = tmp_path / "out", [], pkgutil.resolve_name(place)
 
         def interrupting(*arguments, **options):
@@ -567,10 +594,10 @@ class TestFailed:
         with monkeypatch.context() as patch:
             patch.setattr(place, interrupting)
             assert call(*command) == 1
-        said = capsys.readouterr()
-        assert said.err == ""
+        output = capsys.readouterr()
+        assert output.err == ""
         assert not [path for path in out.rglob(".*") if path.is_file()]  # neither a lock nor half a file
-        hint = said.out.splitlines()[-1]
+        hint = output.out.splitlines()[-1]
         if (out / "config.toml").exists():
             assert hint == f"interrupted; continue with: atmc compress --out {out} --resume"
             command = ["compress", "--out", out, "--resume"]
@@ -583,7 +610,7 @@ class TestFailed:
         assert {path.name for path in out.iterdir()} == {path.name for path in done.iterdir()}
 
     def test_an_interrupted_overwrite_goes_on_with_nothing_else(self, done, tmp_path, capsys, monkeypatch):
-        """While the data is read the old run is whole, and it is not what the interrupted command was about."""
+        """Until the data are read the old run is untouched, and --resume would continue that one."""
         out = tmp_path / "out"
         shutil.copytree(done, out)
         command = ["compress", "--config", "run.toml", "--out", out, "--seed", 5, "--overwrite"]
@@ -605,7 +632,7 @@ class TestFailed:
 
 
 class TestPython:
-    """The same refusals where images come from a program."""
+    """The same errors if images come from Python."""
 
     X, Y = torch.linspace(0, 1, 20 * 784).view(20, 1, 28, 28), torch.arange(20) % 10
 
@@ -689,14 +716,14 @@ class TestPython:
             self.compress("lenet", (self.X, self.Y))
 
     def test_a_last_class_that_no_image_has(self, small):
-        """Ten outputs and nine of the classes among the labels: a small set of images, not a wrong model."""
+        """Labels of nine classes for a model with ten outputs are a small set of images, not a wrong model."""
         few = self.Y < 9
         images = (self.X[few], self.Y[few])
         self.compress(small, images, images, epochs=0)
 
     @pytest.mark.parametrize("name", ["weight_norm", "spectral_norm"])
-    def test_weights_held_in_another_way(self, small, name):
-        """A weight that somebody else's parametrization makes cannot be factored: said, or left alone if excluded."""
+    def test_weights_with_a_parametrization(self, small, name):
+        """A weight with another library's parametrization cannot be factored; the error names it."""
         getattr(nn.utils.parametrizations, name)(small[3])
         with pytest.raises(ValueError, match=r"3\.weight"):
             self.compress(small, (self.X, self.Y))

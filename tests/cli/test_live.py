@@ -18,7 +18,7 @@ from atmc.data import Images
 from atmc.evaluation.accuracy import BatchAttacked
 from atmc.evaluation.verdicts import Verdicts
 from atmc.pack import artifact
-from atmc.pack.inspect import inspection
+from atmc.pack.inspect import inspect_file
 from atmc.training.loop import StepDone
 from atmc.training.runner import EpochDone, Record, State
 
@@ -137,7 +137,7 @@ def test_the_inspection_table_shows_every_tensor(lenet, tmp_path):
     artifact.save(lenet, tmp_path / "m.atmc")
     for width in (150, 80):
         console = Console(file=io.StringIO(), width=width)
-        console.print(inspection_table(inspection(tmp_path / "m.atmc"), narrow=width < 110))
+        console.print(inspection_table(inspect_file(tmp_path / "m.atmc"), narrow=width < 110))
         text = console.file.getvalue()
         for name in ("conv1.weight", "fc2.bias", "500×800", "all tensors", "metadata, CRCs"):
             assert name in text

@@ -1,4 +1,4 @@
-"""`atmc evaluate`: what it prints, writes, refuses, and that it goes on after a kill to the same figures."""
+"""`atmc evaluate`: what it prints, writes and refuses, and that it continues after a kill to the same figures."""
 
 import json
 import os
@@ -19,8 +19,10 @@ from torch import nn
 
 import atmc
 from atmc.commands import partial_results
+from atmc.commands.evaluate import name_files
 from atmc.evaluation import adversarial_file, curves, evaluate, resume, smoothing
-from atmc.evaluation.accuracy import Verdicts
+from atmc.evaluation.accuracy import BatchAttacked
+from atmc.evaluation.verdicts import Verdicts
 
 MODELS = """
 import torch
@@ -56,14 +58,14 @@ def trained() -> nn.Module:
 @pytest.fixture(scope="module", autouse=True)
 def here(tmp_path_factory):
     """A folder with two models of the digits, a.atmc and the weaker b.atmc, and their classes to import."""
-    folder = tmp_path_factory.mktemp("assess")
-    (folder / "assess_models.py").write_text(MODELS)
+    folder = tmp_path_factory.mktemp("evaluate")
+    (folder / "command_models.py").write_text(MODELS)
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(folder)
         patch.syspath_prepend(str(folder))
-        import assess_models
+        import command_models
 
-        model = assess_models.build(10)
+        model = command_models.build(10)
         model.load_state_dict(trained().state_dict())
         atmc.save(model, "a.atmc", input_shape=(1, 28, 28))
         with torch.no_grad():
@@ -71,16 +73,16 @@ def here(tmp_path_factory):
         atmc.save(model, "b.atmc", input_shape=(1, 28, 28))
         atmc.save(model, "small.atmc", input_shape=(1, 14, 56))
         yield folder
-    sys.modules.pop("assess_models", None)
+    sys.modules.pop("command_models", None)
 
 
 def command_of(
-    file: object, *options: object, threat: str = "linf:0.05", model: str = "assess_models:build"
+    file: object, *options: object, threat: str = "linf:0.05", model: str = "command_models:build"
 ) -> list[object]:
     return ["evaluate", file, "--data", "digits", "--threat", threat, "--model", model, *options]
 
 
-def run_evaluate(file: object, *options: object, threat: str = "linf:0.05", model: str = "assess_models:build") -> int:
+def run_evaluate(file: object, *options: object, threat: str = "linf:0.05", model: str = "command_models:build") -> int:
     return call(*command_of(file, *options, threat=threat, model=model))
 
 
@@ -98,36 +100,36 @@ class TestDone:
         wanted += ["--save-examples", "all.npz", "--gallery", "all.png", "--per-class", "--transfer-from", "b.atmc"]
         assert run_evaluate("a.atmc", *wanted) == 0
         text = capsys.readouterr().out
-        found = figures("all.json")
-        assert set(found["attacks"]) == {"pgd", "fgsm"}
-        assert found["worst_case"]["of"] == ["pgd", "fgsm"]
-        assert found["worst_case"]["accuracy"] <= min(attack["accuracy"] for attack in found["attacks"].values())
-        assert [check["name"] for check in found["checks"]][-1] == "transfer"
-        assert found["checks"][-1]["ok"] is True
-        assert found["against"]["comparison"]["clean"]["verdict"] == "A is better"
-        assert set(found["against"]["comparison"]) == {"clean", "pgd", "fgsm"}
-        eps = [point["accuracy"] for point in found["curves"]["eps"]]
+        document = figures("all.json")
+        assert set(document["attacks"]) == {"pgd", "fgsm"}
+        assert document["worst_case"]["of"] == ["pgd", "fgsm"]
+        assert document["worst_case"]["accuracy"] <= min(attack["accuracy"] for attack in document["attacks"].values())
+        assert [check["name"] for check in document["checks"]][-1] == "transfer"
+        assert document["checks"][-1]["ok"] is True
+        assert document["against"]["comparison"]["clean"]["verdict"] == "A is better"
+        assert set(document["against"]["comparison"]) == {"clean", "pgd", "fgsm"}
+        eps = [point["accuracy"] for point in document["curves"]["eps"]]
         assert eps == sorted(eps, reverse=True)
-        assert found["curves"]["eps"][0]["eps"] == 0
-        assert sum(row["n"] for row in found["per_class"]["pgd"]) == 60
-        right = sum(round(row["accuracy"] * row["n"]) for row in found["per_class"]["pgd"])
-        assert right == round(found["attacks"]["pgd"]["accuracy"] * 60)
+        assert document["curves"]["eps"][0]["eps"] == 0
+        assert sum(row["n"] for row in document["per_class"]["pgd"]) == 60
+        right = sum(round(row["accuracy"] * row["n"]) for row in document["per_class"]["pgd"])
+        assert right == round(document["attacks"]["pgd"]["accuracy"] * 60)
         for word in ("does the evaluation hold?", "McNemar", "accuracy against eps", "by class", "passed"):
             assert word in text
         assert "WARNING" not in text
         with Image.open("all.png") as image:
             assert image.format == "PNG"
             assert image.size[0] > 3 * 112
-        held = adversarial_file.read("all.npz")
-        assert held.adv.shape == (60, 1, 28, 28)
-        model = atmc.load("a.atmc", factory=sys.modules["assess_models"].build)
-        assert torch.equal(model(held.adv).argmax(1), held.predictions)
-        assert float((held.predictions == held.labels).float().mean()) == pytest.approx(
-            found["worst_case"]["accuracy"], abs=1e-6
+        examples = adversarial_file.read("all.npz")
+        assert examples.adv.shape == (60, 1, 28, 28)
+        model = atmc.load("a.atmc", factory=sys.modules["command_models"].build)
+        assert torch.equal(model(examples.adv).argmax(1), examples.predictions)
+        assert float((examples.predictions == examples.labels).float().mean()) == pytest.approx(
+            document["worst_case"]["accuracy"], abs=1e-6
         )
 
     def test_replay(self, here, capsys):
-        """The same model agrees with itself everywhere; another one does not; both say so."""
+        """The model attacked agrees with itself on every image, and another one does not."""
         options = ["--n", 40, "--no-checks"]
         assert run_evaluate("a.atmc", *options, "--save-examples", "replay.npz") == 0
         assert run_evaluate("a.atmc", *options, "--replay", "replay.npz", "--json", "same.json") == 0
@@ -139,8 +141,8 @@ class TestDone:
         assert "same prediction as the model attacked" in capsys.readouterr().out
 
     def test_a_failed_check_cannot_be_overlooked(self, capsys, here):
-        atmc.save(sys.modules["assess_models"].Probabilities(10), "soft.atmc", input_shape=(1, 28, 28))
-        assert run_evaluate("soft.atmc", "--n", 30, model="assess_models:Probabilities") == 0
+        atmc.save(sys.modules["command_models"].Probabilities(10), "soft.atmc", input_shape=(1, 28, 28))
+        assert run_evaluate("soft.atmc", "--n", 30, model="command_models:Probabilities") == 0
         text = capsys.readouterr().out
         assert "FAILED, DO NOT TRUST THESE FIGURES" in text
         assert "NOT TO BE TRUSTED" in text
@@ -150,14 +152,14 @@ class TestDone:
 
     def test_checkpoints(self, here, capsys):
         """Weights in other files; a zoo model by its name."""
-        model = atmc.load("a.atmc", factory=sys.modules["assess_models"].build)
+        model = atmc.load("a.atmc", factory=sys.modules["command_models"].build)
         torch.save(model.state_dict(), "a.pt")
         save_file(model.state_dict(), "a.safetensors")
-        found = []
+        attacks = []
         for name in ("a.atmc", "a.pt", "a.safetensors"):
             assert run_evaluate(name, "--n", 20, "--no-checks", "--json", "weights.json", "--overwrite") == 0
-            found.append(figures("weights.json")["attacks"])
-        assert found[0] == found[1] == found[2]
+            attacks.append(figures("weights.json")["attacks"])
+        assert attacks[0] == attacks[1] == attacks[2]
         assert "--model" in _error(capsys, "evaluate", "a.pt", "--data", "digits", "--threat", "linf:0.1")
         save_file(atmc.models.build("lenet", 10).state_dict(), "lenet.safetensors")
         assert run_evaluate("lenet.safetensors", "--n", 5, "--no-checks", model="lenet") == 0
@@ -172,17 +174,17 @@ class TestDone:
     def test_custom_pgd(self, here):
         options = ["--steps", 3, "--step-size", 0.02, "--restarts", 2, "--loss", "dlr", "--n", 20, "--no-checks"]
         assert run_evaluate("a.atmc", *options, "--json", "custom.json") == 0
-        found = figures("custom.json")["attacks"]["pgd"]
-        assert (found["steps"], found["step_size"], found["restarts"], found["loss"]) == (3, 0.02, 2, "dlr")
+        pgd = figures("custom.json")["attacks"]["pgd"]
+        assert (pgd["steps"], pgd["step_size"], pgd["restarts"], pgd["loss"]) == (3, 0.02, 2, "dlr")
 
     def test_certify(self, here, capsys):
         options = ["--n", 4, "--no-checks", "--certify", 0.25, "--certify-samples", 1000, "--json", "certify.json"]
         assert run_evaluate("a.atmc", *options, threat="l2:0.25") == 0
-        found = figures("certify.json")["smoothing"]
-        assert found["failure_probability"] == 0.001
-        assert found["n"] == 4
-        assert [point["radius"] for point in found["curve"]][:3] == [0, 0.0625, 0.125]
-        shares = [point["accuracy"] for point in found["curve"]]
+        certificate = figures("certify.json")["smoothing"]
+        assert certificate["failure_probability"] == 0.001
+        assert certificate["n"] == 4
+        assert [point["radius"] for point in certificate["curve"]][:3] == [0, 0.0625, 0.125]
+        shares = [point["accuracy"] for point in certificate["curve"]]
         assert shares == sorted(shares, reverse=True)
         assert "accuracy certified by smoothing" in capsys.readouterr().out
 
@@ -196,12 +198,12 @@ def _error(capsys: pytest.CaptureFixture[str], *arguments: object) -> str:
 class TestResume:
     OPTIONS = ("--attack", "pgd-strong,apgd-ce", "--n", 60, "--batch-size", 10, "--no-checks", "--save-examples")
 
-    def test_killed_and_gone_on(self, here, monkeypatch):
-        """SIGKILL in the middle; --resume ends in the figures and images of an undisturbed run."""
+    def test_killed_and_resumed(self, here, monkeypatch):
+        """After SIGKILL in the middle, --resume ends in the figures and images of an undisturbed run."""
         assert run_evaluate("a.atmc", *self.OPTIONS, "whole.npz", "--json", "whole.json") == 0
         code = "from atmc.cli.main import main; from atmc.evaluation import evaluate; evaluate.SAVE_EVERY = 0.0; main()"
         command = [sys.executable, "-c", code, "evaluate", "a.atmc", "--data", "digits", "--threat", "linf:0.05"]
-        command += ["--model", "assess_models:build", *map(str, self.OPTIONS), "cut.npz", "--json", "cut.json"]
+        command += ["--model", "command_models:build", *map(str, self.OPTIONS), "cut.npz", "--json", "cut.json"]
         environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": f"{here}:{os.environ.get('PYTHONPATH', '')}"}
         victim = subprocess.Popen(command, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
         deadline = time.monotonic() + 60
@@ -222,8 +224,8 @@ class TestResume:
     @pytest.mark.parametrize(
         ("module", "function", "count"), [(curves, "at_steps", len(curves.STEPS)), (smoothing, "certify_radius", 12)]
     )
-    def test_curves_and_certificate_go_on(self, here, monkeypatch, capsys, module, function, count):
-        """Interrupted in the middle of either: nothing that was measured before is measured again."""
+    def test_curves_and_certificate_continue(self, here, monkeypatch, capsys, module, function, count):
+        """Nothing that was measured before an interruption is measured again."""
         asked = ["--against", "b.atmc", "--n", 12, "--curves", 10, "--certify", 0.1, "--certify-samples", 200]
         asked += ["--no-checks", "--json"]
         monkeypatch.setattr(partial_results, "SAVE_EVERY", 0.0)
@@ -249,21 +251,21 @@ class TestResume:
         assert len(calls) == 4 + count - 3
         assert list(here.glob(f"{cut}*")) == [here / cut]
 
-    def test_what_a_kill_left_is_not_thrown_away(self, here, capsys):
-        """Neither by a wrong name beside --overwrite nor by --resume without what it belongs to."""
+    def test_states_are_not_deleted_by_mistake(self, here, capsys):
+        """Neither by --overwrite with a wrong name, nor by --resume without the option that the state belongs to."""
         state = here / "z.json.against.state"
-        state.write_bytes(b"dear")
+        state.write_bytes(b"a state")
         asked = ["--n", 5, "--no-checks", "--json", "z.json"]
         refused(capsys, "missing.atmc", *asked, "--overwrite")
-        said = refused(capsys, "a.atmc", *asked, "--against", "missing.atmc", "--overwrite")
-        assert "missing.atmc" in said
+        message = refused(capsys, "a.atmc", *asked, "--against", "missing.atmc", "--overwrite")
+        assert "missing.atmc" in message
         assert "is not asked for now" in refused(capsys, "a.atmc", *asked, "--resume")
-        assert state.read_bytes() == b"dear"
+        assert state.read_bytes() == b"a state"
         assert run_evaluate("a.atmc", *asked, "--overwrite") == 0
         assert not state.exists()
 
-    def test_more_may_be_asked_for_when_going_on(self, here, monkeypatch):
-        """Certified radii stay where curves come to them; other numbers of samples are measured anew."""
+    def test_options_may_be_added_with_resume(self, here, monkeypatch):
+        """Certified radii are kept if curves are added; with another number of samples they are measured again."""
         asked = ["--n", 3, "--no-checks", "--certify", 0.1, "--json", "w.json"]
         measure, calls = smoothing.certify_radius, []
 
@@ -284,25 +286,25 @@ class TestResume:
     def test_a_state_of_other_curves(self, here, capsys):
         state = here / "y.json.parts.state"
         asked = ["a.atmc", "--n", 5, "--curves", 5, "--no-checks", "--json", "y.json", "--resume"]
-        for text, said in (
+        for text, message in (
             ('{"mark": "another", "parts": {}}', "is of another measurement"),
             ('{"parts": {}}', "is not the state of a measurement"),
             ("[]", "is not the state of a measurement"),
             ("rubbish", "is not the state of a measurement"),
         ):
             state.write_text(text)
-            assert said in refused(capsys, *asked)
+            assert message in refused(capsys, *asked)
             assert not (here / "y.json").exists()
 
-    def test_nothing_is_judged_twice(self, here):
-        """Going on really goes on: a finished attack in the state is not run again, whatever its verdicts say."""
-        model = atmc.load("a.atmc", factory=sys.modules["assess_models"].build)
+    def test_a_finished_attack_is_not_run_again(self, here):
+        """Its verdicts are those of the state, whatever they are."""
+        model = atmc.load("a.atmc", factory=sys.modules["command_models"].build)
         test = atmc.load_data("digits").test
         options = evaluate.EvaluationOptions(attacks=("pgd",), n=20, checks=False, state=here / "state")
         events = evaluate.run_evaluation(model, test, "linf:0.05", options)
         next(events)
         stored = Verdicts.fresh(test, 20, keep=False)
-        stored.start = 20  # all judged, all wrong
+        stored.start = 20  # all finished, all wrong
         events.close()
         mark = None
         original = resume.compute_fingerprint
@@ -318,13 +320,13 @@ class TestResume:
         resume.write_state(
             here / "x.json.state", {"pgd": ("another", Verdicts.fresh(atmc.load_data("digits").test, 5, keep=False))}
         )
-        said = refused(capsys, "a.atmc", "--n", 5, "--no-checks", "--json", "x.json")
-        assert "holds an unfinished evaluation: add --resume to continue it or --overwrite" in said
-        said = refused(capsys, "a.atmc", "--n", 5, "--no-checks", "--json", "x.json", "--resume")
-        assert "is of another evaluation" in said
+        message = refused(capsys, "a.atmc", "--n", 5, "--no-checks", "--json", "x.json")
+        assert "holds an unfinished evaluation: add --resume to continue it or --overwrite" in message
+        message = refused(capsys, "a.atmc", "--n", 5, "--no-checks", "--json", "x.json", "--resume")
+        assert "is of another evaluation" in message
         (here / "x.json.state").write_bytes(b"rubbish")
-        said = refused(capsys, "a.atmc", "--n", 5, "--no-checks", "--json", "x.json", "--resume")
-        assert "is not the state of an evaluation" in said
+        message = refused(capsys, "a.atmc", "--n", 5, "--no-checks", "--json", "x.json", "--resume")
+        assert "is not the state of an evaluation" in message
         assert run_evaluate("a.atmc", "--n", 5, "--no-checks", "--json", "x.json", "--overwrite") == 0
         assert "--resume needs --json" in refused(capsys, "a.atmc", "--resume")
 
@@ -351,6 +353,197 @@ class TestResume:
         assert resume.compute_fingerprint(model, test, 20, seed=0) in marks
 
 
+class TestSeveralFiles:
+    OPTIONS = ("--attack", "pgd,fgsm", "--n", 20, "--no-checks")
+
+    def several(self, folder: object, *options: object) -> list[object]:
+        return ["evaluate", "a.atmc", "b.atmc", "runs/c/model.atmc", *command_of("", *self.OPTIONS)[2:], *options,
+                "--json", folder]  # fmt: skip
+
+    @pytest.fixture(autouse=True)
+    def run_folder(self, here):
+        (here / "runs" / "c").mkdir(parents=True, exist_ok=True)
+        (here / "runs" / "c" / "model.atmc").write_bytes((here / "a.atmc").read_bytes())
+
+    def test_each_has_its_figures_and_all_a_summary(self, here, capsys):
+        assert call(*self.several("each")) == 0
+        text = capsys.readouterr().out
+        assert sorted(path.name for path in (here / "each").iterdir()) == ["a.json", "b.json", "c.json"]
+        for name in ("a", "b"):
+            assert run_evaluate(f"{name}.atmc", *self.OPTIONS, "--json", "alone.json", "--overwrite") == 0
+            assert {**figures("alone.json"), "seconds": 0} == {**figures(f"each/{name}.json"), "seconds": 0}
+        summary = text[text.index("all models") :]
+        for file, accuracy in (("b.atmc", figures("each/b.json")["clean"]), ("runs/c/model.atmc", None)):
+            assert file in summary
+            assert accuracy is None or f"{accuracy['accuracy']:.2%}" in summary
+        assert "not run" in summary
+
+    def test_one_file_into_a_folder(self, here):
+        (here / "one").mkdir()
+        assert run_evaluate("a.atmc", *self.OPTIONS, "--json", "one") == 0
+        assert [path.name for path in (here / "one").iterdir()] == ["a.json"]
+
+    def test_an_interrupted_call_continues(self, here, monkeypatch, capsys):
+        """Finished files are not evaluated again, the unfinished one from its state, the others from the start."""
+        assert call(*self.several("whole")) == 0
+        run_protocol, attacks = evaluate.run_protocol, []
+
+        def interrupted(*arguments, **options):
+            attacks.append(arguments[2].attack)
+            if len(attacks) == 4:  # fgsm on the second file
+                raise KeyboardInterrupt
+            return run_protocol(*arguments, **options)
+
+        monkeypatch.setattr(evaluate, "run_protocol", interrupted)
+        assert call(*self.several("cut")) == 1
+        assert sorted(path.name for path in (here / "cut").iterdir()) == ["a.json", "b.json.state"]
+        before = (here / "cut" / "a.json").read_bytes()
+        assert "a.json exists: add --overwrite" in commands.refused(capsys, *self.several("cut"))
+        assert call(*self.several("cut", "--resume")) == 0
+        assert "all models" in capsys.readouterr().out
+        assert (here / "cut" / "a.json").read_bytes() == before
+        assert attacks[4:] == [
+            "pgd",
+            "fgsm",
+            "pgd",
+            "fgsm",
+        ]  # of the second file, from its state, and the third
+        for name in ("a", "b", "c"):
+            one, two = (figures(f"{folder}/{name}.json") for folder in ("whole", "cut"))
+            assert {**one, "seconds": 0} == {**two, "seconds": 0}
+        assert not list((here / "cut").glob("*.state"))
+
+    def test_only_the_same_request_is_finished(self, here, capsys):
+        folder = here / "same"
+        assert call(*self.several(folder)) == 0
+        attack_again = [*self.several(folder, "--resume"), "--n", 10]
+        message = commands.refused(capsys, *attack_again)
+        assert "a.json is of another evaluation (n was 20, is 10): add --overwrite to replace it" in message
+        assert call(*attack_again, "--overwrite") == 0
+        assert figures(folder / "c.json")["attacks"]["pgd"]["n"] == 10
+        (here / "runs" / "c" / "model.atmc").write_bytes((here / "b.atmc").read_bytes())
+        assert "c.json is of another evaluation (file was" in commands.refused(capsys, *attack_again)
+        (folder / "c.json").write_text("mine")
+        assert "c.json exists: add --overwrite" in commands.refused(capsys, *attack_again)
+
+    @pytest.mark.parametrize(
+        ("files", "names"),
+        [
+            (["a.atmc", "x/b.atmc", "c.pt"], ["a", "b", "c.pt"]),
+            (["runs/a/model.atmc", "runs/b/model.atmc"], ["a", "b"]),
+            (["mnist/a/model.atmc", "digits/a/model.atmc", "b.atmc"], ["mnist-a", "digits-a", "b"]),
+            (["x/a.atmc", "x/a/model.atmc", "y/a.atmc", "y/x/a.atmc"], None),
+            (["1/x/a.atmc", "2/x/a.atmc", "x/b.atmc"], ["1-x-a", "2-x-a", "b"]),
+        ],
+    )
+    def test_names(self, files, names):
+        if names is None:
+            with pytest.raises(ValueError, match=r"x/a\.atmc and x/a/model\.atmc would be written to the same file"):
+                name_files(list(map(Path, files)))
+        else:
+            assert name_files(list(map(Path, files))) == names
+
+    @pytest.mark.parametrize(
+        ("options", "message"),
+        [
+            (["a.atmc", "a.atmc"], "a.atmc and a.atmc would be written to the same file"),
+            (["a.atmc", "missing.atmc"], "missing.atmc: No such file"),
+            (["a.atmc", "b.atmc", "--save-examples", "x.npz"], "evaluate one file at a time"),
+            (["a.atmc", "b.atmc", "--gallery", "x.png"], "evaluate one file at a time"),
+            (["a.atmc", "b.atmc", "--json", "b.atmc", "--overwrite"], "b.atmc is a file: give a folder"),
+            (["a.atmc", "b.atmc", "--json", "no/folder"], "there is no folder no"),
+        ],
+    )
+    def test_refused(self, here, capsys, monkeypatch, options, message):
+        def attacked(*_, **__):
+            raise AssertionError("attacked first")
+
+        monkeypatch.setattr(evaluate, "run_protocol", attacked)
+        options = options if "--json" in options else [*options, "--json", "refused"]
+        assert message in commands.refused(capsys, *command_of(options[0], *options[1:]))
+        assert not (here / "refused").exists()
+
+
+class TestAfter:
+    """Attacks on the images that a first attack left: our own attacks give the worst case, image by image."""
+
+    def verdicts(self, **options: object) -> dict[str, torch.Tensor]:
+        test = atmc.load_data("digits").test
+        report = atmc.evaluate(trained(), test, threat="linf:0.05", n=80, checks=False, **options)
+        return {name: accuracy.right for name, accuracy in report.attacks.items()}
+
+    @pytest.mark.parametrize(("first", "second"), [("pgd", "pgd-strong"), ("pgd-strong", "pgd"), ("fgsm", "pgd")])
+    def test_the_worst_case_of_both(self, first, second):
+        whole = self.verdicts(attack=[first, second])
+        after = self.verdicts(attack=second, after=first)
+        assert list(after) == [first, second]
+        assert torch.equal(after[first], whole[first])
+        assert torch.equal(after[second], whole[first] & whole[second])
+        assert 0 < int(after[second].sum()) < 80
+
+    def test_only_what_was_left_is_attacked(self):
+        options = evaluate.EvaluationOptions(attacks=("apgd-ce",), after="pgd-strong", n=80, checks=False)
+        attacked = 0
+        for event in evaluate.run_evaluation(trained(), atmc.load_data("digits").test, "linf:0.05", options):
+            if isinstance(event, BatchAttacked) and event.attack == "apgd-ce":
+                attacked = max(attacked, event.verdicts.done)
+        first, second = event.attacks["pgd-strong"].right, event.attacks["apgd-ce"].right
+        assert attacked == int(first.sum())
+        assert not bool((second & ~first).any())
+
+    def test_the_command_says_so(self, here, capsys):
+        options = ["--attack", "autoattack", "--after", "pgd", "--n", 30, "--no-checks", "--json", "after.json"]
+        assert run_evaluate("a.atmc", *options) == 0
+        attacks = figures("after.json")["attacks"]
+        assert list(attacks) == ["pgd", "autoattack"]
+        assert "survivors_of" not in attacks["pgd"]
+        assert attacks["autoattack"]["survivors_of"] == "pgd"
+        assert attacks["autoattack"]["n"] == 30
+        assert max(attacks["autoattack"]["after"].values()) <= attacks["pgd"]["accuracy"]
+        assert figures("after.json")["worst_case"]["accuracy"] == attacks["autoattack"]["accuracy"]
+
+    def test_images_that_the_first_attack_did_not_see(self):
+        """They are attacked."""
+        test = atmc.load_data("digits").test
+        n = {"fgsm": 30, "pgd": 60}
+        after = atmc.evaluate(trained(), test, threat="linf:0.05", attack="pgd", after="fgsm", n=n, checks=False)
+        whole = atmc.evaluate(trained(), test, threat="linf:0.05", attack=["pgd", "fgsm"], n=n, checks=False)
+        assert torch.equal(after.attacks["pgd"].right[30:], whole.attacks["pgd"].right[30:])
+        assert torch.equal(
+            after.attacks["pgd"].right[:30], whole.attacks["pgd"].right[:30] & whole.attacks["fgsm"].right
+        )
+
+    def test_an_interrupted_one_continues(self, here, monkeypatch):
+        options = ["--attack", "pgd-strong", "--after", "fgsm", "--n", 60, "--batch-size", 10, "--no-checks", "--json"]
+        assert run_evaluate("a.atmc", *options, "after-whole.json") == 0
+        run_protocol, batches = evaluate.run_protocol, []
+
+        def interrupted(*arguments, **options):
+            for event in run_protocol(*arguments, **options):
+                yield event
+                batches.append(event)
+                if len(batches) == 10:
+                    raise KeyboardInterrupt
+
+        monkeypatch.setattr(evaluate, "run_protocol", interrupted)
+        monkeypatch.setattr(evaluate, "SAVE_EVERY", 0.0)
+        assert run_evaluate("a.atmc", *options, "after-cut.json") == 1
+        assert batches[-1].attack == "pgd-strong"
+        assert run_evaluate("a.atmc", *options, "after-cut.json", "--resume") == 0
+        assert figures("after-cut.json")["attacks"] == figures("after-whole.json")["attacks"]
+
+    @pytest.mark.parametrize(
+        ("options", "message"),
+        [
+            (["--after", "pgdstrong"], "did you mean 'pgd-strong'"),
+            (["--after", "pgd"], "expected an attack to run after 'pgd'"),
+            (["--after", "cw"], "attack 'cw' exists for l2 only"),
+        ],
+    )
+    def test_refused(self, here, capsys, options, message):
+        assert message in refused(capsys, "a.atmc", *options)
+
+
 class TestRefused:
     @pytest.mark.parametrize(
         ("options", "message"),
@@ -358,7 +551,7 @@ class TestRefused:
             (["--attack", "cw"], "attack 'cw' exists for l2 only, the threat is linf:0.05"),
             (["--attack", "autoatack"], "did you mean 'autoattack'?"),
             (["--attack", "pgd,pgd"], "each attack once"),
-            (["--attack", "square", "--restarts", "3"], "are of pgd, which is not among"),
+            (["--attack", "square", "--restarts", "3"], "are for pgd and pgd-strong, the attacks are square"),
             (["--time", "0"], "expected a time > 0 seconds"),
             (["--batch-size", "0"], "batch_size >= 1"),
             (["--curves", "0"], "at least 1 image for the curves"),
@@ -390,15 +583,15 @@ class TestRefused:
         assert message in refused(capsys, "a.atmc", threat=threat)
 
     def test_a_file_for_another_size(self, here, capsys):
-        """Also where the model would take the images all the same, as this one."""
-        said = refused(capsys, "small.atmc")
-        assert "small.atmc is for images of shape (1, 14, 56) and does not take images of shape (1, 28, 28)" in said
+        """It is refused even if the model would take the images, as this one."""
+        message = refused(capsys, "small.atmc")
+        assert "small.atmc is for images of shape (1, 14, 56) and does not take images of shape (1, 28, 28)" in message
         assert "small.atmc is for images of shape" in refused(capsys, "a.atmc", "--n", 2, "--against", "small.atmc")
 
     def test_examples_of_another_size(self, here, capsys):
-        about = {"adv": np.zeros((2, 1, 9, 9), np.float32), "about": np.array("{}")}
+        images = {"adv": np.zeros((2, 1, 9, 9), np.float32), "about": np.array("{}")}
         rest = {name: np.zeros(2, np.int64) for name in ("labels", "predictions")}
-        np.savez("nine.npz", **about, **rest, fooled=np.zeros(2, bool))
+        np.savez("nine.npz", **images, **rest, fooled=np.zeros(2, bool))
         assert "nine.npz holds images of shape (1, 9, 9)" in refused(capsys, "a.atmc", "--replay", "nine.npz")
 
     def test_no_images_and_strange_labels(self, here):

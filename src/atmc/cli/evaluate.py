@@ -85,7 +85,6 @@ def evaluate(
     """Measure the accuracy of models, clean and under attack, on a test split, and check the attacks."""
     from atmc.cli.live import LiveLine
     from atmc.commands import evaluate as evaluation
-    from atmc.evaluation.attacks import Custom
     from atmc.evaluation.evaluate import EvaluationOptions
     from atmc.robust.threats import parse_threat
 
@@ -93,7 +92,10 @@ def evaluate(
         attacks=tuple(split_names(attack)),
         after=after,
         n=n,
-        custom=Custom(steps, step_size, restarts, loss),
+        steps=steps,
+        step_size=step_size,
+        restarts=restarts,
+        loss=loss,
         seed=seed,
         checks=checks,
         batch_size=batch_size,

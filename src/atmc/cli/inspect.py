@@ -20,9 +20,9 @@ def inspect(
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON instead of a table.")] = False,
 ) -> None:
     """Show what is in a model file, tensor by tensor, byte by byte."""
-    from atmc.pack.inspect import inspection
+    from atmc.pack.inspect import inspect_file
 
-    contents = inspection(file)
+    contents = inspect_file(file)
     if as_json:
         print(json.dumps(contents, indent=1))
     else:
@@ -33,7 +33,7 @@ def inspection_table(contents: Mapping[str, Any], *, narrow: bool = False) -> Ta
     """Return the table of a model file's tensors; a narrow one shows only the sum of each tensor's bytes.
 
     Args:
-        contents: what `pack.inspect.inspection` returns.
+        contents: what `pack.inspect.inspect_file` returns.
     """
     meta, totals = contents["metadata"], contents["totals"]
     name, threat = meta["model"].get("name") or "own class", meta.get("threat") or "unknown"

@@ -22,8 +22,8 @@ from atmc.core.version import __version__
 from atmc.data import Data, Images, load_data
 from atmc.evaluation import adversarial_file, resume, smoothing
 from atmc.evaluation.accuracy import BatchAttacked
+from atmc.evaluation.checks import Check
 from atmc.evaluation.evaluate import EvaluationOptions, Report, run_evaluation
-from atmc.evaluation.suspect import Check
 from atmc.pack.artifact import LoadedModel
 from atmc.report.gallery import chosen, gallery
 from atmc.robust.threats import Threat
