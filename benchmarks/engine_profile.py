@@ -24,7 +24,7 @@ from engines import CASES, ROOT, Case, sparse, update
 import atmc
 from atmc.deploy.engine.engine import Engine
 from atmc.deploy.engine.program import KINDS, VECTOR, Program
-from atmc.deploy.engine.sparse import SparseNetwork, aligned
+from atmc.deploy.engine.sparse import SparseNetwork, allocate_aligned, open_kernel
 
 ROUNDS, RUNS = 15, 20
 
@@ -32,12 +32,12 @@ ROUNDS, RUNS = 15, 20
 def seconds(network: SparseNetwork, program: Program, images: np.ndarray) -> list[float]:
     """Of the first k operations, k = 0, 1, ...; they take turns."""
     parts = [replace(program, ops=program.ops[:count].copy()) for count in range(len(program.ops) + 1)]
-    arena, logits = aligned(program.arena_floats), np.empty((1, program.classes), np.float32)
-    team = network._together.team
+    arena, logits = allocate_aligned(program.arena_floats), np.empty((1, program.classes), np.float32)
+    kernel, _ = open_kernel()
     found: list[list[float]] = [[] for _ in parts]
     for _ in range(ROUNDS):
         for part, times in zip(parts, found, strict=True):
-            call = team.bind(part, arena, images, logits)
+            call = kernel.bind(part, arena, images, logits)
             call()
             start = time.perf_counter()
             for _ in range(RUNS):
@@ -75,7 +75,7 @@ def profiled(case: Case) -> dict[str, Any]:
         for name, value in (("ops", 1), ("us", 1e6 * (now - last)), ("macs", macs), ("done", done)):
             row[name] += value
     ends = {"call_us": 1e6 * times[0], "total_us": 1e6 * times[-1]}
-    return {"kernel": network.kernel, **ends, "rows": list(rows.values())}
+    return {"kernel": network.kernel_name, **ends, "rows": list(rows.values())}
 
 
 def main() -> None:

@@ -1,4 +1,4 @@
-"""Small random networks as graphs, of every operation there is; for tests of what runs graphs."""
+"""Small random networks as graphs, with every operation, for tests of what runs graphs."""
 
 from __future__ import annotations
 
@@ -18,24 +18,24 @@ from atmc.deploy.graph.graph import (
     Node,
     Op,
     Relu,
-    evaluate,
+    run_graph,
 )
 
 Rng = np.random.Generator
 
 
 def floats(rng: Rng, *shape: int, density: float = 1.0) -> np.ndarray:
-    """Normal values, of which so large a part are not zero."""
+    """Draw normal values, of which a part `density` is not zero."""
     return np.where(rng.random(shape) < density, rng.standard_normal(shape), 0).astype(np.float32)
 
 
 def chain(input_shape: tuple[int, int, int], *ops: Op) -> Graph:
-    """One operation after the other."""
+    """Build the graph of operations in sequence."""
     return Graph(input_shape, tuple(Node(op, (index,)) for index, op in enumerate(ops)))
 
 
-def ended(graph: Graph, seed: int = 0, classes: int = 5) -> Graph:
-    """With a linear layer at its end."""
+def with_classifier(graph: Graph, seed: int = 0, classes: int = 5) -> Graph:
+    """Add a linear layer at the end."""
     shape = graph.shapes()[-1]
     linear = Linear(floats(np.random.default_rng(seed), classes, int(np.prod(shape))), np.ones(classes, np.float32))
     at = len(graph.nodes)
@@ -43,7 +43,7 @@ def ended(graph: Graph, seed: int = 0, classes: int = 5) -> Graph:
 
 
 def random_conv(rng: Rng, shape: tuple[int, ...], outputs: int | None = None) -> Conv:
-    """One that fits an image of that shape; with `outputs`, one that keeps its height and width."""
+    """Draw a convolution that fits images of a shape; with `outputs`, one that keeps their height and width."""
     c, h, w = shape
     density = float(rng.choice([0, 0.1, 0.5, 1], p=[0.05, 0.45, 0.3, 0.2]))
     groups = int(rng.choice([g for g in range(1, c + 1) if c % g == 0 and (outputs or g) % g == 0]))
@@ -71,7 +71,7 @@ def random_pool(rng: Rng, shape: tuple[int, ...]) -> MaxPool | AvgPool:
 
 
 def random_graph(seed: int) -> Graph:
-    """Convolutions, sums, affines, activations and pools as they come, then linear layers."""
+    """Draw convolutions, sums, affines, activations and pools in random order, then linear layers."""
     rng = np.random.default_rng(seed)
     input_shape = int(rng.choice([1, 3, 4])), *_pair(rng.integers(1, 14, 2))
     nodes: list[Node] = []
@@ -108,7 +108,7 @@ def random_graph(seed: int) -> Graph:
 
 
 def _with_features(trunk: Graph, rng: Rng) -> Graph:
-    """With linear layers and the like behind it."""
+    """Add random linear layers, affines, activations and sums."""
     nodes, x, width = list(trunk.nodes), len(trunk.nodes), trunk.shapes()[-1][0]
 
     def add(op: Op, *values: int) -> int:
@@ -135,14 +135,14 @@ def images_of(graph: Graph, n: int, seed: int = 0) -> np.ndarray:
 
 
 def logits_of(graph: Graph, images: np.ndarray) -> np.ndarray:
-    """By PyTorch, in double precision."""
-    return evaluate(graph, torch.from_numpy(images).double()).numpy()
+    """Compute the logits by PyTorch, in double precision."""
+    return run_graph(graph, torch.from_numpy(images).double()).numpy()
 
 
-def distance(found: np.ndarray, expected: np.ndarray) -> float:
-    """The greatest difference, in units of the largest logit."""
-    assert found.shape == expected.shape
-    return float(np.abs(found - expected).max() / np.abs(expected).max())
+def distance(actual: np.ndarray, expected: np.ndarray) -> float:
+    """Return the largest difference, in units of the largest logit."""
+    assert actual.shape == expected.shape
+    return float(np.abs(actual - expected).max() / np.abs(expected).max())
 
 
 def conv(outputs: int, inputs: int, *kernel: int, density: float = 0.3, **rest: object) -> Conv:
@@ -168,9 +168,9 @@ def _branches() -> dict[str, Graph]:
     linear = Linear(floats(np.random.default_rng(0), 5, 12), np.ones(5, np.float32))
     unread = Node(Flatten(), (0,)), Node(linear, (1,)), Node(Relu(), (1,)), Node(Relu(), (2,))
     return {
-        "fork": ended(Graph((3, 7, 6), fork)),
-        "strided fork": ended(Graph((3, 7, 6), strided)),
-        "an operation that nobody reads": Graph((3, 2, 2), unread),
+        "fork": with_classifier(Graph((3, 7, 6), fork)),
+        "strided fork": with_classifier(Graph((3, 7, 6), strided)),
+        "an operation that is not read": Graph((3, 2, 2), unread),
     }
 
 
@@ -178,17 +178,25 @@ def _geometries() -> dict[str, Graph]:
     pairs, overlapping = MaxPool((2, 2), (2, 2)), MaxPool((3, 3), (1, 1), (1, 1))
     dilated = conv(4, 2, 3, 3, padding=(6, 6), dilation=(6, 6), density=1)
     return {
-        "one pixel": ended(chain((3, 1, 1), conv(4, 3, 3, 3, padding=(1, 1)), Relu(), conv(4, 4, 1, 1))),
-        "one pixel strided": ended(chain((3, 1, 1), conv(4, 3, 3, 3, padding=(1, 1), stride=(2, 2), density=1))),
-        "one column": ended(chain((2, 9, 1), conv(4, 2, 3, 3, padding=(1, 1)), MaxPool((2, 1), (2, 1)))),
-        "kernel beyond the image": ended(chain((2, 3, 2), conv(4, 2, 9, 11, padding=(4, 5)), conv(3, 4, 3, 1))),
-        "dilated beyond the image": ended(chain((2, 4, 4), dilated)),
-        "padding beyond the kernel": ended(chain((2, 4, 3), conv(4, 2, 1, 3, padding=(3, 4), density=1), Relu())),
-        "stride beyond the kernel": ended(chain((2, 13, 14), conv(4, 2, 2, 1, stride=(5, 4), density=1))),
-        "depthwise": ended(chain((6, 9, 9), conv(6, 1, 3, 3, density=1, padding=(1, 1), groups=6), Relu(6.0))),
-        "global average of a large image": ended(chain((2, 70, 61), GlobalAvgPool(), Relu())),
-        "long streams": ended(chain((2, 60, 60), conv(3, 2, 3, 3, padding=(1, 1)), pairs)),
-        "wide rows": ended(chain((2, 3, 90), pairs, conv(3, 2, 1, 3), overlapping)),
+        "one pixel": with_classifier(chain((3, 1, 1), conv(4, 3, 3, 3, padding=(1, 1)), Relu(), conv(4, 4, 1, 1))),
+        "one pixel strided": with_classifier(
+            chain((3, 1, 1), conv(4, 3, 3, 3, padding=(1, 1), stride=(2, 2), density=1))
+        ),
+        "one column": with_classifier(chain((2, 9, 1), conv(4, 2, 3, 3, padding=(1, 1)), MaxPool((2, 1), (2, 1)))),
+        "kernel beyond the image": with_classifier(
+            chain((2, 3, 2), conv(4, 2, 9, 11, padding=(4, 5)), conv(3, 4, 3, 1))
+        ),
+        "dilated beyond the image": with_classifier(chain((2, 4, 4), dilated)),
+        "padding beyond the kernel": with_classifier(
+            chain((2, 4, 3), conv(4, 2, 1, 3, padding=(3, 4), density=1), Relu())
+        ),
+        "stride beyond the kernel": with_classifier(chain((2, 13, 14), conv(4, 2, 2, 1, stride=(5, 4), density=1))),
+        "depthwise": with_classifier(
+            chain((6, 9, 9), conv(6, 1, 3, 3, density=1, padding=(1, 1), groups=6), Relu(6.0))
+        ),
+        "global average of a large image": with_classifier(chain((2, 70, 61), GlobalAvgPool(), Relu())),
+        "long streams": with_classifier(chain((2, 60, 60), conv(3, 2, 3, 3, padding=(1, 1)), pairs)),
+        "wide rows": with_classifier(chain((2, 3, 90), pairs, conv(3, 2, 1, 3), overlapping)),
     }
 
 
@@ -199,12 +207,12 @@ def _values() -> dict[str, Graph]:
     odd = chain((3, 8, 8), conv(7, 3, 3, 3, density=1), conv(9, 7, 3, 3, density=1))
     return {
         "only images": chain((3, 2, 2), Flatten()),
-        "empty rows": ended(chain((3, 8, 8), hollow, Relu(), conv(5, 6, 3, 3))),
-        "all zero": ended(chain((3, 8, 8), conv(5, 3, 3, 3, density=0, padding=(2, 2)), conv(5, 5, 3, 3))),
+        "empty rows": with_classifier(chain((3, 8, 8), hollow, Relu(), conv(5, 6, 3, 3))),
+        "all zero": with_classifier(chain((3, 8, 8), conv(5, 3, 3, 3, density=0, padding=(2, 2)), conv(5, 5, 3, 3))),
         "all zero linear": chain((1, 2, 2), Flatten(), Linear(np.zeros((3, 4), np.float32), floats(rng, 3))),
-        "normalized": ended(chain((3, 8, 8), normalization, conv(4, 3, 3, 3, padding=(1, 1)))),
+        "normalized": with_classifier(chain((3, 8, 8), normalization, conv(4, 3, 3, 3, padding=(1, 1)))),
         "activated flatten": chain((2, 3, 3), conv(4, 2, 3, 3, density=1), Flatten(), Relu(), Relu(0.1)),
-        "dense, an odd number of outputs": ended(odd),
+        "dense, an odd number of outputs": with_classifier(odd),
     }
 
 

@@ -14,8 +14,8 @@ import torch
 
 import atmc
 from atmc.data import load_data
-from atmc.deploy.graph.graph import evaluate
-from atmc.deploy.graph.simplify import simplify_report
+from atmc.deploy.graph.graph import run_graph
+from atmc.deploy.graph.simplify import simplify_with_report
 from atmc.pack import artifact
 from atmc.robust.attacks import pgd
 
@@ -37,7 +37,7 @@ def row(file: Path, images: torch.Tensor | None, labels: torch.Tensor) -> str:
     """A line of the table; images (n, c, h, w) to compare on, if any."""
     loaded = artifact.open(file)
     model = loaded.model
-    found = simplify_report(model, loaded.input_shape, loaded.factors)
+    found = simplify_with_report(model, loaded.input_shape, loaded.factors)
     before, after = (
         sum(getattr(layer, f"channels_{when}")[0] for layer in found.layers) for when in ("before", "after")
     )
@@ -47,7 +47,7 @@ def row(file: Path, images: torch.Tensor | None, labels: torch.Tensor) -> str:
         adv = pgd(model, images, labels, atmc.Linf(0.1), steps=4, step_size=0.05)
         with torch.no_grad():
             both = torch.cat((images, adv))
-            ours, theirs = evaluate(found.graph, both), model(both)
+            ours, theirs = run_graph(found.graph, both), model(both)
         same = int((ours.argmax(1) == theirs.argmax(1)).sum())
         compared = f"{float((ours - theirs).abs().max() / theirs.abs().max()):.1g} | {same:,} of {len(both):,} |"
     name, work = "/".join(file.parts[-3:-1]), f"{found.macs_before:,} → {found.macs_after:,}"

@@ -15,14 +15,14 @@ import torch
 from rich.console import Console
 
 import atmc
-from atmc.cli.bench_display import bench_tables
+from atmc.cli.bench_tables import bench_tables
 from atmc.cli.main import main
 from atmc.commands.bench import bench, inputs, worker
 from atmc.commands.bench.figures import comparison, milliseconds, summary, times_as, verdict
 from atmc.commands.bench.worker import KINDS, TINY_SHAPE, Files, Kind, Worker, tiny
 from atmc.deploy.engine import dense
 from atmc.deploy.export import onnx_export
-from atmc.deploy.graph.graph import evaluate
+from atmc.deploy.graph.graph import run_graph
 from atmc.deploy.graph.simplify import simplify
 
 IMAGES = np.random.default_rng(0).random((5, 1, 28, 28), np.float32)
@@ -58,37 +58,37 @@ def error(logits, expected):
 @pytest.mark.parametrize("channels_last", [False, True])
 def test_torch_runs_a_module_and_gives_its_threads_back(pruned, expected, channels_last):
     before = torch.get_num_threads()
-    assert error(dense.run_torch(pruned, before + 1, channels_last=channels_last)(IMAGES), expected) < 1e-5
+    assert error(dense.open_torch(pruned, before + 1, channels_last=channels_last)(IMAGES), expected) < 1e-5
     assert torch.get_num_threads() == before
 
 
 def test_onnxruntime_in_float32_and_in_int8(pruned, expected):
     model = onnx_export.to_bytes(simplify(pruned))
-    assert error(onnx_export.runner(model, 1)(IMAGES), expected) < 1e-5
-    int8 = dense.quantized(model, IMAGES)
-    assert 1e-4 < error(onnx_export.runner(int8, 1)(IMAGES), expected) < 0.1
+    assert error(onnx_export.open_runtime(model, 1)(IMAGES), expected) < 1e-5
+    int8 = dense.quantize_int8(model, IMAGES)
+    assert 1e-4 < error(onnx_export.open_runtime(int8, 1)(IMAGES), expected) < 0.1
     weights = [tensor.data_type for tensor in onnx.load_from_string(int8).graph.initializer if len(tensor.dims) > 1]
     assert weights == [onnx.TensorProto.INT8] * 4
 
 
 def test_openvino_in_float32_and_in_its_own_precision(pruned, expected):
     model = onnx_export.to_bytes(simplify(pruned))
-    exact = dense.run_openvino(model, 1, precision="f32")
+    exact = dense.open_openvino(model, 1, precision="f32")
     for images, logits in ((IMAGES, expected), (IMAGES[:1], expected[:1]), (IMAGES, expected)):
         assert error(exact(images), logits) < 1e-5
-    assert error(dense.run_openvino(model, 1)(IMAGES), expected) < 0.03
+    assert error(dense.open_openvino(model, 1)(IMAGES), expected) < 0.03
     assert dense.openvino_precision() in ("f32", "bf16", "f16")
 
 
 def test_best_dense_is_onnxruntime_where_it_is_installed_else_torch(pruned, expected, monkeypatch):
     graph = simplify(pruned)
-    name, run = dense.best_dense(graph, 1)
+    name, run = dense.open_fastest(graph, 1)
     assert name == "ONNX Runtime"
     assert error(run(IMAGES), expected) < 1e-5
     monkeypatch.setattr(dense, "find_spec", lambda name: None)
-    name, run = dense.best_dense(graph, 1)
+    name, run = dense.open_fastest(graph, 1)
     assert name == "PyTorch, channels_last"
-    assert error(run(IMAGES), evaluate(graph, torch.from_numpy(IMAGES)).numpy()) < 1e-5
+    assert error(run(IMAGES), run_graph(graph, torch.from_numpy(IMAGES)).numpy()) < 1e-5
 
 
 def test_summary_of_calls():
@@ -249,7 +249,7 @@ def test_an_error_of_nobody_ends_a_worker(monkeypatch, tmp_path):
 
 def test_a_failing_onnxruntime_is_a_sentence():
     with pytest.raises(RuntimeError, match="onnxruntime cannot load the model: "):
-        onnx_export.runner(b"no model")
+        onnx_export.open_runtime(b"no model")
 
 
 def test_a_tiny_network_needs_the_whole_decoder():

@@ -68,7 +68,7 @@ def test_onnx(lenet, digits, tmp_path, capsys):
     assert said[3].startswith("  70 PGD-10 examples of these under linf:0.1: largest difference ")
     assert all(line.endswith("the same top-1 on 70") for line in said[2:])
     x = digits.test.float_pixels(slice(0, 20))
-    found = onnx_export.runner(out.read_bytes())(x.numpy())
+    found = onnx_export.open_runtime(out.read_bytes())(x.numpy())
     with torch.no_grad():
         expected = atmc.load(lenet)(x).numpy()
     np.testing.assert_allclose(found, expected, atol=1e-5 * np.abs(expected).max())
@@ -174,7 +174,7 @@ def test_a_full_disk(lenet, tmp_path, capsys, monkeypatch):
 
 def test_an_export_that_differs_is_not_written(lenet, tmp_path, capsys, monkeypatch):
     """A difference of one in a thousand of the largest logit, in one logit of one image."""
-    original = onnx_export.runner
+    original = onnx_export.open_runtime
 
     def wrong(data):
         run = original(data)

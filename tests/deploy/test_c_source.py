@@ -12,8 +12,7 @@ from torch import nn
 
 from atmc import models
 from atmc.deploy.export.c import tables
-from atmc.deploy.export.c.model import model_to_c, norms_apart
-from atmc.deploy.export.c.plan import make_plan
+from atmc.deploy.export.c.model import model_to_c, simplify_keeping_affines
 from atmc.deploy.export.c.source import to_c
 from atmc.deploy.graph.graph import (
     Add,
@@ -27,8 +26,8 @@ from atmc.deploy.graph.graph import (
     MaxPool,
     Node,
     Relu,
+    run_graph,
 )
-from atmc.deploy.graph.graph import evaluate as run
 from atmc.deploy.graph.simplify import simplify
 from atmc.pack.weight_forms import Weight
 
@@ -193,7 +192,7 @@ def test_c_computes_what_torch_computes(library, name):
     graph = GRAPHS[name]
     images = torch.from_numpy(np.random.default_rng(2).standard_normal((3, *graph.input_shape)).astype(np.float32))
     before = images.clone()
-    expected = run(graph, images).flatten(1)
+    expected = run_graph(graph, images).flatten(1)
     found = logits_of(library, name, images.numpy(), expected.shape[1])
     np.testing.assert_allclose(found, expected.numpy(), rtol=1e-5, atol=1e-5 * max(1, expected.abs().max().item()))
     assert torch.equal(images, before)
@@ -268,7 +267,7 @@ def test_a_residual_block_needs_two_maps_and_a_plane():
     rng = np.random.default_rng(0)
     same = [conv(rng, 4, 4, (3, 3), padding=(1, 1)) for _ in range(3)]
     nodes = (Node(same[0], (0,)), Node(same[1], (1,)), Node(Relu(), (2,)), Node(same[2], (3,)), Node(Add(), (4, 1)))
-    assert make_plan(Graph((4, 8, 8), nodes)).floats == 2 * 4 * 64 + 64
+    assert to_c(Graph((4, 8, 8), nodes)).arena_bytes == 4 * (2 * 4 * 64 + 64)
 
 
 @pytest.mark.parametrize(
@@ -331,9 +330,9 @@ def test_batch_norm_stays_apart_where_that_is_smaller():
         net[0].weight[:4] = 0  # four dead channels
         net[1].weight.uniform_(0.5, 1.5)
     images = torch.rand(4, 1, 8, 8)
-    apart = norms_apart(net, (1, 8, 8))
+    apart = simplify_keeping_affines(net, (1, 8, 8))
     assert apart.nodes[0].op.weight.shape == (12, 1, 3, 3)
-    torch.testing.assert_close(run(apart, images), net(images).detach(), rtol=1e-5, atol=1e-4)
+    torch.testing.assert_close(run_graph(apart, images), net(images).detach(), rtol=1e-5, atol=1e-4)
     made = model_to_c(net, (1, 8, 8))
     assert made == to_c(apart)
     assert made.table_bytes < to_c(simplify(net, (1, 8, 8))).table_bytes
@@ -347,7 +346,7 @@ def test_a_name_that_c_cannot_have(name):
 
 def test_what_cannot_be_written():
     graph = chain((2, 1, 1), Relu())
-    with pytest.raises(ValueError, match="expected 2 labels, one for each class, got 1"):
+    with pytest.raises(ValueError, match="expected 2 labels, one per class, got 1"):
         to_c(graph, labels=["a"])
     with pytest.raises(ValueError, match="at least one operation"):
         to_c(Graph((2, 1, 1), ()))

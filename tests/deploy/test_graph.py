@@ -16,8 +16,8 @@ from atmc.deploy.graph.graph import (
     MaxPool,
     Node,
     Relu,
+    run_graph,
 )
-from atmc.deploy.graph.graph import evaluate as run
 
 RNG = np.random.default_rng(0)
 
@@ -46,7 +46,7 @@ OPS = [
 @pytest.mark.parametrize("sides", [(7, 9), (8, 8), (11, 6)])
 def test_shapes_are_those_that_torch_computes(op, sides):
     graph = Graph((4, *sides), (Node(op, (0,)),))
-    out = run(graph, torch.from_numpy(floats(2, 4, *sides)))
+    out = run_graph(graph, torch.from_numpy(floats(2, 4, *sides)))
     assert graph.shapes()[-1] == out.shape[1:]
 
 
@@ -64,7 +64,7 @@ def test_a_small_network():
     h = torch.nn.functional.conv2d(x, torch.from_numpy(weight), torch.from_numpy(bias), padding=1)
     last = nodes[-1].op
     expected = (h + h.relu()).flatten(1) @ torch.from_numpy(last.weight).T + torch.from_numpy(last.bias)
-    torch.testing.assert_close(run(graph, x), expected)
+    torch.testing.assert_close(run_graph(graph, x), expected)
     assert graph.consumers() == [[0], [1, 2], [2], [3], [4], []]
     assert graph.macs() == 27 * 16 + 96
 

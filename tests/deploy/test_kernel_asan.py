@@ -10,8 +10,8 @@ from compilers import compiler
 from networks import EXTREMES, distance, images_of, logits_of, random_graph
 
 from atmc.deploy.engine import native
-from atmc.deploy.engine.program import NONZERO, OP, Program, program_of
-from atmc.deploy.engine.steps import steps_of
+from atmc.deploy.engine.program import NONZERO, OP, Program, build_program
+from atmc.deploy.engine.steps import lower
 from atmc.deploy.graph.graph import Graph
 
 TESTS = Path(__file__).parents[1]
@@ -45,7 +45,7 @@ def run(driver: Path, folder: Path, four_cost: float) -> None:
         for n in (1, 3):
             images = images_of(graph, n)
             files.append(folder / f"{index}-{n}")
-            write(program_of(steps_of(graph, four_cost=four_cost), n), images, files[-1])
+            write(build_program(lower(graph, four_cost=four_cost), n), images, files[-1])
             expected.append(logits_of(graph, images))
     environment = {**os.environ, "ASAN_OPTIONS": "detect_leaks=1", "UBSAN_OPTIONS": "print_stacktrace=1"}
     command = [str(driver), str(folder / "logits"), *map(str, files)]

@@ -28,8 +28,8 @@ from atmc.deploy.graph.graph import (
     MaxPool,
     Node,
     Relu,
+    run_graph,
 )
-from atmc.deploy.graph.graph import evaluate as run
 
 RNG = np.random.default_rng(0)
 small = settings(max_examples=60, deadline=None)
@@ -42,8 +42,8 @@ def floats(*shape: int) -> np.ndarray:
 def agree(graph: Graph, images: int = 3) -> None:
     """The export, run, against the graph itself by PyTorch: images of both signs, so that padding matters."""
     x = floats(images, *graph.input_shape)
-    expected = run(graph, torch.from_numpy(x)).numpy()
-    found = export.runner(export.to_bytes(graph))(x)
+    expected = run_graph(graph, torch.from_numpy(x)).numpy()
+    found = export.open_runtime(export.to_bytes(graph))(x)
     np.testing.assert_allclose(found, expected, rtol=0, atol=1e-5 * max(1, np.abs(expected).max()))
 
 
@@ -93,7 +93,7 @@ def test_convolution(window, groups):
 def test_maximum_pool(window, ceil_mode):
     sides, *numbers = window
     graph = Graph((2, *sides), (Node(MaxPool(*numbers, ceil_mode), (0,)),))
-    if run(graph, torch.zeros(1, 2, *sides)).isfinite().all():
+    if run_graph(graph, torch.zeros(1, 2, *sides)).isfinite().all():
         agree(graph)
     else:
         with pytest.raises(ValueError, match="a window of padding alone"):
@@ -114,7 +114,7 @@ def test_another_runtime(op):
         graph = Graph((2, side, 7), (Node(op, (0,)),))
         x = floats(2, *graph.input_shape)
         (found,) = ReferenceEvaluator(onnx.load_from_string(export.to_bytes(graph))).run(None, {"images": x})
-        np.testing.assert_allclose(found, run(graph, torch.from_numpy(x)), atol=1e-6)
+        np.testing.assert_allclose(found, run_graph(graph, torch.from_numpy(x)), atol=1e-6)
 
 
 def network() -> Graph:
@@ -155,7 +155,7 @@ def test_the_file(tmp_path):
 def test_a_missing_package_is_named(monkeypatch, name):
     monkeypatch.setitem(sys.modules, name, None)
     with pytest.raises(RuntimeError, match=rf"^{name} is not installed: pip install 'atmc\[deploy\]'$"):
-        export.to_bytes(network()) if name == "onnx" else export.runner(b"")
+        export.to_bytes(network()) if name == "onnx" else export.open_runtime(b"")
 
 
 def test_safetensors(tmp_path):

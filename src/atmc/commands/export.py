@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from atmc import models
-from atmc.commands.evaluate import check_size, known_shape
+from atmc.commands.model_files import check_image_shape, require_image_shape
 from atmc.core.files import write_beside
 from atmc.data import Data, Images, load_data
 from atmc.deploy.export import onnx_export, safetensors_export
@@ -26,7 +26,7 @@ from atmc.deploy.graph.simplify import simplify
 from atmc.evaluation.evaluate import check_model
 from atmc.pack import artifact
 from atmc.pack.artifact import LoadedModel
-from atmc.robust.attacks import pgd
+from atmc.robust.attacks import PgdSettings
 from atmc.robust.threats import Threat, check_threat, parse_threat
 
 if TYPE_CHECKING:
@@ -108,7 +108,7 @@ def export(request: Request) -> Exported:
     data = None
     if request.data is not None:
         data = load_data(request.data, image_column=request.image_column, label_column=request.label_column)
-        check_size(loaded, data)
+        check_image_shape(loaded, data)
     images = _images(request, loaded, data)
     if request.to == "onnx":
         return _write_onnx(request, loaded, images)
@@ -138,7 +138,7 @@ def _check_request(request: Request) -> None:
         if path.exists() and path.samefile(request.file):
             raise ValueError(f"{path} is the model file itself")
     if request.to == "onnx":
-        onnx_export.installed("onnx")
+        onnx_export.import_extra("onnx")
 
 
 def _images(request: Request, loaded: LoadedModel, data: Data | None) -> dict[str, Tensor]:
@@ -149,7 +149,7 @@ def _images(request: Request, loaded: LoadedModel, data: Data | None) -> dict[st
         x, labels = test.float_pixels(slice(None)), test.labels
         check_model(model, test, None, probabilities=True)
     else:
-        shape = known_shape(loaded)
+        shape = require_image_shape(loaded)
         kind, x = "random images", torch.rand(request.n, *shape, generator=torch.Generator().manual_seed(0))
         check_model(model, Images(x, torch.zeros(len(x), dtype=torch.int64)), None, probabilities=True)
         labels = _logits(model, x).argmax(1)
@@ -157,9 +157,9 @@ def _images(request: Request, loaded: LoadedModel, data: Data | None) -> dict[st
     if threat is None:
         return {kind: x}
     check_threat(threat, x[0].numel())
-    step = 2.5 * threat.eps / PGD_STEPS
+    settings = PgdSettings.from_image(threat, PGD_STEPS, best_of_steps=False)
     parts = zip(torch.split(x, 64), torch.split(labels, 64), strict=True)
-    adv = torch.cat([pgd(model, a, b, threat, steps=PGD_STEPS, step_size=step) for a, b in parts])
+    adv = torch.cat([settings.attack(model, a, b, threat) for a, b in parts])
     return {kind: x, f"PGD-{PGD_STEPS} examples of these under {threat}": adv}
 
 
@@ -205,11 +205,11 @@ def _write_onnx(request: Request, loaded: LoadedModel, images: Mapping[str, Tens
     data = onnx_export.to_bytes(simplify(model, _shape(images)), about=_about(loaded.metadata))
     notes, agreements = [f"opset {onnx_export.OPSET}, IR version {onnx_export.IR_VERSION}"], []
     try:
-        onnx_export.installed("onnxruntime")
+        onnx_export.import_extra("onnxruntime")
     except RuntimeError as error:
         notes.append(f"not compared with PyTorch: {error}")
     else:
-        run = onnx_export.runner(data)
+        run = onnx_export.open_runtime(data)
         agreements = [_compared(kind, model, x, run) for kind, x in images.items()]
     return Exported({request.out: write_beside(request.out, data)}, notes, agreements)
 

@@ -24,11 +24,11 @@ import numpy as np
 from numpy.typing import NDArray
 
 from atmc.commands.bench.figures import comparison, processor, summary, thread_count, verdict
-from atmc.commands.bench.inputs import BATCH, Inputs, file_bytes, inputs_of, missing, write_forms, write_tiny
+from atmc.commands.bench.inputs import BATCH, Inputs, file_bytes, load_inputs, missing, write_forms, write_tiny
 from atmc.commands.bench.worker import KINDS, OURS, PLAIN, Files, Kind, work
-from atmc.commands.evaluate import open_model
+from atmc.commands.model_files import open_model
 from atmc.core.files import write_beside
-from atmc.deploy.graph.graph import Floats
+from atmc.deploy.graph.graph import FloatArray
 from atmc.deploy.graph.trace import trace
 
 REFERENCE = "PyTorch"
@@ -83,7 +83,7 @@ class _Engine:
     figures: dict[str, Any] = field(default_factory=dict)
     run_bytes: dict[str, int | None] = field(default_factory=dict)
     times: list[dict[str, Any]] = field(default_factory=list)
-    logits: Floats | None = None
+    logits: FloatArray | None = None
 
     def ask(self, method: str, *arguments: Any) -> Any:
         """What a method of its `Worker` returns. RuntimeError: why it has nothing to return."""
@@ -96,7 +96,7 @@ class _Engine:
             raise RuntimeError(found)
         return found
 
-    def row(self, expected: Floats | None, labels: NDArray[np.int64] | None) -> dict[str, Any]:
+    def row(self, expected: FloatArray | None, labels: NDArray[np.int64] | None) -> dict[str, Any]:
         """All its figures; expected: PyTorch's logits (n, classes)."""
         assert self.logits is not None
         compared = comparison(self.logits, expected, labels)
@@ -113,7 +113,7 @@ def bench(request: Request) -> Iterator[Progress | Benched]:
     yield Progress("reading the model")
     loaded = open_model(request.file, request.model)
     model = loaded.model
-    inputs = inputs_of(
+    inputs = load_inputs(
         loaded,
         data=request.data,
         n=request.n,
@@ -205,7 +205,7 @@ def _measure(
 
 
 def _rounds(
-    request: Request, engines: Sequence[_Engine], left_out: dict[str, str], threads: int, images: Floats
+    request: Request, engines: Sequence[_Engine], left_out: dict[str, str], threads: int, images: FloatArray
 ) -> Iterator[Progress]:
     """Time a batch: every engine in turn, as often as asked for."""
     size, seconds, calls = len(images), {}, {}

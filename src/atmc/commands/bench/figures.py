@@ -11,7 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from atmc.commands.bench.worker import OURS
-from atmc.deploy.graph.graph import Floats
+from atmc.deploy.graph.graph import FloatArray
 
 
 def summary(seconds: Sequence[float], batch: int) -> dict[str, Any]:
@@ -21,7 +21,7 @@ def summary(seconds: Sequence[float], batch: int) -> dict[str, Any]:
     return times | {"images_per_second": batch / median, "calls": len(seconds)}
 
 
-def comparison(logits: Floats, expected: Floats | None, labels: NDArray[np.int64] | None) -> dict[str, Any]:
+def comparison(logits: FloatArray, expected: FloatArray | None, labels: NDArray[np.int64] | None) -> dict[str, Any]:
     """Accuracy of logits (n, classes) where there are labels; how they differ from those expected.
 
     same_top1: images with the same largest logit. difference: the largest of a logit, over the largest |logit|.

@@ -15,13 +15,13 @@ from numpy.typing import NDArray
 from torch import nn
 
 from atmc.commands.bench.worker import KINDS, PLAIN, TINY_SHAPE, Files, Kind, tiny
-from atmc.commands.evaluate import check_size, known_shape
+from atmc.commands.model_files import check_image_shape, require_image_shape
 from atmc.core.rng import permutation
 from atmc.data import Images, load_data
 from atmc.deploy.engine import dense
 from atmc.deploy.export import onnx_export
-from atmc.deploy.graph.graph import Floats, Graph
-from atmc.deploy.graph.simplify import reduced, rounded
+from atmc.deploy.graph.graph import FloatArray, Graph
+from atmc.deploy.graph.simplify import round_constants, simplify_graph
 from atmc.deploy.graph.trace import trace
 from atmc.evaluation.evaluate import check_model
 from atmc.models.factory import factory_name, first_line
@@ -36,16 +36,16 @@ CALIBRATION, BATCH, SEED = 256, 64, 0
 class Inputs:
     """Images (n, c, h, w) to time and to compare on, their labels (n,) where there is data, and others to calibrate."""
 
-    images: Floats
+    images: FloatArray
     labels: NDArray[np.int64] | None
-    calibration: Floats
+    calibration: FloatArray
 
-    def batch(self, size: int) -> Floats:
+    def batch(self, size: int) -> FloatArray:
         """So many images, the first ones again where there are fewer."""
         return np.ascontiguousarray(self.images[np.arange(size) % len(self.images)])
 
 
-def inputs_of(
+def load_inputs(
     loaded: LoadedModel,
     *,
     data: str | None,
@@ -56,12 +56,12 @@ def inputs_of(
 ) -> Inputs:
     """Test images and training images of the data; random ones where there is none. ValueError: they do not fit."""
     if data is None:
-        shape = known_shape(loaded)
+        shape = require_image_shape(loaded)
         pixels = torch.rand(max(BATCH, largest), *shape, generator=torch.Generator().manual_seed(SEED))
         check_model(loaded.model, Images(pixels, torch.zeros(len(pixels), dtype=torch.int64)), None, probabilities=True)
         return Inputs(pixels.numpy(), None, pixels.numpy())
     found = load_data(data, image_column=image_column, label_column=label_column)
-    check_size(loaded, found)
+    check_image_shape(loaded, found)
     check_model(loaded.model, found.test, found.num_classes, probabilities=True)
     chosen = permutation(len(found.train), seed=SEED, purpose="calibration")[:CALIBRATION]
     some = slice(0, n)
@@ -85,7 +85,7 @@ def write_forms(
     model: nn.Module,
     plain: Graph,
     *,
-    calibration: Floats,
+    calibration: FloatArray,
     factory: str | None = None,
 ) -> tuple[Files, dict[str, str]]:
     """Write the model for PyTorch and, as far as the packages for it are there, as ONNX in its three forms.
@@ -104,16 +104,16 @@ def write_forms(
     if find_spec("onnx") is None:
         return files, {}
     try:
-        data = onnx_export.to_bytes(rounded(reduced(plain)))
-        onnx_export.to_onnx(rounded(plain), files.plain)
+        data = onnx_export.to_bytes(round_constants(simplify_graph(plain)))
+        onnx_export.to_onnx(round_constants(plain), files.plain)
     except ValueError as error:
         return files, {kind.name: f"no ONNX model: {error}" for kind in KINDS if "onnx" in kind.packages}
     files.dense.write_bytes(data)
     if find_spec("onnxruntime") is None:
         return files, {}
     try:
-        files.int8.write_bytes(dense.quantized(data, calibration))
-    except onnx_export.runtime_failures() as error:  # the quantizer has its own ideas of what a model may hold
+        files.int8.write_bytes(dense.quantize_int8(data, calibration))
+    except onnx_export.runtime_errors() as error:  # the quantizer has its own ideas of what a model may hold
         return files, {kind.name: f"not quantized: {first_line(error)}" for kind in KINDS if kind.form == "int8"}
     return files, {}
 

@@ -22,7 +22,7 @@ from atmc import models
 from atmc.deploy.engine import dense
 from atmc.deploy.engine.engine import Engine
 from atmc.deploy.export import onnx_export
-from atmc.deploy.graph.graph import Floats
+from atmc.deploy.graph.graph import FloatArray, LogitsFunction
 from atmc.models.factory import USER_CODE_ERRORS, first_line
 from atmc.pack import artifact
 
@@ -46,7 +46,7 @@ class Files:
     factory: str | None = None
 
 
-Load = Callable[[Files, int], tuple[dense.Runner, dict[str, Any]]]
+Load = Callable[[Files, int], tuple[LogitsFunction, dict[str, Any]]]
 PRECISIONS = {"f32": "float32", "bf16": "bfloat16", "f16": "float16"}  # as OpenVINO calls them
 
 
@@ -68,38 +68,38 @@ class Kind:
     load: Load
 
 
-def _ours(files: Files, threads: int) -> tuple[dense.Runner, dict[str, Any]]:
+def _ours(files: Files, threads: int) -> tuple[LogitsFunction, dict[str, Any]]:
     factory = models.import_factory(files.factory) if files.factory else None
     engine = Engine(files.model, threads=threads, factory=factory, input_shape=files.input_shape)
     return engine, {"runs": engine.describe(), "macs": engine.graph.macs()}
 
 
 def _torch(channels_last: bool) -> Load:
-    def load(files: Files, threads: int) -> tuple[dense.Runner, dict[str, Any]]:
+    def load(files: Files, threads: int) -> tuple[LogitsFunction, dict[str, Any]]:
         factory = models.import_factory(files.factory) if files.factory else None
         if files.module.exists():
             model = torch.load(files.module, weights_only=False)  # which this program has just written
         else:
             model = artifact.load(files.model, factory=factory)
-        return dense.run_torch(model, threads, channels_last=channels_last), {}
+        return dense.open_torch(model, threads, channels_last=channels_last), {}
 
     return load
 
 
 def _onnxruntime(form: str) -> Load:
-    return lambda files, threads: (onnx_export.runner(getattr(files, form).read_bytes(), threads), {})
+    return lambda files, threads: (onnx_export.open_runtime(getattr(files, form).read_bytes(), threads), {})
 
 
 def _openvino(form: str, precision: str | None = None) -> Load:
-    def load(files: Files, threads: int) -> tuple[dense.Runner, dict[str, Any]]:
-        return dense.run_openvino(getattr(files, form).read_bytes(), threads, precision=precision), {}
+    def load(files: Files, threads: int) -> tuple[LogitsFunction, dict[str, Any]]:
+        return dense.open_openvino(getattr(files, form).read_bytes(), threads, precision=precision), {}
 
     return load
 
 
-def _openvino_default(files: Files, threads: int) -> tuple[dense.Runner, dict[str, Any]]:
+def _openvino_default(files: Files, threads: int) -> tuple[LogitsFunction, dict[str, Any]]:
     precision = dense.openvino_precision()
-    return dense.run_openvino(files.dense.read_bytes(), threads), {"precision": PRECISIONS.get(precision, precision)}
+    return dense.open_openvino(files.dense.read_bytes(), threads), {"precision": PRECISIONS.get(precision, precision)}
 
 
 OURS, PLAIN = "atmc", "plain"
@@ -169,7 +169,7 @@ class Worker:
         self._run = lambda images: images
         trim()
 
-    def warm(self, images: Floats) -> dict[str, Any]:
+    def warm(self, images: FloatArray) -> dict[str, Any]:
         """Run images (n, c, h, w) a few times: seconds a call takes, and bytes of memory at the peak of these calls."""
         reset_peak()
         times: list[float] = []
@@ -177,7 +177,7 @@ class Worker:
             times += self.time(images, 1)
         return {"seconds": times[-1], "run_bytes": self._above(memory("VmHWM"))}
 
-    def time(self, images: Floats, calls: int) -> list[float]:
+    def time(self, images: FloatArray, calls: int) -> list[float]:
         """Seconds of each of some calls."""
         times = []
         for _ in range(calls):
@@ -186,7 +186,7 @@ class Worker:
             times.append(time.perf_counter() - start)
         return times
 
-    def logits(self, images: Floats, batch: int) -> Floats:
+    def logits(self, images: FloatArray, batch: int) -> FloatArray:
         """(n, classes), in batches."""
         return np.concatenate([self._run(images[at : at + batch]) for at in range(0, len(images), batch)])
 

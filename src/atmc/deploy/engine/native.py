@@ -1,4 +1,4 @@
-"""The compiled kernel, where the package was built with a compiler."""
+"""The kernel in C++, if the package was built with a compiler."""
 
 from __future__ import annotations
 
@@ -7,18 +7,16 @@ from collections.abc import Callable
 from functools import cache
 from importlib.machinery import EXTENSION_SUFFIXES
 from pathlib import Path
-from typing import Any
-
-from numpy.typing import NDArray
 
 from atmc.deploy.engine.program import OP, Program
+from atmc.deploy.graph.graph import FloatArray
 
 _POINTER, _INTEGER = ctypes.c_void_p, ctypes.c_int64
 
 
 @cache
-def kernel() -> ctypes.CDLL | None:
-    """The library, None where it was not built or is of another version."""
+def open_library() -> ctypes.CDLL | None:
+    """Return the compiled library, or None if it was not built or is of another version."""
     for suffix in EXTENSION_SUFFIXES:
         path = Path(__file__).with_name(f"_kernel{suffix}")
         if path.exists():
@@ -36,40 +34,42 @@ def kernel() -> ctypes.CDLL | None:
 
 
 def instruction_sets() -> list[str]:
-    """The kernel's instruction sets that run on this machine, the fastest first; empty without a kernel."""
-    library = kernel()
-    found: list[str] = []
-    while library is not None and (name := library.atmc_instructions(len(found))) is not None:
-        found.append(name.decode())
-    return found
+    """Return the names of the instruction sets that run on this machine, the fastest first; none without a library."""
+    library = open_library()
+    names: list[str] = []
+    while library is not None and (name := library.atmc_instructions(len(names))) is not None:
+        names.append(name.decode())
+    return names
 
 
-class NativeTeam:
-    """Threads that run programs together."""
+class NativeKernel:
+    """Runs programs in C++ on a number of threads, with one instruction set of this machine.
+
+    Raises:
+        MemoryError: the threads cannot be started.
+    """
 
     def __init__(self, threads: int, instructions: str) -> None:
-        library = kernel()
+        library = open_library()
         assert library is not None
         self._library, self._instructions = library, instructions.encode()
         self._team = library.atmc_team(threads)
         if not self._team:
             raise MemoryError(f"cannot start {threads} threads")
 
-    def bind(
-        self, program: Program, arena: NDArray[Any], images: NDArray[Any], logits: NDArray[Any]
-    ) -> Callable[[], None]:
-        """What writes the logits (n, classes) of images (n, c, h, w) whenever it is called.
+    def bind(self, program: Program, arena: FloatArray, images: FloatArray, logits: FloatArray) -> Callable[[], None]:
+        """Return a function that writes the logits (n, classes) of images (n, c, h, w) each time it is called.
 
-        All arrays are contiguous float32 and of the program's sizes. It takes their addresses once: numpy needs a
-        microsecond for each.
+        All arrays are contiguous float32 and of the program's sizes. Their addresses are taken once, since numpy takes
+        a microsecond for each.
         """
         arrays = program.ops, arena, program.nonzeros, program.starts, program.floats, program.masks, images, logits
         ops, *tables = (array.ctypes.data for array in arrays)
         run, arguments = self._library.atmc_run, (self._team, self._instructions, ops, len(program.ops), *tables)
 
-        def call(_: object = (self, arrays)) -> None:  # which must live as long as it does
+        def call(_: object = (self, arrays)) -> None:  # keeps the kernel and the arrays alive as long as itself
             failed = run(*arguments)
-            assert not failed, "the kernel lacks an instruction set that it had"
+            assert not failed, "the kernel does not know its instruction set"
 
         return call
 

@@ -1,6 +1,6 @@
-"""The programs of `program` in Numba, for machines where the compiled kernel could not be built.
+"""The kernel in Numba, for machines on which the one in C++ could not be built.
 
-What the operations do is told in native/kernel.cpp, with which this agrees to rounding.
+native/kernel.cpp explains the operations; the two kernels agree up to rounding.
 """
 
 from __future__ import annotations
@@ -15,14 +15,14 @@ from numba import boolean, float32, int32, int64, types
 from numpy.typing import NDArray
 
 from atmc.deploy.engine.program import KINDS, NONZERO, OP, Program
+from atmc.deploy.graph.graph import FloatArray
 
-Floats = NDArray[np.float32]
 Integers = NDArray[np.int32]
 Nonzeros = NDArray[Any]
 Compiled = Callable[..., Any]
 
-BLOCK = 1024  # positions at once, so that a block of sums and what it reads stay in the nearest cache
-NAMES = (  # numbers of its own: the cache of Numba does not see it when `program` changes
+BLOCK = 1024  # positions at once, so that a block of sums and its inputs stay in the nearest cache
+NAMES = (  # in an order of its own: the cache of Numba does not notice changes of `program.KINDS`
     *("pack", "convolve", "convolve_fours", "dot", "phases"),
     *("elementwise", "max_pool", "mean_pool", "flatten", "unpack"),
 )
@@ -34,27 +34,27 @@ _FLOATS, _INTEGERS = (types.Array(kind, 1, "C", readonly=True) for kind in (floa
 _NONZEROS = types.Array(numba.from_dtype(NONZERO), 1, "C", readonly=True)
 
 
-class NumbaTeam:
-    """Runs programs on one thread, whatever `threads` is."""
+class NumbaKernel:
+    """Runs programs on one thread."""
 
-    def __init__(self, threads: int) -> None:
-        self._known: tuple[Program, Integers] | None = None
+    def __init__(self) -> None:
+        self._last: tuple[Program, Integers] | None = None  # the program bound last, and the kinds of its operations
 
-    def bind(self, program: Program, arena: Floats, images: Floats, logits: Floats) -> Callable[[], None]:
-        """What writes the logits (n, classes) of images (n, c, h, w) whenever it is called."""
-        return partial(self.run, program, arena, images, logits)
+    def bind(self, program: Program, arena: FloatArray, images: FloatArray, logits: FloatArray) -> Callable[[], None]:
+        """Return a function that writes the logits (n, classes) of images (n, c, h, w) each time it is called.
 
-    def run(self, program: Program, arena: Floats, images: Floats, logits: Floats) -> None:
-        """Write the logits (n, classes) of images (n, c, h, w); all contiguous float32 and of the program's sizes."""
-        if self._known is None or self._known[0] is not program:
+        All arrays are contiguous float32 and of the program's sizes.
+        """
+
+        if self._last is None or self._last[0] is not program:
             kinds = np.array([NAMES.index(KINDS[kind]) for kind in program.ops["kind"]], np.int32)
-            self._known = program, kinds
+            self._last = program, kinds
         tables = program.ops, program.nonzeros, program.starts, program.floats, program.masks
-        _run(self._known[1], *tables, arena, images.reshape(-1), logits.reshape(-1))
+        return partial(_run, self._last[1], *tables, arena, images.reshape(-1), logits.reshape(-1))
 
 
-def _compiled(*arguments: types.Type, result: types.Type = types.void) -> Callable[[Compiled], Compiled]:
-    """To machine code, at once or from the cache; sums may change their order, and products go into them unrounded."""
+def _compile(*arguments: types.Type, result: types.Type = types.void) -> Callable[[Compiled], Compiled]:
+    """Compile a function now, or read it from the cache; sums may be reordered, and products in them not rounded."""
     loose = {"contract", "reassoc"}
     compiler: Callable[[Compiled], Compiled] = numba.njit(
         result(*arguments), cache=True, nogil=True, error_model="numpy", fastmath=loose
@@ -62,8 +62,8 @@ def _compiled(*arguments: types.Type, result: types.Type = types.void) -> Callab
     return compiler
 
 
-@_compiled(_OP, _FLOATS, _ARENA, _FLOATS)
-def _pack(op: Any, floats: Floats, arena: Floats, images: Floats) -> None:
+@_compile(_OP, _FLOATS, _ARENA, _FLOATS)
+def _pack(op: Any, floats: FloatArray, arena: FloatArray, images: FloatArray) -> None:
     width, area = op["width"], op["height"] * op["width"]
     for channel in range(op["channels"]):
         scale, shift = floats[op["bias"] + 2 * channel], floats[op["bias"] + 2 * channel + 1]
@@ -78,19 +78,19 @@ def _pack(op: Any, floats: Floats, arena: Floats, images: Floats) -> None:
                     row[x] = pixels[x] * scale + shift
 
 
-@_compiled(_OP, _INTEGERS, _ARENA)
-def _clamp(op: Any, mask: Integers, out: Floats) -> None:
-    """What a stream may hold: between low and high, zero in the padding."""
+@_compile(_OP, _INTEGERS, _ARENA)
+def _clamp(op: Any, mask: Integers, out: FloatArray) -> None:
+    """Clamp a stream between low and high, and set its padding to zero."""
     low, high, zero = np.float32(op["low"]), np.float32(op["high"]), np.float32(0)
     for p in range(len(out)):
         out[p] = min(max(out[p], low), high) if mask[p] != 0 else zero
 
 
-@_compiled(_OP, _NONZEROS, _INTEGERS, _FLOATS, _INTEGERS, _ARENA, int64)
+@_compile(_OP, _NONZEROS, _INTEGERS, _FLOATS, _INTEGERS, _ARENA, int64)
 def _convolve(
-    op: Any, nonzeros: Nonzeros, starts: Integers, floats: Floats, masks: Integers, arena: Floats, together: int
+    op: Any, nonzeros: Nonzeros, starts: Integers, floats: FloatArray, masks: Integers, arena: FloatArray, together: int
 ) -> None:
-    """together: how many channels share their taps, 1 or 4; each of them has every so many-th of the nonzeros."""
+    """Convolve; together: how many channels share their taps, 1 or 4, each with every 4th nonzero if it is 4."""
     weights, offsets = nonzeros["weight"], nonzeros["offset"]
     length = op["vectors"] * 16
     for begin in range(0, length, BLOCK):
@@ -121,8 +121,8 @@ def _convolve(
             _clamp(op, mask, out)
 
 
-@_compiled(_OP, _NONZEROS, _INTEGERS, _FLOATS, _ARENA)
-def _dot(op: Any, nonzeros: Nonzeros, starts: Integers, floats: Floats, arena: Floats) -> None:
+@_compile(_OP, _NONZEROS, _INTEGERS, _FLOATS, _ARENA)
+def _dot(op: Any, nonzeros: Nonzeros, starts: Integers, floats: FloatArray, arena: FloatArray) -> None:
     weights, offsets = nonzeros["weight"], nonzeros["offset"]
     low, high = np.float32(op["low"]), np.float32(op["high"])
     for channel in range(op["channels"]):
@@ -134,8 +134,8 @@ def _dot(op: Any, nonzeros: Nonzeros, starts: Integers, floats: Floats, arena: F
         arena[op["out"] + channel] = min(max(total, low), high)
 
 
-@_compiled(_OP, _ARENA)
-def _phases(op: Any, arena: Floats) -> None:
+@_compile(_OP, _ARENA)
+def _phases(op: Any, arena: FloatArray) -> None:
     count = (op["width"] - op["pad_x"] + op["stride_x"] - 1) // op["stride_x"]
     for channel in range(op["channels"]):
         out = op["out"] + (channel * op["kernel_y"] + op["mask"]) * op["out_stride"]
@@ -149,8 +149,8 @@ def _phases(op: Any, arena: Floats) -> None:
                     row[x] = pixels[op["stride_x"] * x]
 
 
-@_compiled(_OP, _FLOATS, _INTEGERS, _ARENA)
-def _elementwise(op: Any, floats: Floats, masks: Integers, arena: Floats) -> None:
+@_compile(_OP, _FLOATS, _INTEGERS, _ARENA)
+def _elementwise(op: Any, floats: FloatArray, masks: Integers, arena: FloatArray) -> None:
     n = op["vectors"] * 16
     mask = masks[op["mask"] : op["mask"] + n]
     for channel in range(op["channels"]):
@@ -164,9 +164,9 @@ def _elementwise(op: Any, floats: Floats, masks: Integers, arena: Floats) -> Non
         _clamp(op, mask, out)
 
 
-@_compiled(_OP, _ARENA, int64, int64, int64, boolean, result=float32)
-def _window(op: Any, arena: Floats, image: int, top: int, side: int, largest: bool) -> Any:
-    """Largest or mean of the window whose first pixel is (top, side), whatever of it lies outside the image."""
+@_compile(_OP, _ARENA, int64, int64, int64, boolean, result=float32)
+def _window(op: Any, arena: FloatArray, image: int, top: int, side: int, largest: bool) -> Any:
+    """Return the maximum or mean of the pixels of a window, whose first pixel is (top, side), inside the image."""
     best, total, count = np.float32(-np.inf), np.float32(0), 0
     for ky in range(op["kernel_y"]):
         y = top + ky * op["dilation_y"]
@@ -184,8 +184,8 @@ def _window(op: Any, arena: Floats, image: int, top: int, side: int, largest: bo
     return best if largest else total / np.float32(count)
 
 
-@_compiled(_OP, _ARENA, boolean)
-def _pool(op: Any, arena: Floats, largest: bool) -> None:
+@_compile(_OP, _ARENA, boolean)
+def _pool(op: Any, arena: FloatArray, largest: bool) -> None:
     low, high = np.float32(op["low"]), np.float32(op["high"])
     for channel in range(op["channels"]):
         out = op["out"] + channel * op["out_stride"]
@@ -199,8 +199,8 @@ def _pool(op: Any, arena: Floats, largest: bool) -> None:
                     arena[to + x] = min(max(value, low), high)
 
 
-@_compiled(_OP, _ARENA)
-def _flatten(op: Any, arena: Floats) -> None:
+@_compile(_OP, _ARENA)
+def _flatten(op: Any, arena: FloatArray) -> None:
     out = op["out"]
     for channel in range(op["channels"]):
         for y in range(op["height"]):
@@ -212,17 +212,17 @@ def _flatten(op: Any, arena: Floats) -> None:
                 out += op["out_stride"]
 
 
-@_compiled(_INTEGERS, types.Array(_OP, 1, "C"), _NONZEROS, _INTEGERS, _FLOATS, _INTEGERS, _ARENA, _FLOATS, _ARENA)
+@_compile(_INTEGERS, types.Array(_OP, 1, "C"), _NONZEROS, _INTEGERS, _FLOATS, _INTEGERS, _ARENA, _FLOATS, _ARENA)
 def _run(
     kinds: Integers,
     ops: NDArray[np.void],
     nonzeros: Nonzeros,
     starts: Integers,
-    floats: Floats,
+    floats: FloatArray,
     masks: Integers,
-    arena: Floats,
-    images: Floats,
-    logits: Floats,
+    arena: FloatArray,
+    images: FloatArray,
+    logits: FloatArray,
 ) -> None:
     for i in range(len(ops)):
         op, kind = ops[i], kinds[i]

@@ -1,6 +1,7 @@
-"""The steps of a network for a batch of a given size as numbers in memory: what the kernel runs.
+"""The steps of a network as a program for one batch size: records and tables of numbers that a kernel runs.
 
-Every activation gets its place in one block of memory, the arena; two that are never needed at once may share it.
+Every activation gets a place in one block of memory, the arena; activations that are needed at different times may
+share a place.
 """
 
 from __future__ import annotations
@@ -11,8 +12,8 @@ from dataclasses import dataclass, field, replace
 import numpy as np
 from numpy.typing import NDArray
 
-from atmc.deploy.engine.shifts import Diagonal, Entries, Phases
-from atmc.deploy.engine.steps import Step, Steps
+from atmc.deploy.engine.shifts import Diagonal, Polyphase, Taps
+from atmc.deploy.engine.steps import LoweredNetwork, Step
 from atmc.deploy.graph.graph import Affine, AvgPool, Conv, Flatten, GlobalAvgPool, Linear, MaxPool
 from atmc.deploy.graph.memory import Buffer, last_reads, place_buffers
 
@@ -32,7 +33,16 @@ NONZERO = np.dtype([("weight", np.float32), ("offset", np.int32)])
 
 @dataclass(frozen=True, eq=False)
 class Program:
-    """What `compiled` and `fallback` run: see kernel.cpp. arena_floats: how much memory activations take."""
+    """What a kernel runs; native/kernel.cpp defines the operations.
+
+    Args:
+        ops: one record `OP` per operation.
+        nonzeros: of all layers, with their offsets; starts: where those of each output begin.
+        floats: biases, scales and shifts.
+        masks: which positions of streams hold values, -1 or 0.
+        arena_floats: memory that the activations take.
+        batch, classes: the shape of the logits.
+    """
 
     ops: NDArray[np.void]
     nonzeros: NDArray[np.void]
@@ -46,26 +56,33 @@ class Program:
 
 @dataclass
 class _Tables:
-    """Constants of a program as they accumulate."""
+    """The constants of a program while it is built; lengths: numbers so far in each table."""
 
     nonzeros: list[NDArray[np.void]] = field(default_factory=list)
     starts: list[NDArray[np.int32]] = field(default_factory=list)
     floats: list[NDArray[np.float32]] = field(default_factory=list)
     masks: list[NDArray[np.int32]] = field(default_factory=list)
-    known: dict[tuple[int, ...], int] = field(default_factory=dict)  # where the mask of some geometry is
+    mask_starts: dict[tuple[int, ...], int] = field(default_factory=dict)  # geometry -> where its mask begins
     lengths: dict[str, int] = field(default_factory=lambda: {"nonzeros": 0, "starts": 0, "floats": 0, "masks": 0})
 
     def add(self, table: str, values: NDArray[np.generic]) -> int:
-        """Where the values begin in their table."""
-        at = self.lengths[table]
+        """Append values to a table and return where they begin in it."""
+        start = self.lengths[table]
         getattr(self, table).append(values)
         self.lengths[table] += len(values)
-        return at
+        return start
 
 
 @dataclass(frozen=True)
 class _Place:
-    """An activation in memory. image, row, stride: floats between images, rows, channels; at: of channel 0."""
+    """Where an activation lies in the arena.
+
+    Args:
+        shape: (c, h, w) or (features,); batch: images at once.
+        row, image, stride: floats from one row, image, channel to the next.
+        lead, tail: floats before and after the activation that are read as zeros.
+        offset: where channel 0 begins.
+    """
 
     shape: tuple[int, ...]
     batch: int
@@ -74,149 +91,168 @@ class _Place:
     stride: int
     lead: int
     tail: int = 0
-    at: int = -1
+    offset: int = -1
 
     @property
     def floats(self) -> int:
-        """Memory that it takes, with what is read before and behind it."""
+        """The memory that it takes, with its lead and tail."""
         return self.lead + self.shape[0] * self.stride + self.tail
 
     @property
     def vectors(self) -> int:
-        """How much of a stream holds values."""
+        """The length of a stream up to its last value, in vectors."""
         if len(self.shape) == 1:
             return -(-self.batch // VECTOR)
         last = (self.batch - 1) * self.image + (self.shape[1] - 1) * self.row + self.shape[2]
         return -(-last // VECTOR)
 
 
-def program_of(steps: Steps, batch: int) -> Program:
-    """The program that runs `batch` images at once.
+def build_program(network: LoweredNetwork, batch: int) -> Program:
+    """Return the program that runs `batch` images at once.
 
     Raises:
-        ValueError: the activations of so many images take more floats than an offset of 32 bits can tell.
+        ValueError: the activations of so many images take more floats than an offset of 32 bits can address.
     """
-    places, arena = _place_all(steps, batch)
+    places, arena = _place_all(network, batch)
     if arena > np.iinfo(np.int32).max:
         raise ValueError(f"a batch of {batch} images needs {arena} floats for activations: expected less than 2^31")
     tables = _Tables()
-    ops = [_pack(steps, places[0], tables)]
-    for step in steps.steps:
-        ops.extend(_emit(step, steps, places, tables))
-    last = places[steps.steps[-1].output]
-    ops.append(_record("unpack", {"in": last.at, "in_stride": last.stride, "channels": last.shape[0], "batch": batch}))
-    starts = np.concatenate(tables.starts) if tables.starts else np.zeros(0, np.int32)
-    nonzeros = np.concatenate(tables.nonzeros) if tables.nonzeros else np.zeros(0, NONZERO)
-    masks = np.concatenate(tables.masks) if tables.masks else np.zeros(0, np.int32)
-    floats = np.concatenate(tables.floats)
-    return Program(np.array(ops, OP), nonzeros, starts, floats, masks, arena, batch, last.shape[0])
+    ops = [_pack_record(network, places[0], tables)]
+    for step in network.steps:
+        ops.extend(_step_records(step, network, places, tables))
+    logits = places[network.steps[-1].output]
+    classes = logits.shape[0]
+    ops.append(
+        _record("unpack", {"in": logits.offset, "in_stride": logits.stride, "channels": classes, "batch": batch})
+    )
+    return Program(
+        ops=np.array(ops, OP),
+        nonzeros=np.concatenate([np.zeros(0, NONZERO), *tables.nonzeros]),
+        starts=np.concatenate([np.zeros(0, np.int32), *tables.starts]),
+        floats=np.concatenate(tables.floats),
+        masks=np.concatenate([np.zeros(0, np.int32), *tables.masks]),
+        arena_floats=arena,
+        batch=batch,
+        classes=classes,
+    )
 
 
-def _record(kind: str, values: dict[str, int], low: float = -math.inf, high: float = math.inf) -> tuple[float, ...]:
+def _record(kind: str, fields: dict[str, int], low: float = -math.inf, high: float = math.inf) -> tuple[float, ...]:
     defaults = {"kind": KINDS.index(kind), "other": -1}
-    return (*(values.get(name, defaults.get(name, 0)) for name in INTEGERS), low, high)
+    return (*(fields.get(name, defaults.get(name, 0)) for name in INTEGERS), low, high)
 
 
-def _round(floats: int) -> int:
+def _round_up(floats: int) -> int:
     return -(-floats // VECTOR) * VECTOR
 
 
-def _place(steps: Steps, value: int, batch: int) -> _Place:
-    shape = steps.shapes[value]
+def _measure(network: LoweredNetwork, value: int, batch: int) -> _Place:
+    """Return how an activation lies in memory; its offset is not known yet."""
+    shape = network.shapes[value]
     if len(shape) == 1:
-        return _Place(shape, batch, 1, 1, 1 if batch == 1 else _round(batch), 0)
-    layout = steps.layouts[value]
+        return _Place(
+            shape=shape, batch=batch, row=1, image=1, stride=1 if batch == 1 else _round_up(batch), lead=0, tail=0
+        )
+    layout = network.layouts[value]
     image = layout.row * layout.rows
-    stride = _round(batch * image)
+    stride = _round_up(batch * image)
     stride += VECTOR if stride % 256 == 0 else 0  # channels a power of two apart would share their places in the cache
-    # a pool reads up to two registers behind its last window
-    return _Place(shape, batch, layout.row, image, stride, _round(layout.lead), _round(layout.tail) + 2 * VECTOR)
+    return _Place(
+        shape=shape,
+        batch=batch,
+        row=layout.row,
+        image=image,
+        stride=stride,
+        lead=_round_up(layout.lead),
+        tail=_round_up(layout.tail) + 2 * VECTOR,  # a pool reads up to two registers past its last window
+    )
 
 
-def _place_all(steps: Steps, batch: int) -> tuple[dict[int, _Place], int]:
+def _place_all(network: LoweredNetwork, batch: int) -> tuple[dict[int, _Place], int]:
     """Place every activation in the arena; return the places by value, and the size of the arena in floats."""
-    written = {0: -1} | {step.output: index for index, step in enumerate(steps.steps)}
-    reads = [[value for value in (step.source, step.other) if value is not None] for step in steps.steps]
-    last = last_reads([*reads, [steps.steps[-1].output]])
+    written = {0: -1} | {step.output: index for index, step in enumerate(network.steps)}
+    reads = [[value for value in (step.source, step.other) if value is not None] for step in network.steps]
+    last = last_reads([*reads, [network.steps[-1].output]])
     values = sorted(written)
-    places = [_place(steps, value, batch) for value in values]
+    places = [_measure(network, value, batch) for value in values]
     buffers = [
         Buffer(place.floats, written[value], last.get(value, written[value]))
         for value, place in zip(values, places, strict=True)
     ]
     offsets, size = place_buffers(buffers, alignment=VECTOR)
-    moved = [replace(place, at=offset + place.lead) for place, offset in zip(places, offsets, strict=True)]
-    return dict(zip(values, moved, strict=True)), size
+    placed = [replace(place, offset=offset + place.lead) for place, offset in zip(places, offsets, strict=True)]
+    return dict(zip(values, placed, strict=True)), size
 
 
-def _pack(steps: Steps, place: _Place, tables: _Tables) -> tuple[float, ...]:
-    values = _geometry(place, place) | {"in": 0, "bias": tables.add("floats", steps.first.T.reshape(-1))}
-    return _record("pack", values)
+def _pack_record(network: LoweredNetwork, place: _Place, tables: _Tables) -> tuple[float, ...]:
+    bias = tables.add("floats", network.input_affine.T.reshape(-1))
+    return _record("pack", _geometry(place, place) | {"in": 0, "bias": bias})
 
 
 def _geometry(source: _Place, place: _Place) -> dict[str, int]:
-    """What most operations need to know of their input and output."""
-    found = {"in": source.at, "out": place.at, "lead": place.lead, "batch": place.batch, "channels": place.shape[0]}
-    found |= {"in_stride": source.stride, "out_stride": place.stride, "vectors": place.vectors}
-    for prefix, each in (("", source), ("out_", place)):
-        h, w = each.shape[1:] if len(each.shape) == 3 else (1, 1)
-        found |= {f"{prefix}height": h, f"{prefix}width": w, f"{prefix}row": each.row, f"{prefix}image": each.image}
-    return found
+    """Return the fields of a record that describe its input and output."""
+    fields = {"in": source.offset, "out": place.offset, "lead": place.lead}
+    fields |= {"batch": place.batch, "channels": place.shape[0]}
+    fields |= {"in_stride": source.stride, "out_stride": place.stride, "vectors": place.vectors}
+    for prefix, end in (("", source), ("out_", place)):
+        h, w = end.shape[1:] if len(end.shape) == 3 else (1, 1)
+        fields |= {f"{prefix}height": h, f"{prefix}width": w, f"{prefix}row": end.row, f"{prefix}image": end.image}
+    return fields
 
 
-def _mask(place: _Place, tables: _Tables) -> int:
-    """Where -1 for every position that holds a value of the stream, 0 for its padding, begins."""
+def _add_mask(place: _Place, tables: _Tables) -> int:
+    """Return where the mask of a stream begins: -1 at every position that holds a value, 0 in the padding."""
     key = (*place.shape[1:], place.batch, place.row, place.image, place.vectors)
-    if key not in tables.known:
+    if key not in tables.mask_starts:
         mask = np.zeros(max(place.batch * place.image, place.vectors * VECTOR), np.int32)
         valid = mask[: place.batch * place.image].reshape(place.batch, -1, place.row)
         h, w = place.shape[1:] if len(place.shape) == 3 else (1, 1)
         valid[:, :h, :w] = -1
-        tables.known[key] = tables.add("masks", mask[: place.vectors * VECTOR])
-    return tables.known[key]
+        tables.mask_starts[key] = tables.add("masks", mask[: place.vectors * VECTOR])
+    return tables.mask_starts[key]
 
 
-def _emit(step: Step, steps: Steps, places: dict[int, _Place], tables: _Tables) -> list[tuple[float, ...]]:
-    """The records of one step: one, but for `Phases`."""
+def _step_records(
+    step: Step, network: LoweredNetwork, places: dict[int, _Place], tables: _Tables
+) -> list[tuple[float, ...]]:
+    """Return the records of a step: one per phase for `Polyphase`, else one."""
     source, place, op = places[step.source], places[step.output], step.op
-    values = _geometry(source, place)
+    fields = _geometry(source, place)
     if step.other is not None:
-        values["other"] = places[step.other].at
+        fields["other"] = places[step.other].offset
     match op:
         case Conv() | Linear() | Diagonal():
-            entries = steps.entries[step.output]
-            values |= {"bias": tables.add("floats", op.bias)}
-            if len(place.shape) == 1 and place.batch == 1:
-                return [_record("dot", values | _nonzeros(entries, source, tables), step.low, step.high)]
-            values |= {"mask": _mask(place, tables)}
-            fours = steps.fours.get(step.output)
-            if fours is not None:
-                return [_record("convolve_fours", values | _nonzeros(fours, source, tables), step.low, step.high)]
-            return [_record("convolve", values | _nonzeros(entries, source, tables), step.low, step.high)]
+            taps, fours = network.taps[step.output], network.fours.get(step.output)
+            fields["bias"] = tables.add("floats", op.bias)
+            kind = "dot"
+            if len(place.shape) == 3 or place.batch > 1:
+                fields["mask"] = _add_mask(place, tables)
+                kind, taps = ("convolve", taps) if fours is None else ("convolve_fours", fours)
+            return [_record(kind, fields | _add_nonzeros(taps, source, tables), step.low, step.high)]
         case Affine():
-            values["bias"] = tables.add("floats", np.stack([op.scale, op.shift], axis=1).reshape(-1))
-            return [_record("elementwise", values | {"mask": _mask(place, tables)}, step.low, step.high)]
-        case Phases():
-            return _phases(op, values | {"channels": source.shape[0]})
+            fields["bias"] = tables.add("floats", np.stack([op.scale, op.shift], axis=1).reshape(-1))
+            return [_record("elementwise", fields | {"mask": _add_mask(place, tables)}, step.low, step.high)]
+        case Polyphase():
+            return _phase_records(op, fields | {"channels": source.shape[0]})
         case MaxPool() | AvgPool() | GlobalAvgPool():
             kind = "max_pool" if isinstance(op, MaxPool) else "mean_pool"
-            return [_record(kind, values | _window(op, source), step.low, step.high)]
+            return [_record(kind, fields | _window_fields(op, source), step.low, step.high)]
         case Flatten():
             assert not step.clamped
-            return [_record("flatten", values | {"channels": source.shape[0]})]
+            return [_record("flatten", fields | {"channels": source.shape[0]})]
         case _:
             raise AssertionError(op)
 
 
-def _phases(op: Phases, values: dict[str, int]) -> list[tuple[float, ...]]:
-    values |= {"stride_y": op.stride[0], "stride_x": op.stride[1], "kernel_y": len(op.offsets)}
+def _phase_records(op: Polyphase, fields: dict[str, int]) -> list[tuple[float, ...]]:
+    fields |= {"stride_y": op.stride[0], "stride_x": op.stride[1], "kernel_y": len(op.offsets)}
     return [
-        _record("phases", values | {"mask": i, "pad_y": y, "pad_x": x, "lead": values["lead"] if i == 0 else 0})
+        _record("phases", fields | {"mask": i, "pad_y": y, "pad_x": x, "lead": fields["lead"] if i == 0 else 0})
         for i, (y, x) in enumerate(op.offsets)
     ]
 
 
-def _window(op: MaxPool | AvgPool | GlobalAvgPool, source: _Place) -> dict[str, int]:
+def _window_fields(op: MaxPool | AvgPool | GlobalAvgPool, source: _Place) -> dict[str, int]:
     if isinstance(op, GlobalAvgPool):
         kernel, stride, padding, dilation, count = source.shape[1:], (1, 1), (0, 0), (1, 1), 0
     else:
@@ -229,10 +265,10 @@ def _window(op: MaxPool | AvgPool | GlobalAvgPool, source: _Place) -> dict[str, 
     }
 
 
-def _nonzeros(entries: Entries, source: _Place, tables: _Tables) -> dict[str, int]:
-    at = tables.lengths["nonzeros"]
-    records = np.empty(len(entries.weights), NONZERO)
-    records["weight"] = entries.weights
-    records["offset"] = entries.channels * source.stride + entries.down * source.row + entries.across
+def _add_nonzeros(taps: Taps, source: _Place, tables: _Tables) -> dict[str, int]:
+    first = tables.lengths["nonzeros"]
+    records = np.empty(len(taps.weights), NONZERO)
+    records["weight"] = taps.weights
+    records["offset"] = taps.channels * source.stride + taps.down * source.row + taps.across
     tables.add("nonzeros", records)
-    return {"rows": tables.add("starts", (entries.starts + at).astype(np.int32))}
+    return {"rows": tables.add("starts", (taps.starts + first).astype(np.int32))}

@@ -1,7 +1,7 @@
-"""The sparse engine: a compressed network on the CPU, at a cost that its nonzeros decide.
+"""The sparse engine: a compressed network on the CPU, with work in proportion to its nonzeros.
 
-`steps` fuses and lays out, `program` makes numbers of it, and the kernel runs them: `compiled`
-with the package, or where there was no compiler `fallback`, in Numba.
+`steps` fuses operations and lays out activations, `program` turns the steps into records for one batch size, and a
+kernel runs these: `native`, compiled with the package, or `numba_kernel` if there was no compiler.
 """
 
 from __future__ import annotations
@@ -12,112 +12,110 @@ from concurrent.futures import ThreadPoolExecutor
 from typing import Protocol
 
 import numpy as np
-from numpy.typing import NDArray
 
+from atmc.core.errors import unknown
 from atmc.deploy.engine import native
-from atmc.deploy.engine.program import Program, program_of
-from atmc.deploy.engine.steps import steps_of
-from atmc.deploy.graph.graph import Graph
+from atmc.deploy.engine.program import Program, build_program
+from atmc.deploy.engine.steps import lower
+from atmc.deploy.graph.graph import FloatArray, Graph
 
-Floats = NDArray[np.float32]
-CHUNK_FLOATS = 1 << 20  # of memory for activations: about what stays in a core's own cache
-MOST_IMAGES = 64
-FOUR_COST = {"native, avx512": 2.0, "native, avx2": 3.0}  # see `steps.in_fours`; measured on dense ResNet-18
+CHUNK_FLOATS = 1 << 20  # of memory for activations: about the size of a core's own cache
+MAX_CHUNK = 64  # images
+FOUR_COST = {"native, avx512": 2.0, "native, avx2": 3.0}  # see `steps.lower`; measured on a dense ResNet-18
 
 
-class Team(Protocol):
-    """What runs programs."""
+class Kernel(Protocol):
+    """Code that runs programs, on a number of threads."""
 
-    def bind(self, program: Program, arena: Floats, images: Floats, logits: Floats) -> Callable[[], None]:
-        """What writes the logits (n, classes) of images (n, c, h, w) whenever it is called."""
+    def bind(self, program: Program, arena: FloatArray, images: FloatArray, logits: FloatArray) -> Callable[[], None]:
+        """Return a function that writes the logits (n, classes) of images (n, c, h, w) each time it is called."""
 
 
 class SparseNetwork:
-    """A graph, ready to run on a kernel; not to be called from two threads at once.
+    """A graph that is ready to run on a kernel; two threads must not call it at the same time.
 
     A batch is run in chunks whose activations fit a core's cache. Several threads share the work of each operation
-    or, where there are chunks enough, take whole chunks.
+    or, if there are enough chunks, take whole chunks.
 
     Args:
-        threads: how many run it together.
-        kernel: ``native`` or ``numba``; None for native where it was built.
-        instructions: of `compiled.instruction_sets()`; None for the fastest. Ignored by ``numba``.
+        graph: a network that ends in (n, classes).
+        threads: number of threads that run it together.
+        kernel: ``native`` or ``numba``; by default native if it was built.
+        instructions: one of `native.instruction_sets()`, by default the fastest. ``numba`` ignores it.
 
     Raises:
-        ValueError: the graph cannot be run, or there is no such kernel, or less than one thread.
+        ValueError: the graph cannot be run, there is no such kernel, or threads is less than one.
     """
 
     def __init__(
         self, graph: Graph, *, threads: int = 1, kernel: str | None = None, instructions: str | None = None
     ) -> None:
-        team, self.kernel = _team(threads, kernel, instructions)
+        shared, self.kernel_name = open_kernel(threads, kernel, instructions)
         self.threads = threads
-        self._steps = steps_of(graph, four_cost=FOUR_COST.get(self.kernel, math.inf))
-        self.classes = self._steps.shapes[self._steps.steps[-1].output][0]
-        one = program_of(self._steps, 1).arena_floats
-        self.chunk = max(1, min(MOST_IMAGES, CHUNK_FLOATS // one))
+        self._network = lower(graph, four_cost=FOUR_COST.get(self.kernel_name, math.inf))
+        self.classes = self._network.shapes[self._network.steps[-1].output][0]
+        floats_per_image = build_program(self._network, 1).arena_floats
+        self.chunk = max(1, min(MAX_CHUNK, CHUNK_FLOATS // floats_per_image))
         self._programs: dict[int, Program] = {}
-        self._single: tuple[Floats, Floats, Callable[[], None]] | None = None
-        self._together = _Worker(team)
-        alone = [_team(1, kernel, instructions)[0] for _ in range(threads)] if threads > 1 else []
-        self._apart = [_Worker(team) for team in alone]
+        self._one_image: tuple[FloatArray, FloatArray, Callable[[], None]] | None = None
+        self._shared_worker = _Worker(shared)
+        single = [open_kernel(1, kernel, instructions)[0] for _ in range(threads)] if threads > 1 else []
+        self._chunk_workers = [_Worker(one) for one in single]
         self._pool = ThreadPoolExecutor(threads) if threads > 1 else None
 
-    @property
-    def arena_bytes(self) -> int:
-        """Memory of activations, as far as batches have asked for it."""
-        return sum(4 * len(worker.arena) for worker in (self._together, *self._apart))
-
     def program(self, batch: int) -> Program:
-        """The program for so many images at once."""
+        """Return the program for a number of images at once; the last few are kept."""
         if batch not in self._programs:
-            if len(self._programs) >= 4:  # a caller whose batches are never the same
+            if len(self._programs) >= 4:  # a caller may give a new batch size each time
                 del self._programs[next(iter(self._programs))]
-            self._programs[batch] = program_of(self._steps, batch)
+            self._programs[batch] = build_program(self._network, batch)
         return self._programs[batch]
 
-    def __call__(self, images: Floats) -> Floats:
-        """Logits (n, classes) of images (n, c, h, w), contiguous float32 of the graph's shape; n may be 0."""
+    def __call__(self, images: FloatArray) -> FloatArray:
+        """Return the logits (n, classes) of images (n, c, h, w), contiguous float32; n may be 0."""
         if len(images) == 1:
-            return self._of_one(images)
+            return self._run_one(images)
         logits = np.empty((len(images), self.classes), np.float32)
-        cuts = [slice(at, at + self.chunk) for at in range(0, len(images), self.chunk)]
-        parts = [(self.program(len(images[cut])), images[cut], logits[cut]) for cut in cuts]
-        if self._pool is None or len(parts) < 2 * self.threads:
-            self._together.run(parts)
+        slices = [slice(start, start + self.chunk) for start in range(0, len(images), self.chunk)]
+        chunks = [(self.program(len(images[part])), images[part], logits[part]) for part in slices]
+        if self._pool is None or len(chunks) < 2 * self.threads:
+            self._shared_worker.run(chunks)
         else:
-            shares = [parts[index :: self.threads] for index in range(self.threads)]
-            list(self._pool.map(_Worker.run, self._apart, shares))
+            shares = [chunks[index :: self.threads] for index in range(self.threads)]
+            list(self._pool.map(_Worker.run, self._chunk_workers, shares))
         return logits
 
-    def _of_one(self, image: Floats) -> Floats:
-        """Through arrays that the kernel knows already."""
-        if self._single is None:
-            known, logits = np.empty_like(image), np.empty((1, self.classes), np.float32)
-            self._single = known, logits, self._together.bind(self.program(1), known, logits)
-        known, logits, call = self._single
-        np.copyto(known, image)
+    def _run_one(self, image: FloatArray) -> FloatArray:
+        """Run one image through arrays that are bound once, since binding takes as long as a small network."""
+        if self._one_image is None:
+            bound, logits = np.empty_like(image), np.empty((1, self.classes), np.float32)
+            self._one_image = bound, logits, self._shared_worker.bind(self.program(1), bound, logits)
+        bound, logits, call = self._one_image
+        np.copyto(bound, image)
         call()
         return logits.copy()
 
 
 class _Worker:
-    """A team and the memory that it runs programs in."""
+    """A kernel with the arena in which it runs programs; the arena grows to that of the largest program."""
 
-    def __init__(self, team: Team) -> None:
-        self.team, self.arena = team, aligned(0)
+    def __init__(self, kernel: Kernel) -> None:
+        self.kernel, self.arena = kernel, allocate_aligned(0)
 
-    def bind(self, program: Program, images: Floats, logits: Floats) -> Callable[[], None]:
+    def bind(self, program: Program, images: FloatArray, logits: FloatArray) -> Callable[[], None]:
+        """Return a function that runs a program on these arrays, see `Kernel.bind`."""
         if len(self.arena) < program.arena_floats:
-            self.arena = aligned(program.arena_floats)
-        return self.team.bind(program, self.arena, images, logits)
+            self.arena = allocate_aligned(program.arena_floats)
+        return self.kernel.bind(program, self.arena, images, logits)
 
-    def run(self, parts: Sequence[tuple[Program, Floats, Floats]]) -> None:
-        for part in parts:
-            self.bind(*part)()
+    def run(self, chunks: Sequence[tuple[Program, FloatArray, FloatArray]]) -> None:
+        """Run chunks of a batch, each as (program, images, logits)."""
+        for chunk in chunks:
+            self.bind(*chunk)()
 
 
-def _team(threads: int, kernel: str | None, instructions: str | None) -> tuple[Team, str]:
+def open_kernel(threads: int = 1, kernel: str | None = None, instructions: str | None = None) -> tuple[Kernel, str]:
+    """Return a kernel and its name, such as "native, avx512"; arguments and errors as of `SparseNetwork`."""
     sets = native.instruction_sets()
     if threads < 1:
         raise ValueError(f"expected at least one thread, got {threads}")
@@ -126,17 +124,17 @@ def _team(threads: int, kernel: str | None, instructions: str | None) -> tuple[T
         if not sets:
             raise ValueError("the native kernel was not built: there was no C++ compiler when atmc was installed")
         if instructions is not None and instructions not in sets:
-            raise ValueError(f"no instructions {instructions!r} on this machine: expected one of {', '.join(sets)}")
-        return native.NativeTeam(threads, instructions or sets[0]), f"native, {instructions or sets[0]}"
+            raise unknown("instruction set", instructions, sets)
+        return native.NativeKernel(threads, instructions or sets[0]), f"native, {instructions or sets[0]}"
     if kernel == "numba":
-        from atmc.deploy.engine.numba_kernel import NumbaTeam
+        from atmc.deploy.engine.numba_kernel import NumbaKernel
 
-        return NumbaTeam(threads), "numba"
-    raise ValueError(f"unknown kernel {kernel!r}: expected native or numba")
+        return NumbaKernel(), "numba"
+    raise unknown("kernel", kernel, ("native", "numba"), expected="native or numba")
 
 
-def aligned(floats: int) -> Floats:
-    """Zeros, float32, that begin at a multiple of 64 bytes."""
+def allocate_aligned(floats: int) -> FloatArray:
+    """Allocate zeros, float32, that begin at a multiple of 64 bytes."""
     memory = np.zeros(floats + 16, np.float32)
     skip = (-memory.ctypes.data % 64) // 4
     return memory[skip : skip + floats]

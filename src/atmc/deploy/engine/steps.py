@@ -1,10 +1,10 @@
-"""From a graph to the steps that the sparse engine takes: operations fused, strides taken apart, streams laid out.
+"""From a graph to the steps that the sparse engine takes: operations fused, strides split off, streams laid out.
 
-A stream is what the engine makes of one channel of an activation: all images one after the other, each with `rows`
-rows of `row` floats, of which the valid ones come first and the rest are zeros. The zeros behind a row are the padding
-right of it and left of the next one, those behind an image the padding below it and above the next one. So a nonzero
-weight of a convolution of stride 1 is one shift of the whole input stream, and its output has the same layout. A
-convolution of stride s reads the s x s phases of its input (every s-th row and column), in which it has stride 1.
+A stream is one channel of an activation in memory: all images one after the other, each with `rows` rows of `row`
+floats, of which the valid ones come first and the rest are zeros. The zeros after a row are the padding to its right
+and to the left of the next row; those after an image are the padding below it and above the next one. So a nonzero
+weight of a convolution of stride 1 is one shift of the whole input stream, and the output has the same layout. A
+convolution of stride s reads the s x s phases of its input (every s-th row and column); on these its stride is 1.
 """
 
 from __future__ import annotations
@@ -14,21 +14,23 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
-from numpy.typing import NDArray
 
-from atmc.deploy.engine.shifts import Diagonal, Entries, Phases, entries_of, in_fours, phase_of_taps, range_of
-from atmc.deploy.graph.graph import Add, Affine, Conv, Flatten, Graph, Linear, Op, Pair, Relu, Shape
+from atmc.deploy.engine.shifts import Diagonal, Polyphase, Taps, find_taps, group_in_fours, phase_of_taps, shift_range
+from atmc.deploy.graph.graph import Add, Affine, Conv, Flatten, FloatArray, Graph, Linear, Op, Pair, Relu, Shape
 from atmc.deploy.graph.rewrite import remove_dead_nodes
 
 
 @dataclass(frozen=True, eq=False)
 class Step:
-    """One operation: `low` and `high` clamp what it writes, `other` is a value that is added before.
+    """One operation: output = clamp(op(source) + other, low, high).
 
-    phases: of a strided convolution's input, the (row, column) offsets that it holds; of `Phases` steps alone.
+    Args:
+        op: what is computed.
+        source, output: the values that it reads and writes.
+        other: a value that is added, if any.
     """
 
-    op: Op | Phases | Diagonal
+    op: Op | Polyphase | Diagonal
     source: int
     output: int
     other: int | None = None
@@ -37,13 +39,13 @@ class Step:
 
     @property
     def clamped(self) -> bool:
-        """Whether there is an activation already."""
+        """Whether an activation was fused into the step."""
         return (self.low, self.high) != (-math.inf, math.inf)
 
 
 @dataclass
 class Layout:
-    """Of the streams that share one: floats a row, rows an image, and how far before and behind them somebody reads."""
+    """The layout of streams: floats per row, rows per image, and how many floats before and after them are read."""
 
     row: int = 1
     rows: int = 1
@@ -52,30 +54,31 @@ class Layout:
 
 
 @dataclass(frozen=True, eq=False)
-class Steps:
-    """The network as the engine runs it. Value 0 is the images; steps are in order; the last one writes the logits.
+class LoweredNetwork:
+    """A network as the engine runs it, for any batch size. Value 0 is the images; the last step writes the logits.
 
     Args:
+        steps: in the order in which they run.
         shapes: of every value by its number, (c, h, w) or (features,).
         layouts: of every spatial value.
-        first: scale and shift (2, c) that the images are given as they are read.
-        entries: of the layer that computes a value.
-        fours: the same, where it pays to take four outputs together (`in_fours`).
+        input_affine: scale and shift (2, c) that are applied to the images as they are read.
+        taps: of the layer that computes a value.
+        fours: the same in groups of four outputs (`group_in_fours`), for layers in which that is faster.
     """
 
     steps: tuple[Step, ...]
     shapes: dict[int, Shape]
     layouts: dict[int, Layout]
-    first: NDArray[np.float32]
-    entries: dict[int, Entries]
-    fours: dict[int, Entries]
+    input_affine: FloatArray
+    taps: dict[int, Taps]
+    fours: dict[int, Taps]
 
 
-def steps_of(graph: Graph, *, four_cost: float = math.inf) -> Steps:
-    """Fuse activations, sums and the first normalization into what comes before; lay out every activation.
+def lower(graph: Graph, *, four_cost: float = math.inf) -> LoweredNetwork:
+    """Fuse activations, sums and the normalization of images into the steps before them; lay out every activation.
 
     Args:
-        four_cost: of a tap of four outputs together, in taps of one output, on the kernel that is to run them.
+        four_cost: cost of a tap of four outputs, in taps of one output, on the kernel that will run the network.
 
     Raises:
         ValueError: the graph is not consistent, or does not end in (classes,).
@@ -86,59 +89,71 @@ def steps_of(graph: Graph, *, four_cost: float = math.inf) -> Steps:
         raise ValueError(
             f"expected a network that ends in (n, classes), got a value of shape {shapes[len(graph.nodes)]}"
         )
-    fused, first = _fused(graph)
-    steps, shapes = _without_strides(fused, shapes)
-    layers = ((s.output, s.op, _phases_of(s, steps)) for s in steps if isinstance(s.op, Conv | Linear | Diagonal))
-    entries = {value: entries_of(op, phases) for value, op, phases in layers}
-    layouts = _layouts(steps, shapes, entries)
-    fours = {value: found for value, each in entries.items() if (found := in_fours(each, four_cost)) is not None}
-    return Steps(tuple(steps), shapes, layouts, first, entries, fours)
+    fused, input_affine = _fuse(graph)
+    steps, shapes = _split_strides(fused, shapes)
+    splits = {step.output: step.op for step in steps if isinstance(step.op, Polyphase)}
+    taps = {
+        step.output: find_taps(step.op, splits.get(step.source))
+        for step in steps
+        if isinstance(step.op, Conv | Linear | Diagonal)
+    }
+    grouped = {value: group_in_fours(layer_taps, four_cost) for value, layer_taps in taps.items()}
+    return LoweredNetwork(
+        steps=tuple(steps),
+        shapes=shapes,
+        layouts=_lay_out(steps, shapes, taps),
+        input_affine=input_affine,
+        taps=taps,
+        fours={value: fours for value, fours in grouped.items() if fours is not None},
+    )
 
 
-def _fused(graph: Graph) -> tuple[list[Step], NDArray[np.float32]]:
-    """The steps; and scale and shift of the images, which keep the number 0 after it."""
-    shapes, readers = graph.shapes(), [len(found) for found in graph.consumers()]
+def _fuse(graph: Graph) -> tuple[list[Step], FloatArray]:
+    """Return the steps, and scale and shift (2, c) of the images; the normalized images keep the number 0."""
+    shapes, reader_counts = graph.shapes(), [len(readers) for readers in graph.consumers()]
     channels = graph.input_shape[0]
-    first = np.stack([np.ones(channels, np.float32), np.zeros(channels, np.float32)])
+    input_affine = np.stack([np.ones(channels, np.float32), np.zeros(channels, np.float32)])
     steps: list[Step] = []
-    normalized = None  # the value that stands for the images once they are scaled and shifted
+    normalized = None  # the value that is the images, scaled and shifted
     for output, node in enumerate(graph.nodes, start=1):
         op, inputs = node.op, [0 if value == normalized else value for value in node.inputs]
-        if isinstance(op, Affine) and node.inputs == (0,) and readers[0] == 1:
-            first, normalized = np.stack([op.scale, op.shift]).astype(np.float32), output
+        if isinstance(op, Affine) and node.inputs == (0,) and reader_counts[0] == 1:
+            input_affine, normalized = np.stack([op.scale, op.shift]).astype(np.float32), output
         elif isinstance(op, Relu):
-            _activate(steps, readers, inputs[0], output, op, shapes[output])
+            _fuse_relu(steps, reader_counts, inputs[0], output, op, shapes[output])
         elif isinstance(op, Add):
-            _add(steps, readers, inputs, output, shapes[output])
+            _fuse_sum(steps, reader_counts, inputs, output, shapes[output])
         elif isinstance(op, Affine) and len(shapes[output]) == 1:
             steps.append(Step(Diagonal(op.scale, op.shift), inputs[0], output))
         else:
             steps.append(Step(op, inputs[0], output))
-    return steps, first
+    return steps, input_affine
 
 
-def _writer(steps: Sequence[Step], readers: Sequence[int], value: int) -> int | None:
-    """Which step writes a value that has one reader and no activation yet."""
+def _find_writer(steps: Sequence[Step], reader_counts: Sequence[int], value: int) -> int | None:
+    """Return the index of the step that writes a value, if the value has one reader and no activation yet."""
     for index, step in enumerate(steps):
-        if step.output == value and readers[value] == 1 and not step.clamped:
+        if step.output == value and reader_counts[value] == 1 and not step.clamped:
             return index
     return None
 
 
-def _activate(steps: list[Step], readers: Sequence[int], value: int, output: int, op: Relu, shape: Shape) -> None:
-    """An activation goes to the step that writes its input, where that can clamp; else it is a step of its own."""
+def _fuse_relu(
+    steps: list[Step], reader_counts: Sequence[int], value: int, output: int, op: Relu, shape: Shape
+) -> None:
+    """Fuse an activation into the step that writes its input if that step can clamp; else append a step for it."""
     high = math.inf if op.ceiling is None else op.ceiling
-    before = _writer(steps, readers, value)
-    if before is not None and not isinstance(steps[before].op, Flatten):
-        steps[before] = replace(steps[before], output=output, low=0.0, high=high)
+    writer = _find_writer(steps, reader_counts, value)
+    if writer is not None and not isinstance(steps[writer].op, Flatten):
+        steps[writer] = replace(steps[writer], output=output, low=0.0, high=high)
     else:
         steps.append(Step(_identity(shape), value, output, low=0.0, high=high))
 
 
-def _add(steps: list[Step], readers: Sequence[int], terms: Sequence[int], output: int, shape: Shape) -> None:
-    """A sum goes to a step that writes one of its terms, moved to here, where that can add; else to one of its own."""
+def _fuse_sum(steps: list[Step], reader_counts: Sequence[int], terms: Sequence[int], output: int, shape: Shape) -> None:
+    """Fuse a sum into the step that writes one of its terms, moved to the end, if it can add; else append a step."""
     for value, other in (terms, terms[::-1]):
-        index = _writer(steps, readers, value)
+        index = _find_writer(steps, reader_counts, value)
         step = None if index is None or value == other else steps[index]
         if step is not None and isinstance(step.op, Conv | Linear | Diagonal) and step.other is None:
             steps.remove(step)
@@ -152,66 +167,63 @@ def _identity(shape: Shape) -> Affine | Diagonal:
     return Affine(ones, zeros) if len(shape) == 3 else Diagonal(ones, zeros)
 
 
-def _without_strides(steps: list[Step], shapes: dict[int, Shape]) -> tuple[list[Step], dict[int, Shape]]:
-    """Convolutions of stride 1 only, of phases; shapes with the new values', whose h, w is the largest phase's."""
-    wanted: dict[tuple[int, Pair], set[Pair]] = {}
+def _split_strides(steps: list[Step], shapes: dict[int, Shape]) -> tuple[list[Step], dict[int, Shape]]:
+    """Let strided convolutions read the phases of their input, on which their stride is 1.
+
+    Returns:
+        the steps, those that split a value into phases among them; and the shapes with those of the values split, whose
+        height and width are those of the largest phase.
+    """
+    offsets: dict[tuple[int, Pair], set[Pair]] = {}
     for step in steps:
         if isinstance(step.op, Conv) and step.op.stride != (1, 1):
-            offsets = wanted.setdefault((step.source, step.op.stride), set())
-            offsets |= {(int(y), int(x)) for y, x in phase_of_taps(step.op).reshape(-1, 2)}
-    shapes, made, result = dict(shapes), {}, []
+            read = {(int(y), int(x)) for y, x in phase_of_taps(step.op).reshape(-1, 2)}
+            offsets.setdefault((step.source, step.op.stride), set()).update(read)
+    shapes, split_values, result = dict(shapes), dict[tuple[int, Pair], int](), []
     for step in steps:
         if isinstance(step.op, Conv) and step.op.stride != (1, 1):
             key = step.source, step.op.stride
-            if key not in made:
-                made[key] = value = max(shapes) + 1
-                phases = Phases(step.op.stride, tuple(sorted(wanted[key])))
+            if key not in split_values:
+                split_values[key] = value = max(shapes) + 1
+                polyphase = Polyphase(step.op.stride, tuple(sorted(offsets[key])))
                 c, h, w = shapes[step.source]
-                sides = -(-h // phases.stride[0]), -(-w // phases.stride[1])
-                shapes[value] = (c * len(phases.offsets), *sides)
-                result.append(Step(phases, step.source, value))
-            step = replace(step, source=made[key])
+                sides = -(-h // polyphase.stride[0]), -(-w // polyphase.stride[1])
+                shapes[value] = (c * len(polyphase.offsets), *sides)
+                result.append(Step(polyphase, step.source, value))
+            step = replace(step, source=split_values[key])
         result.append(step)
     return result, shapes
 
 
-def _phases_of(step: Step, steps: Sequence[Step]) -> Phases | None:
-    for other in steps:
-        if other.output == step.source and isinstance(other.op, Phases):
-            return other.op
-    return None
-
-
-def _layouts(steps: Sequence[Step], shapes: dict[int, Shape], entries: dict[int, Entries]) -> dict[int, Layout]:
-    """One layout for all values that are shifts of each other, wide enough for every shift."""
+def _lay_out(steps: Sequence[Step], shapes: dict[int, Shape], taps: dict[int, Taps]) -> dict[int, Layout]:
+    """Return one layout for all values that are shifts of each other, wide enough for every shift."""
     parent = {value: value for value, shape in shapes.items() if len(shape) == 3}
 
-    def find(value: int) -> int:
+    def root(value: int) -> int:
         while parent[value] != value:
             value = parent[value]
         return value
 
     for step in steps:
         if isinstance(step.op, Conv | Affine):
-            parent[find(step.source)] = find(step.output)
+            parent[root(step.source)] = root(step.output)
             if step.other is not None:
-                parent[find(step.other)] = find(step.output)
-    found: dict[int, Layout] = {}
+                parent[root(step.other)] = root(step.output)
+    layouts: dict[int, Layout] = {}
     for value in parent:
-        layout = found.setdefault(find(value), Layout())
+        layout = layouts.setdefault(root(value), Layout())
         layout.rows, layout.row = max(layout.rows, shapes[value][1]), max(layout.row, shapes[value][2])
-    reach: dict[int, list[tuple[Pair, Pair]]] = {}
+    ranges: dict[int, list[tuple[Pair, Pair]]] = {}
     for step in steps:
         if isinstance(step.op, Conv):
-            taps = entries[step.output]
-            down, across = (range_of(taps.down), range_of(taps.across))
+            down, across = shift_range(taps[step.output].down), shift_range(taps[step.output].across)
             (_, hi, wi), (_, ho, wo) = shapes[step.source], shapes[step.output]
-            layout = found[find(step.source)]
+            layout = layouts[root(step.source)]
             layout.rows = max(layout.rows, ho + down[1], hi - down[0])
             layout.row = max(layout.row, wo + across[1], wi - across[0])
-            reach.setdefault(find(step.source), []).append((down, across))
-    for root, pairs in reach.items():
-        row = found[root].row
-        found[root].lead = max(-down[0] * row - across[0] for down, across in pairs)
-        found[root].tail = max(down[1] * row + across[1] for down, across in pairs)
-    return {value: found[find(value)] for value in parent}
+            ranges.setdefault(root(step.source), []).append((down, across))
+    for value, pairs in ranges.items():
+        row = layouts[value].row
+        layouts[value].lead = max(-down[0] * row - across[0] for down, across in pairs)
+        layouts[value].tail = max(down[1] * row + across[1] for down, across in pairs)
+    return {value: layouts[root(value)] for value in parent}

@@ -1,7 +1,8 @@
 """A graph as an ONNX model: input `images` (n, c, h, w) float32 in [0, 1], output `logits`, any number of images.
 
 Opset 13 and IR version 7, of 2020. No pooling uses ONNX's ceil_mode, which onnxruntime and onnx's own reference
-evaluator read differently: the padding is written out so that whole windows fit. The same graph gives the same bytes.
+evaluator interpret differently: the padding is written out so that whole windows fit. The same graph gives the same
+bytes.
 """
 
 from __future__ import annotations
@@ -23,10 +24,11 @@ from atmc.deploy.graph.graph import (
     AvgPool,
     Conv,
     Flatten,
-    Floats,
+    FloatArray,
     GlobalAvgPool,
     Graph,
     Linear,
+    LogitsFunction,
     MaxPool,
     Op,
     Pair,
@@ -42,27 +44,28 @@ OPSET, IR_VERSION = 13, 7
 INPUT, OUTPUT = "images", "logits"
 EXTRA = "pip install 'atmc[deploy]'"
 
-Made = tuple[str, list[str], dict[str, Any]]  # operator, constants it reads after its input, attributes
-Store = Callable[[str, Any], str]  # (role, values) -> name of the constant that now holds them
+Operation = tuple[str, list[str], dict[str, Any]]  # operator, names of constants that follow its inputs, attributes
+Store = Callable[[str, Any], str]  # (role, values) -> name of the constant that holds them
 
 
 def to_onnx(graph: Graph, path: str | os.PathLike[str], *, about: Mapping[str, str] | None = None) -> int:
-    """Write the ONNX model of a graph, whole or not at all; its size in bytes. See `to_bytes`."""
+    """Write the ONNX model of a graph, whole or not at all, and return its size in bytes; see `to_bytes`."""
     return write_beside(Path(path), to_bytes(graph, about=about))
 
 
 def to_bytes(graph: Graph, *, about: Mapping[str, str] | None = None) -> bytes:
-    """The ONNX model of a graph, checked by onnx.checker.
+    """Return the bytes of the ONNX model of a graph, checked by onnx.checker.
 
     Args:
-        about: what else its metadata_props say: threat, method.
+        about: entries of its metadata_props, such as threat and method; "tool" is added.
 
     Raises:
-        RuntimeError: onnx is not installed. ValueError: the graph does not fit together.
+        RuntimeError: onnx is not installed.
+        ValueError: the graph is not consistent, or ONNX does not define one of its operations.
     """
-    onnx = installed("onnx")
+    onnx = import_extra("onnx")
     model = onnx.helper.make_model(
-        _network(graph),
+        _build_graph(graph),
         opset_imports=[onnx.helper.make_opsetid("", OPSET)],
         ir_version=IR_VERSION,
         producer_name="atmc",
@@ -73,7 +76,7 @@ def to_bytes(graph: Graph, *, about: Mapping[str, str] | None = None) -> bytes:
     return bytes(model.SerializeToString(deterministic=True))
 
 
-def _network(graph: Graph) -> GraphProto:
+def _build_graph(graph: Graph) -> GraphProto:
     from onnx import TensorProto, helper, numpy_helper
 
     shapes = graph.shapes()
@@ -90,8 +93,8 @@ def _network(graph: Graph) -> GraphProto:
         name = unique(node.name or type(node.op).__name__.lower())
         names.append(OUTPUT if index == last else name)
         before, after = shapes[node.inputs[0]], shapes[index + 1]
-        made = _nodes(node.op, before, after, partial(store, name))
-        nodes += _chained(made, [names[value] for value in node.inputs], names[-1], name, unique)
+        operations = _operations(node.op, before, after, partial(store, name))
+        nodes += _chain(operations, [names[value] for value in node.inputs], names[-1], name, unique)
     ends = [
         helper.make_tensor_value_info(name, TensorProto.FLOAT, ["n", *shape])
         for name, shape in ((INPUT, shapes[0]), (OUTPUT, shapes[-1]))
@@ -99,16 +102,17 @@ def _network(graph: Graph) -> GraphProto:
     return helper.make_graph(nodes, "atmc", ends[:1], ends[1:], constants)
 
 
-def runner(data: bytes, threads: int = 0) -> Callable[[Floats], Floats]:
-    """The function images (n, c, h, w) -> logits (n, classes) of an ONNX model, by onnxruntime on the CPU.
+def open_runtime(data: bytes, threads: int = 0) -> LogitsFunction:
+    """Return a function that runs an ONNX model by onnxruntime on the CPU.
 
     Args:
-        threads: of one call; 0 for as many as onnxruntime likes.
+        data: the bytes of the model.
+        threads: of one call; 0 leaves the number to onnxruntime.
 
     Raises:
-        RuntimeError: onnxruntime is not installed, or fails; so may the function.
+        RuntimeError: onnxruntime is not installed, or fails; the function raises it too.
     """
-    runtime, failures = installed("onnxruntime"), runtime_failures()
+    runtime, failures = import_extra("onnxruntime"), runtime_errors()
     options = runtime.SessionOptions()
     options.intra_op_num_threads, options.inter_op_num_threads = threads, 1
     options.log_severity_level = 3  # errors only
@@ -117,9 +121,9 @@ def runner(data: bytes, threads: int = 0) -> Callable[[Floats], Floats]:
     except failures as error:
         raise RuntimeError(f"onnxruntime cannot load the model: {first_line(error)}") from error
 
-    def run(images: Floats) -> Floats:
+    def run(images: FloatArray) -> FloatArray:
         try:
-            logits: Floats = session.run([OUTPUT], {INPUT: images})[0]
+            logits: FloatArray = session.run([OUTPUT], {INPUT: images})[0]
         except failures as error:
             raise RuntimeError(f"onnxruntime failed: {first_line(error)}") from error
         return logits
@@ -127,16 +131,16 @@ def runner(data: bytes, threads: int = 0) -> Callable[[Floats], Floats]:
     return run
 
 
-def runtime_failures() -> tuple[type[Exception], ...]:
-    """What onnxruntime, its quantizer and onnx's checks raise; most of it has no class in common but Exception."""
+def runtime_errors() -> tuple[type[Exception], ...]:
+    """Return the errors of onnxruntime, its quantizer and onnx's checks; most share no base class but Exception."""
     names = ("onnxruntime.capi.onnxruntime_pybind11_state", "onnx.checker", "onnx.shape_inference")
-    found = [value for name in names for value in vars(importlib.import_module(name)).values()]
-    own = [each for each in found if isinstance(each, type) and issubclass(each, Exception)]
-    return *USER_CODE_ERRORS, *own
+    values = [value for name in names for value in vars(importlib.import_module(name)).values()]
+    errors = [value for value in values if isinstance(value, type) and issubclass(value, Exception)]
+    return *USER_CODE_ERRORS, *errors
 
 
-def installed(name: str) -> Any:
-    """A package of the extra. RuntimeError with what to install where it is missing."""
+def import_extra(name: str) -> Any:
+    """Import a package of the extra ``deploy``; RuntimeError says what to install if it is missing."""
     try:
         return importlib.import_module(name)
     except ImportError as error:
@@ -144,7 +148,7 @@ def installed(name: str) -> Any:
 
 
 def _unique_names(*taken: str) -> Callable[[str], str]:
-    """A function that gives a name as it is, or with the first of _1, _2, ... that makes it new."""
+    """Return a function that returns a name as it is, or with the first of _1, _2, ... that makes it unique."""
     used = set(taken)
 
     def unique(wanted: str) -> str:
@@ -158,19 +162,19 @@ def _unique_names(*taken: str) -> Callable[[str], str]:
     return unique
 
 
-def _chained(
-    made: Sequence[Made],
+def _chain(
+    operations: Sequence[Operation],
     inputs: list[str],
     output: str,
     name: str,
     unique: Callable[[str], str],
 ) -> list[NodeProto]:
-    """ONNX nodes of one operation, each reading the one before it."""
+    """Return ONNX nodes for the operations, each of which reads the one before it."""
     from onnx import helper
 
     nodes = []
-    for index, (operator, constants, attributes) in enumerate(made):
-        last = index == len(made) - 1
+    for index, (operator, constants, attributes) in enumerate(operations):
+        last = index == len(operations) - 1
         label = name if last else unique(f"{name}.{operator.lower()}")
         result = output if last else label
         nodes.append(helper.make_node(operator, [*inputs, *constants], [result], label, **attributes))
@@ -178,7 +182,7 @@ def _chained(
     return nodes
 
 
-def _nodes(op: Op, before: Shape, after: Shape, store: Store) -> list[Made]:
+def _operations(op: Op, before: Shape, after: Shape, store: Store) -> list[Operation]:
     match op:
         case Conv():
             constants = [store("weight", op.weight), store("bias", op.bias)]
@@ -208,8 +212,8 @@ def _nodes(op: Op, before: Shape, after: Shape, store: Store) -> list[Made]:
             return [("Add", [], {})]
 
 
-def _max_pool(op: MaxPool, before: Shape, after: Shape, store: Store) -> list[Made]:
-    if any(map(_padding_alone, before[1:], after[1:], op.kernel, op.stride, op.padding, op.dilation)):
+def _max_pool(op: MaxPool, before: Shape, after: Shape, store: Store) -> list[Operation]:
+    if any(map(_has_empty_window, before[1:], after[1:], op.kernel, op.stride, op.padding, op.dilation)):
         raise ValueError(f"{op} on a value of shape {before} has a window of padding alone, which ONNX does not define")
     end = _end_padding(before, after, op.kernel, op.stride, op.padding, op.dilation)
     attributes = {"kernel_shape": op.kernel, "strides": op.stride, "dilations": op.dilation}
@@ -219,31 +223,31 @@ def _max_pool(op: MaxPool, before: Shape, after: Shape, store: Store) -> list[Ma
     return [_pad(op.padding, end, -np.inf, store), ("MaxPool", [], attributes)]
 
 
-def _padding_alone(side: int, count: int, k: int, s: int, p: int, d: int) -> bool:
-    """Whether one of the windows along a side has no pixel of the image."""
+def _has_empty_window(side: int, count: int, k: int, s: int, p: int, d: int) -> bool:
+    """Return whether one of the windows along a side has no pixel of the image."""
     return any(not any(0 <= first + d * i < side for i in range(k)) for first in range(-p, count * s - p, s))
 
 
-def _avg_pool(op: AvgPool, before: Shape, after: Shape, store: Store) -> list[Made]:
-    """Zeros of the padding count, if asked for; what a last window of ceil_mode has beyond them never does."""
+def _avg_pool(op: AvgPool, before: Shape, after: Shape, store: Store) -> list[Operation]:
+    """Count the zeros of the padding if the operation does, but never what a window of ceil_mode has beyond them."""
     end = _end_padding(before, after, op.kernel, op.stride, op.padding, (1, 1))
     attributes: dict[str, Any] = {"kernel_shape": op.kernel, "strides": op.stride}
     if not op.count_padding or end == op.padding:
         counted = int(op.count_padding)
         return [("AveragePool", [], attributes | {"pads": (*op.padding, *end), "count_include_pad": counted})]
     beyond = tuple(e - p for e, p in zip(end, op.padding, strict=True))
-    averaged: Made = ("AveragePool", [], attributes | {"pads": (0, 0, *beyond), "count_include_pad": 0})
+    averaged: Operation = ("AveragePool", [], attributes | {"pads": (0, 0, *beyond), "count_include_pad": 0})
     return [_pad(op.padding, op.padding, 0, store), averaged] if any(op.padding) else [averaged]
 
 
-def _pad(begin: Pair, end: Pair, value: float, store: Store) -> Made:
+def _pad(begin: Pair, end: Pair, value: float, store: Store) -> Operation:
     pads = np.array([0, 0, *begin, 0, 0, *end], np.int64)
     return "Pad", [store("pads", pads), store("padding", np.array(value, np.float32))], {"mode": "constant"}
 
 
 def _end_padding(before: Shape, after: Shape, kernel: Pair, stride: Pair, padding: Pair, dilation: Pair) -> Pair:
-    """Padding behind the image, at least `padding`, with which as many whole windows fit as `after` says."""
-    found = []
+    """Return the padding after the image, at least `padding`, with which whole windows give the shape `after`."""
+    sides = []
     for side, count, k, s, p, d in zip(before[1:], after[1:], kernel, stride, padding, dilation, strict=True):
-        found.append(max(p, (count - 1) * s + d * (k - 1) + 1 - side - p))
-    return found[0], found[1]
+        sides.append(max(p, (count - 1) * s + d * (k - 1) + 1 - side - p))
+    return sides[0], sides[1]

@@ -1,4 +1,4 @@
-"""The dense weights of a model for everyone else: a state dict in a .safetensors file."""
+"""The decoded weights of a model for other programs: a state dict in a .safetensors file."""
 
 from __future__ import annotations
 
@@ -15,17 +15,17 @@ from atmc.core.files import write_beside
 
 
 def to_safetensors(model: nn.Module, path: str | os.PathLike[str], *, about: Mapping[str, str] | None = None) -> int:
-    """Write the state dict of a plain module, whole or not at all; the file's size in bytes. See `to_bytes`."""
+    """Write the state dict of a plain module, whole or not at all, and return the size in bytes; see `to_bytes`."""
     return write_beside(Path(path), to_bytes(model, about=about))
 
 
 def to_bytes(model: nn.Module, *, about: Mapping[str, str] | None = None) -> bytes:
-    """A .safetensors file of a plain module's state dict: names, shapes and types as the module has them.
+    """Return the bytes of a .safetensors file of a plain module's state dict, with its names, shapes and types.
 
-    The same values give the same bytes: safetensors itself writes metadata in any order.
+    The same values give the same bytes: the metadata is sorted, which safetensors itself does not do.
 
     Args:
-        about: the file's metadata, strings.
+        about: the file's metadata.
     """
     state = {name: value.detach().cpu().clone().contiguous() for name, value in model.state_dict().items()}
     data = save(state, metadata=dict(about or {}))

@@ -1,4 +1,4 @@
-"""Bounds of every channel's values, whatever the images are: a channel whose bounds are equal is constant."""
+"""Bounds of every channel's values that hold for all images; a channel whose bounds are equal is constant."""
 
 from __future__ import annotations
 
@@ -12,69 +12,76 @@ from atmc.deploy.graph.graph import (
     AvgPool,
     Conv,
     Flatten,
-    Floats,
+    FloatArray,
     GlobalAvgPool,
     Graph,
     Linear,
     MaxPool,
     Relu,
 )
-from atmc.deploy.graph.operators import wide
-from atmc.deploy.graph.rewrite import Layer, is_padded, kernel_sum, times
+from atmc.deploy.graph.operators import to_float64
+from atmc.deploy.graph.rewrite import Layer, is_padded, multiply_groups, sum_kernel
 
-Bounds = tuple[Floats, Floats]  # the least and the largest value of each channel or feature
+Bounds = tuple[FloatArray, FloatArray]  # the least and the largest value of each channel or feature
 
 
-def bounds(graph: Graph) -> list[Bounds]:
-    """Of every value. The images may be anything."""
+def compute_bounds(graph: Graph) -> list[Bounds]:
+    """Return bounds (channels,) of every value by interval arithmetic; the pixels of the images may be any numbers."""
     channels = graph.input_shape[0]
     shapes = graph.shapes()
-    found: list[Bounds] = [(wide(np.full(channels, -np.inf)), wide(np.full(channels, np.inf)))]
+    bounds: list[Bounds] = [(to_float64(np.full(channels, -np.inf)), to_float64(np.full(channels, np.inf)))]
     for node in graph.nodes:
-        low, high = found[node.inputs[0]]
+        low, high = bounds[node.inputs[0]]
         match node.op:
             case Conv() | Linear():
-                found.append(_layer_bounds(node.op, low, high))
+                bounds.append(_layer_bounds(node.op, low, high))
             case Affine():
-                found.append(_affine_bounds(node.op, low, high))
-            case Relu():
-                found.append((cast(Floats, low.clip(0, node.op.ceiling)), cast(Floats, high.clip(0, node.op.ceiling))))
+                bounds.append(_affine_bounds(node.op, low, high))
+            case Relu(ceiling):
+                bounds.append((cast(FloatArray, low.clip(0, ceiling)), cast(FloatArray, high.clip(0, ceiling))))
             case AvgPool() if node.op.count_padding and node.op.padding != (0, 0):
-                found.append((cast(Floats, low.clip(max=0)), cast(Floats, high.clip(min=0))))
+                bounds.append(_include_zero(low, high))
             case Flatten():
                 area = int(np.prod(shapes[node.inputs[0]][1:]))
-                found.append((np.repeat(low, area), np.repeat(high, area)))
+                bounds.append((np.repeat(low, area), np.repeat(high, area)))
             case Add():
-                others = found[node.inputs[1]]
-                found.append((low + others[0], high + others[1]))
+                other_low, other_high = bounds[node.inputs[1]]
+                bounds.append((low + other_low, high + other_high))
             case MaxPool() | AvgPool() | GlobalAvgPool():
-                found.append((low, high))
-    return found
+                bounds.append((low, high))
+    return bounds
 
 
-def _layer_bounds(layer: Layer, low: Floats, high: Floats) -> Bounds:
-    """Equal inputs are summed alike for both bounds, so that a constant is found as one."""
+def _include_zero(low: FloatArray, high: FloatArray) -> Bounds:
+    return cast(FloatArray, low.clip(max=0)), cast(FloatArray, high.clip(min=0))
+
+
+def _layer_bounds(layer: Layer, low: FloatArray, high: FloatArray) -> Bounds:
+    """Return the bounds of a layer's outputs.
+
+    Both bounds take their sums in the same order, so that those of a constant output are equal to the last bit.
+    """
     if is_padded(layer):
-        low, high = cast(Floats, low.clip(max=0)), cast(Floats, high.clip(min=0))
-    rises = kernel_sum(cast(Floats, layer.weight.clip(min=0)))
-    falls = kernel_sum(cast(Floats, layer.weight.clip(max=0)))
-    least = _extreme(layer, rises, low) + _extreme(layer, falls, high) + layer.bias
-    most = _extreme(layer, rises, high) + _extreme(layer, falls, low) + layer.bias
+        low, high = _include_zero(low, high)
+    positive = sum_kernel(cast(FloatArray, layer.weight.clip(min=0)))
+    negative = sum_kernel(cast(FloatArray, layer.weight.clip(max=0)))
+    least = _multiply(layer, positive, low) + _multiply(layer, negative, high) + layer.bias
+    most = _multiply(layer, positive, high) + _multiply(layer, negative, low) + layer.bias
     return least, most
 
 
-def _extreme(layer: Layer, weight: Floats, bound: Floats) -> Floats:
-    """weight times bound, in which one number may be infinite, and 0 times infinity is 0."""
-    endless = np.isinf(bound)
-    total = times(weight, wide(np.where(endless, 0, bound)), layer)
-    if not endless.any():
+def _multiply(layer: Layer, weight: FloatArray, bound: FloatArray) -> FloatArray:
+    """Multiply a weight by bounds that may be infinite, all of one sign where they are; 0 times infinity is 0."""
+    infinite = np.isinf(bound)
+    total = multiply_groups(weight, to_float64(np.where(infinite, 0, bound)), layer)
+    if not infinite.any():
         return total
-    signs = times(wide(np.sign(weight)), wide(np.where(endless, np.sign(bound), 0)), layer)
-    return cast(Floats, np.where(signs == 0, total, np.copysign(np.inf, signs)))
+    signs = multiply_groups(to_float64(np.sign(weight)), to_float64(np.where(infinite, np.sign(bound), 0)), layer)
+    return cast(FloatArray, np.where(signs == 0, total, np.copysign(np.inf, signs)))
 
 
-def _affine_bounds(op: Affine, low: Floats, high: Floats) -> Bounds:
-    flat = op.scale == 0
+def _affine_bounds(op: Affine, low: FloatArray, high: FloatArray) -> Bounds:
+    zero = op.scale == 0
     with np.errstate(invalid="ignore"):
-        one, other = (np.where(flat, 0, op.scale * bound) + op.shift for bound in (low, high))
-    return cast(Floats, np.minimum(one, other)), cast(Floats, np.maximum(one, other))
+        one, other = (np.where(zero, 0, op.scale * bound) + op.shift for bound in (low, high))
+    return cast(FloatArray, np.minimum(one, other)), cast(FloatArray, np.maximum(one, other))

@@ -1,8 +1,9 @@
-"""Affines of a graph multiplied into the layers before or behind them: batch norms and normalizations vanish.
+"""Affines of a graph folded into the layers before or after them; so batch norms and normalizations disappear.
 
-An affine goes back into the convolution or linear layer whose value it alone reads, also through pooling and through a
-sum of two such layers. Else it goes on, through flattening and averages, if every operation that reads it can take it:
-linear layers and affines always, a convolution with zero padding only a scale, since the padding is not shifted.
+An affine is folded back into the convolution or linear layer before it if nothing else reads that layer's value, also
+through pooling and through a sum of two such layers. Otherwise it is pushed forward, through flattening and averages,
+if every operation that reads it can take it: linear layers and affines always can, a convolution with zero padding
+takes a scale only, since the padding is not shifted.
 """
 
 from __future__ import annotations
@@ -26,62 +27,73 @@ from atmc.deploy.graph.graph import (
     Op,
     Shape,
 )
-from atmc.deploy.graph.operators import wide
-from atmc.deploy.graph.rewrite import after, is_padded, remove_dead_nodes, scaled_inputs, scaled_outputs
+from atmc.deploy.graph.operators import to_float64
+from atmc.deploy.graph.rewrite import compose, is_padded, remove_dead_nodes, scale_inputs, scale_outputs
 
 
 @dataclass
 class _Folding:
-    """A graph on its way. Values of the old graph are the new ones at `place`, scaled and shifted by what is `owed`."""
+    """A graph that is being rewritten.
+
+    Args:
+        graph, consumers: the old graph, and for each of its values the operations that read it.
+        nodes: of the new graph.
+        number: of every old value so far, the new value that stands in its place.
+        pending: of an old value, the affine that turns the new value into it and that its readers still have to take.
+        reader_counts: how many operations read each new value.
+    """
 
     graph: Graph
     consumers: list[list[int]]
     nodes: list[Node]
-    place: list[int]
-    owed: dict[int, Affine]
-    readers: dict[int, int]  # how many operations read each new value
+    number: list[int]
+    pending: dict[int, Affine]
+    reader_counts: dict[int, int]
 
-    def settle(self, number: int, owed: Affine | None) -> None:
-        """The next old value is new value `number`, and what is owed: left to those that read it, or done now."""
-        value = len(self.place)
+    def settle(self, number: int, affine: Affine | None) -> None:
+        """Let the next old value be affine(new value `number`); its readers take the affine if all of them can."""
+        value = len(self.number)
         count = len(self.consumers[value])
-        self.readers[number] = self.readers.get(number, 1) - 1 + count
-        if owed is not None and not _is_identity(owed):
+        self.reader_counts[number] = self.reader_counts.get(number, 1) - 1 + count
+        if affine is not None and not _is_identity(affine):
             if value < len(self.graph.nodes) and all(
-                _takes(self.graph.nodes[index].op, owed) for index in self.consumers[value]
+                _can_take(self.graph.nodes[index].op, affine) for index in self.consumers[value]
             ):
-                self.owed[value] = owed
+                self.pending[value] = affine
             else:
-                self.readers[number] -= count - 1
-                number = self.append(owed, (number,), self.graph.nodes[value - 1].name)
-                self.readers[number] = count
-        self.place.append(number)
+                self.reader_counts[number] -= count - 1
+                number = self.append(affine, (number,), self.graph.nodes[value - 1].name)
+                self.reader_counts[number] = count
+        self.number.append(number)
 
     def append(self, op: Op, inputs: tuple[int, ...], name: str) -> int:
+        """Append a node and return the number of its value."""
         self.nodes.append(Node(op, inputs, name))
         return len(self.nodes)
 
 
 def fold_affines(graph: Graph) -> Graph:
-    """The same network with as few affines as the rules above leave."""
+    """Return the same network with as few affines as the rules of this module leave."""
     shapes, consumers = graph.shapes(), graph.consumers()
-    consumers[-1].append(len(graph.nodes))  # whoever wants the logits
-    new = _Folding(graph, consumers, [], [0], {}, {0: len(consumers[0])})
+    consumers[-1].append(len(graph.nodes))  # the caller reads the logits
+    new = _Folding(
+        graph=graph, consumers=consumers, nodes=[], number=[0], pending={}, reader_counts={0: len(consumers[0])}
+    )
     for node in graph.nodes:
         source, op = node.inputs[0], node.op
-        owed = new.owed.get(source)
+        pending = new.pending.get(source)
         if isinstance(op, Affine):
-            changed = None if owed else _absorbed(new.nodes, new.readers, new.place[source], op)
-            for number, better in (changed or {}).items():
-                new.nodes[number - 1] = replace(new.nodes[number - 1], op=better)
-            new.settle(new.place[source], None if changed else after(owed, op) if owed else op)
+            changed = None if pending else _fold_back(new.nodes, new.reader_counts, new.number[source], op)
+            for number, folded in (changed or {}).items():
+                new.nodes[number - 1] = replace(new.nodes[number - 1], op=folded)
+            new.settle(new.number[source], None if changed else compose(pending, op) if pending else op)
             continue
-        if owed and isinstance(op, Conv | Linear):
-            op, owed = scaled_inputs(op, owed.scale, owed.shift), None
-        elif owed:
-            owed = _behind(owed, op, shapes[source])
-        new.settle(new.append(op, tuple(new.place[value] for value in node.inputs), node.name), owed)
-    return remove_dead_nodes(Graph(graph.input_shape, tuple(new.nodes)), new.place[-1])
+        if pending and isinstance(op, Conv | Linear):
+            op, pending = scale_inputs(op, pending.scale, pending.shift), None
+        elif pending:
+            pending = _push_through(pending, op, shapes[source])
+        new.settle(new.append(op, tuple(new.number[value] for value in node.inputs), node.name), pending)
+    return remove_dead_nodes(Graph(graph.input_shape, tuple(new.nodes)), new.number[-1])
 
 
 def _is_identity(affine: Affine) -> bool:
@@ -92,8 +104,8 @@ def _counts_zeros(pool: AvgPool) -> bool:
     return pool.count_padding and pool.padding != (0, 0)
 
 
-def _takes(op: Op, affine: Affine) -> bool:
-    """Whether an operation can have its input scaled and shifted by itself, or after it."""
+def _can_take(op: Op, affine: Affine) -> bool:
+    """Return whether an affine of an operation's input can be folded into it or applied after it instead."""
     match op:
         case Conv() | Linear():
             return not (is_padded(op) and affine.shift.any())
@@ -104,32 +116,35 @@ def _takes(op: Op, affine: Affine) -> bool:
     return False
 
 
-def _behind(affine: Affine, op: Op, shape: Shape) -> Affine:
-    """What is left to do after an operation, of (c, h, w) or (features,), that was given its input as it is."""
+def _push_through(affine: Affine, op: Op, shape: Shape) -> Affine:
+    """Return the affine that, applied after an operation, does what this one does to its input of that shape."""
     if not isinstance(op, Flatten) or len(shape) == 1:
         return affine
     area = int(np.prod(shape[1:]))
     return Affine(np.repeat(affine.scale, area), np.repeat(affine.shift, area))
 
 
-def _absorbed(nodes: Sequence[Node], readers: Mapping[int, int], value: int, affine: Affine) -> dict[int, Op] | None:
-    """Value -> its new operation, so that `value` becomes affine of itself; None where that cannot be."""
-    if value == 0 or readers[value] != 1:
+def _fold_back(
+    nodes: Sequence[Node], reader_counts: Mapping[int, int], value: int, affine: Affine
+) -> dict[int, Op] | None:
+    """Return the operations, by value, with which `value` becomes affine(value); None if it cannot be folded."""
+    if value == 0 or reader_counts[value] != 1:
         return None
     node = nodes[value - 1]
     match node.op:
         case Conv() | Linear():
-            return {value: scaled_outputs(node.op, affine.scale, affine.shift)}
+            return {value: scale_outputs(node.op, affine.scale, affine.shift)}
         case Affine():
-            return {value: after(node.op, affine)}
+            return {value: compose(node.op, affine)}
         case GlobalAvgPool():
-            return _absorbed(nodes, readers, node.inputs[0], affine)
+            return _fold_back(nodes, reader_counts, node.inputs[0], affine)
         case AvgPool() if not (_counts_zeros(node.op) and affine.shift.any()):
-            return _absorbed(nodes, readers, node.inputs[0], affine)
+            return _fold_back(nodes, reader_counts, node.inputs[0], affine)
         case MaxPool() if (affine.scale >= 0).all():
-            return _absorbed(nodes, readers, node.inputs[0], affine)
+            return _fold_back(nodes, reader_counts, node.inputs[0], affine)
         case Add():
-            first = _absorbed(nodes, readers, node.inputs[0], affine)
-            second = _absorbed(nodes, readers, node.inputs[1], Affine(affine.scale, wide(0 * affine.shift)))
+            scale_only = Affine(affine.scale, to_float64(0 * affine.shift))
+            first = _fold_back(nodes, reader_counts, node.inputs[0], affine)
+            second = _fold_back(nodes, reader_counts, node.inputs[1], scale_only)
             return None if first is None or second is None else first | second
     return None

@@ -1,13 +1,13 @@
-"""A network for inference as a list of operations: what every engine and export of this folder starts from.
+"""A network for inference as a list of operations, which the engine and all exports start from.
 
-Value 0 is the images, (n, c, h, w) float32; value i + 1 is what node i computes; the last value is the logits, (n,
-classes). Weights are numpy arrays, float32, in PyTorch's layouts. There is no batch norm and no dropout: `simplify`
-makes such a graph from a module.
+Value 0 is the images, (n, c, h, w) float32; value i + 1 is the result of node i; the last value is the logits, (n,
+classes). Weights are numpy arrays in PyTorch's layouts. There is no batch norm and no dropout: `simplify` makes such a
+graph from a module.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -16,17 +16,18 @@ from numpy.typing import NDArray
 from torch import Tensor
 from torch.nn import functional as F
 
-Floats = NDArray[np.float32]
-Shape = tuple[int, ...]  # of one image's value: (c, h, w), or (features,)
+FloatArray = NDArray[np.float32]  # float64 in graphs that are still being simplified
+LogitsFunction = Callable[[FloatArray], FloatArray]  # images (n, c, h, w) -> logits (n, classes)
+Shape = tuple[int, ...]  # of a value for one image: (c, h, w), or (features,)
 Pair = tuple[int, int]
 
 
 @dataclass(frozen=True, eq=False)
 class Conv:
-    """2d convolution. weight (out, in / groups, kh, kw), bias (out,); zero padding, the same on both sides."""
+    """2d convolution: weight (out, in / groups, kh, kw), bias (out,), the same zero padding on opposite sides."""
 
-    weight: Floats
-    bias: Floats
+    weight: FloatArray
+    bias: FloatArray
     stride: Pair = (1, 1)
     padding: Pair = (0, 0)
     dilation: Pair = (1, 1)
@@ -35,30 +36,30 @@ class Conv:
 
 @dataclass(frozen=True, eq=False)
 class Linear:
-    """x W^T + b on (features,). weight (out, in), bias (out,)."""
+    """x W^T + b of (features,): weight (out, in), bias (out,)."""
 
-    weight: Floats
-    bias: Floats
+    weight: FloatArray
+    bias: FloatArray
 
 
 @dataclass(frozen=True, eq=False)
 class Affine:
-    """x * scale + shift per channel, scale and shift (c,): of (c, h, w) or (c,)."""
+    """x * scale + shift per channel, scale and shift (c,), of (c, h, w) or (c,)."""
 
-    scale: Floats
-    shift: Floats
+    scale: FloatArray
+    shift: FloatArray
 
 
 @dataclass(frozen=True)
 class Relu:
-    """max(x, 0), and min(x, ceiling) where there is one (6 of ReLU6)."""
+    """max(x, 0), or min(max(x, 0), ceiling) if there is a ceiling (6 for ReLU6)."""
 
     ceiling: float | None = None
 
 
 @dataclass(frozen=True)
 class MaxPool:
-    """Padding never wins; windows that begin beyond the image and its padding are left out, as PyTorch does."""
+    """Maximum over windows; padding never wins; as in PyTorch no window begins beyond the image and its padding."""
 
     kernel: Pair
     stride: Pair
@@ -69,7 +70,7 @@ class MaxPool:
 
 @dataclass(frozen=True)
 class AvgPool:
-    """Mean over windows, of the pixels in them and, where count_padding, the padding's zeros."""
+    """Mean over windows: of the pixels in them and, if count_padding, of the zeros of the padding."""
 
     kernel: Pair
     stride: Pair
@@ -80,7 +81,7 @@ class AvgPool:
 
 @dataclass(frozen=True)
 class GlobalAvgPool:
-    """(c, h, w) to (c, 1, 1)."""
+    """Mean over height and width: (c, h, w) to (c, 1, 1)."""
 
 
 @dataclass(frozen=True)
@@ -90,7 +91,7 @@ class Flatten:
 
 @dataclass(frozen=True)
 class Add:
-    """The sum of two values of the same shape."""
+    """Sum of two values of the same shape."""
 
 
 Op = Conv | Linear | Affine | Relu | MaxPool | AvgPool | GlobalAvgPool | Flatten | Add
@@ -98,7 +99,7 @@ Op = Conv | Linear | Affine | Relu | MaxPool | AvgPool | GlobalAvgPool | Flatten
 
 @dataclass(frozen=True)
 class Node:
-    """One operation on earlier values. name: the module it came from, "layer1.0.conv1"."""
+    """One operation on earlier values; name: the module that it came from, such as "layer1.0.conv1"."""
 
     op: Op
     inputs: tuple[int, ...]
@@ -107,30 +108,38 @@ class Node:
 
 @dataclass(frozen=True)
 class Graph:
-    """A network. input_shape: (c, h, w) of the images."""
+    """A network; input_shape: (c, h, w) of the images."""
 
     input_shape: tuple[int, int, int]
     nodes: tuple[Node, ...]
 
     def shapes(self) -> list[Shape]:
-        """The shape of every value, without the batch; ValueError where an operation does not fit what it is given."""
-        found: list[Shape] = [self.input_shape]
+        """Return the shape of every value, without the batch.
+
+        Raises:
+            ValueError: an operation does not fit its inputs.
+        """
+        shapes: list[Shape] = [self.input_shape]
         for index, node in enumerate(self.nodes):
             if not all(0 <= value <= index for value in node.inputs):
-                raise ValueError(f"{_label(node)} reads a value that comes later: {node.inputs}")
-            found.append(_shape(node, [found[value] for value in node.inputs]))
-        return found
+                raise ValueError(f"{_describe(node)} reads a value that comes later: {node.inputs}")
+            shapes.append(_infer_shape(node, [shapes[value] for value in node.inputs]))
+        return shapes
 
     def consumers(self) -> list[list[int]]:
-        """For every value, the nodes that read it."""
-        found: list[list[int]] = [[] for _ in range(len(self.nodes) + 1)]
+        """Return for every value the nodes that read it."""
+        consumers: list[list[int]] = [[] for _ in range(len(self.nodes) + 1)]
         for index, node in enumerate(self.nodes):
             for value in node.inputs:
-                found[value].append(index)
-        return found
+                consumers[value].append(index)
+        return consumers
 
     def macs(self, *, dense: bool = False) -> int:
-        """Multiply-adds of convolutions and linear layers for one image, zeros left out unless dense."""
+        """Return the multiply-adds of convolutions and linear layers per image, without those of zero weights.
+
+        Args:
+            dense: count those of zero weights too.
+        """
         total = 0
         for node, shape in zip(self.nodes, self.shapes()[1:], strict=True):
             if isinstance(node.op, Conv | Linear):
@@ -140,15 +149,18 @@ class Graph:
         return total
 
 
-def evaluate(graph: Graph, images: Tensor) -> Tensor:
-    """Logits (n, classes) by PyTorch, operation by operation: what engines and exports are checked against."""
+def run_graph(graph: Graph, images: Tensor) -> Tensor:
+    """Return the logits (n, classes) of images (n, c, h, w), computed by PyTorch operation by operation.
+
+    The engine and the exports are checked against it.
+    """
     values = [images]
     for node in graph.nodes:
-        values.append(_run(node.op, *(values[value] for value in node.inputs)))
+        values.append(_run_operation(node.op, *(values[value] for value in node.inputs)))
     return values[-1]
 
 
-def _run(op: Op, x: Tensor, other: Tensor | None = None) -> Tensor:
+def _run_operation(op: Op, x: Tensor, other: Tensor | None = None) -> Tensor:
     match op:
         case Conv():
             weight, bias = torch.from_numpy(op.weight).to(x), torch.from_numpy(op.bias).to(x)
@@ -174,60 +186,62 @@ def _run(op: Op, x: Tensor, other: Tensor | None = None) -> Tensor:
             return x + other
 
 
-def _shape(node: Node, inputs: Sequence[Shape]) -> Shape:
+def _infer_shape(node: Node, inputs: Sequence[Shape]) -> Shape:
     op, first = node.op, inputs[0]
     if len(inputs) != (2 if isinstance(op, Add) else 1):
-        raise ValueError(f"{_label(node)} has {len(inputs)} inputs")
+        raise ValueError(f"{_describe(node)} has {len(inputs)} inputs")
     match op:
         case Conv():
             outputs, per_group = op.weight.shape[:2]
             if len(first) != 3 or first[0] != per_group * op.groups or outputs % op.groups:
-                raise ValueError(f"{_label(node)} does not fit an input of shape {first}")
+                raise ValueError(f"{_describe(node)} does not fit an input of shape {first}")
             kernel: Pair = op.weight.shape[2:]
-            return outputs, *_windows(node, first[1:], kernel, op.stride, op.padding, op.dilation, False)
+            return outputs, *_count_windows(node, first[1:], kernel, op.stride, op.padding, op.dilation, False)
         case Linear():
             if first != op.weight.shape[1:]:
-                raise ValueError(f"{_label(node)} does not fit an input of shape {first}")
+                raise ValueError(f"{_describe(node)} does not fit an input of shape {first}")
             return op.weight.shape[:1]
         case Affine():
             if first[:1] != op.scale.shape:
-                raise ValueError(f"{_label(node)} does not fit an input of shape {first}")
+                raise ValueError(f"{_describe(node)} does not fit an input of shape {first}")
             return first
         case Relu():
             return first
         case MaxPool():
-            return first[0], *_windows(node, first[1:], op.kernel, op.stride, op.padding, op.dilation, op.ceil_mode)
+            windows = _count_windows(node, first[1:], op.kernel, op.stride, op.padding, op.dilation, op.ceil_mode)
+            return first[0], *windows
         case AvgPool():
-            return first[0], *_windows(node, first[1:], op.kernel, op.stride, op.padding, (1, 1), op.ceil_mode)
+            windows = _count_windows(node, first[1:], op.kernel, op.stride, op.padding, (1, 1), op.ceil_mode)
+            return first[0], *windows
         case GlobalAvgPool():
             if len(first) != 3:
-                raise ValueError(f"{_label(node)} needs an input of shape (c, h, w)")
+                raise ValueError(f"{_describe(node)} needs an input of shape (c, h, w)")
             return first[0], 1, 1
         case Flatten():
             return (int(np.prod(first)),)
         case Add():
             if first != inputs[1]:
-                raise ValueError(f"{_label(node)} adds shapes {first} and {inputs[1]}")
+                raise ValueError(f"{_describe(node)} adds shapes {first} and {inputs[1]}")
             return first
 
 
-def _windows(
+def _count_windows(
     node: Node, sides: Sequence[int], kernel: Pair, stride: Pair, padding: Pair, dilation: Pair, ceil_mode: bool
 ) -> Pair:
-    """How many windows fit, down and across."""
+    """Return how many windows fit into (h, w), down and across."""
     if len(sides) != 2:
-        raise ValueError(f"{_label(node)} needs an input of shape (c, h, w)")
-    found = []
+        raise ValueError(f"{_describe(node)} needs an input of shape (c, h, w)")
+    counts = []
     for side, k, s, p, d in zip(sides, kernel, stride, padding, dilation, strict=True):
         room = side + 2 * p - d * (k - 1) - 1
         if room < 0:
-            raise ValueError(f"{_label(node)}: a window of {d * (k - 1) + 1} does not fit a side of {side}")
+            raise ValueError(f"{_describe(node)}: a window of {d * (k - 1) + 1} does not fit a side of {side}")
         count = (room + (s - 1 if ceil_mode else 0)) // s + 1
         if ceil_mode and (count - 1) * s >= side + p:
             count -= 1  # it would begin in the padding behind the image
-        found.append(count)
-    return found[0], found[1]
+        counts.append(count)
+    return counts[0], counts[1]
 
 
-def _label(node: Node) -> str:
+def _describe(node: Node) -> str:
     return f"{type(node.op).__name__} {node.name}".strip()

@@ -1,8 +1,9 @@
-"""The operators of PyTorch that a graph can hold: each function adds the nodes that stand for one of them.
+"""The operators of PyTorch that a graph can hold; each function appends the nodes of one of them.
 
-A function gets `add`, which appends a node and gives its value's number, and the operator's arguments by their names in
-PyTorch's schema: activations as `Value`, weights and other constants as tensors. It gives the number of the value that
-the operator computes. ValueError, a clause without the operator's name, where the graph has no such thing.
+A function gets `add`, which appends a node and returns the number of its value, and the operator's arguments by their
+names in PyTorch's schema: activations as `Value`, weights and other constants as tensors. It returns the number of the
+value that the operator computes. It raises ValueError, with a clause that does not name the operator, if no operation
+of the graph computes the same.
 """
 
 from __future__ import annotations
@@ -22,7 +23,7 @@ from atmc.deploy.graph.graph import (
     AvgPool,
     Conv,
     Flatten,
-    Floats,
+    FloatArray,
     GlobalAvgPool,
     Linear,
     MaxPool,
@@ -31,7 +32,7 @@ from atmc.deploy.graph.graph import (
     Shape,
 )
 
-KNOWN = (
+SUPPORTED = (
     "convolutions, linear layers, batch norm, ReLU, max and average pooling, flattening, sums, per-channel constants"
 )
 
@@ -45,30 +46,30 @@ class Value:
 
 
 Append = Callable[..., int]  # (op, *numbers of its inputs) -> number of its value
-Arguments = SimpleNamespace  # `out`, the shape of the result without the batch, beside the operator's own
+Arguments = SimpleNamespace  # the operator's own, and `out`: the shape of the result without the batch
 
 
-def wide(values: Any) -> Floats:
-    """A constant in float64: sums and products of weights are rounded to float32 once, at the end of `simplify`."""
+def to_float64(values: Any) -> FloatArray:
+    """Convert a constant to float64; `simplify` rounds to float32 once, after all sums and products of weights."""
     if isinstance(values, Tensor):
         values = values.detach().double().numpy()
-    return cast(Floats, np.asarray(values, dtype=np.float64))
+    return cast(FloatArray, np.asarray(values, dtype=np.float64))
 
 
 def _activation(value: object) -> Value:
     if not isinstance(value, Value):
-        raise ValueError("its input does not depend on the images, its weights do")
+        raise ValueError("its weights depend on the images, and its input does not")
     return value
 
 
-def _constant(value: object) -> Floats:
+def _constant(value: object) -> FloatArray:
     if not isinstance(value, Tensor):
         raise ValueError("its weights are computed from the images")
-    return wide(value)
+    return to_float64(value)
 
 
-def _bias(value: object, outputs: int) -> Floats:
-    return wide(np.zeros(outputs)) if value is None else _constant(value)
+def _bias(value: object, outputs: int) -> FloatArray:
+    return to_float64(np.zeros(outputs)) if value is None else _constant(value)
 
 
 def _pair(values: int | Sequence[int]) -> Pair:
@@ -83,30 +84,30 @@ def _conv2d(add: Append, a: Arguments) -> int:
     elif a.padding == "valid":
         padding = 0, 0
     else:
-        spare = [d * (k - 1) for d, k in zip(dilation, weight.shape[2:], strict=True)]
-        if any(s % 2 for s in spare):
+        total = [d * (k - 1) for d, k in zip(dilation, weight.shape[2:], strict=True)]
+        if any(side % 2 for side in total):
             raise ValueError("its padding is not the same on both sides")
-        padding = spare[0] // 2, spare[1] // 2
+        padding = total[0] // 2, total[1] // 2
     bias = _bias(a.bias, len(weight))
     return add(Conv(weight, bias, _pair(a.stride), padding, dilation, int(a.groups)), x.number)
 
 
 def _linear(add: Append, a: Arguments) -> int:
-    return _dense(add, a.input, _constant(a.weight), a.bias)
+    return _append_linear(add, a.input, _constant(a.weight), a.bias)
 
 
 def _addmm(add: Append, a: Arguments) -> int:
     if a.alpha != 1 or a.beta != 1:
         raise ValueError("it has factors alpha and beta")
-    return _dense(add, a.mat1, _constant(a.mat2).T, a.self)
+    return _append_linear(add, a.mat1, _constant(a.mat2).T, a.self)
 
 
 def _matmul(add: Append, a: Arguments) -> int:
     other = a.mat2 if hasattr(a, "mat2") else a.other
-    return _dense(add, a.self, _constant(other).T, None)
+    return _append_linear(add, a.self, _constant(other).T, None)
 
 
-def _dense(add: Append, x: object, weight: Floats, bias: object) -> int:
+def _append_linear(add: Append, x: object, weight: FloatArray, bias: object) -> int:
     value = _activation(x)
     if len(value.shape) != 1 or weight.ndim != 2:
         raise ValueError(f"it acts on one axis of a value of shape {value.shape}, not on (features,)")
@@ -117,7 +118,7 @@ def _batch_norm(add: Append, a: Arguments) -> int:
     if getattr(a, "training", False) or a.running_mean is None or a.running_var is None:
         raise ValueError("it has no running statistics")
     mean, variance = _constant(a.running_mean), _constant(a.running_var)
-    scale = wide(1 / np.sqrt(variance.astype(np.float64) + a.eps))
+    scale = to_float64(1 / np.sqrt(variance.astype(np.float64) + a.eps))
     scale = scale if a.weight is None else scale * _constant(a.weight)
     return add(Affine(scale, _bias(a.bias, len(mean)) - mean * scale), _activation(a.input).number)
 
@@ -131,14 +132,14 @@ def _relu6(add: Append, a: Arguments) -> int:
 
 
 def _hardtanh(add: Append, a: Arguments) -> int:
-    return _clip(add, a.self, a.min_val, a.max_val)
+    return _append_clip(add, a.self, a.min_val, a.max_val)
 
 
 def _clamp(add: Append, a: Arguments) -> int:
-    return _clip(add, a.self, a.min, getattr(a, "max", None))
+    return _append_clip(add, a.self, a.min, getattr(a, "max", None))
 
 
-def _clip(add: Append, x: object, low: object, high: object) -> int:
+def _append_clip(add: Append, x: object, low: object, high: object) -> int:
     if isinstance(low, Tensor) or isinstance(high, Tensor) or low is None or low != 0:
         raise ValueError("it clips to other bounds than [0, c]")
     ceiling = None if high is None or high == float("inf") else float(cast(float, high))
@@ -184,31 +185,31 @@ def _mean(add: Append, a: Arguments) -> int:
 
 
 def _add(add: Append, a: Arguments) -> int:
-    return _sum(add, a.self, a.other, 1, a.alpha)
+    return _append_sum(add, a.self, a.other, 1, a.alpha)
 
 
 def _sub(add: Append, a: Arguments) -> int:
-    return _sum(add, a.self, a.other, 1, -a.alpha)
+    return _append_sum(add, a.self, a.other, 1, -a.alpha)
 
 
 def _rsub(add: Append, a: Arguments) -> int:
-    return _sum(add, a.self, a.other, -a.alpha, 1)
+    return _append_sum(add, a.self, a.other, -a.alpha, 1)
 
 
-def _sum(add: Append, one: object, two: object, first: float, second: float) -> int:
-    """first * one + second * two."""
+def _append_sum(add: Append, one: object, two: object, first: float, second: float) -> int:
+    """Append first * one + second * two."""
     if isinstance(one, Value) and isinstance(two, Value):
         if one.shape != two.shape:
             raise ValueError(f"it combines shapes {one.shape} and {two.shape}")
-        return add(Add(), _scaled(add, one, first), _scaled(add, two, second))
+        return add(Add(), _append_scale(add, one, first), _append_scale(add, two, second))
     if not isinstance(one, Value):
         one, two, first, second = two, one, second, first
     x = _activation(one)
-    return add(Affine(_channels(x, first), second * _channels(x, two)), x.number)
+    return add(Affine(_per_channel(x, first), second * _per_channel(x, two)), x.number)
 
 
-def _scaled(add: Append, x: Value, factor: float) -> int:
-    return x.number if factor == 1 else add(Affine(_channels(x, factor), _channels(x, 0.0)), x.number)
+def _append_scale(add: Append, x: Value, factor: float) -> int:
+    return x.number if factor == 1 else add(Affine(_per_channel(x, factor), _per_channel(x, 0.0)), x.number)
 
 
 def _mul(add: Append, a: Arguments) -> int:
@@ -216,7 +217,7 @@ def _mul(add: Append, a: Arguments) -> int:
     if isinstance(two, Value):
         raise ValueError("it multiplies two values that are computed from the images")
     x = _activation(one)
-    return add(Affine(_channels(x, two), _channels(x, 0.0)), x.number)
+    return add(Affine(_per_channel(x, two), _per_channel(x, 0.0)), x.number)
 
 
 def _div(add: Append, a: Arguments) -> int:
@@ -225,26 +226,26 @@ def _div(add: Append, a: Arguments) -> int:
     if getattr(a, "rounding_mode", None) is not None:
         raise ValueError("it rounds")
     x = _activation(a.self)
-    return add(Affine(wide(1 / _channels(x, a.other)), _channels(x, 0.0)), x.number)
+    return add(Affine(to_float64(1 / _per_channel(x, a.other)), _per_channel(x, 0.0)), x.number)
 
 
 def _neg(add: Append, a: Arguments) -> int:
-    return _scaled(add, _activation(a.self), -1.0)
+    return _append_scale(add, _activation(a.self), -1.0)
 
 
-def _channels(x: Value, constant: object) -> Floats:
-    """A number, or a tensor that is broadcast along height and width only, as one number a channel."""
+def _per_channel(x: Value, constant: object) -> FloatArray:
+    """Return a constant as one number per channel: a number, or a tensor that is broadcast over height and width."""
     values = torch.as_tensor(constant, dtype=torch.float64)
     axes = 1 + len(x.shape)
     shape = (1,) * (axes - values.dim()) + tuple(values.shape)
     if len(shape) != axes or any(side != 1 for axis, side in enumerate(shape) if axis != 1):
-        raise ValueError("its constant is not one number a channel")
+        raise ValueError("its constant is not one number per channel")
     if shape[1] not in (1, x.shape[0]):
         raise ValueError(f"its constant has {shape[1]} channels, the value {x.shape[0]}")
-    return wide(values.reshape(-1).expand(x.shape[0]).clone())
+    return to_float64(values.reshape(-1).expand(x.shape[0]).clone())
 
 
-def _same(add: Append, a: Arguments) -> int:
+def _pass_through(add: Append, a: Arguments) -> int:
     x = _activation(a.self if hasattr(a, "self") else a.input)
     if getattr(a, "dtype", None) not in (None, torch.float32) or getattr(a, "train", False):
         raise ValueError("it changes its input")
@@ -254,23 +255,23 @@ def _same(add: Append, a: Arguments) -> int:
 OPERATORS: dict[str, Callable[[Append, Arguments], int]] = {
     "_adaptive_avg_pool2d": _adaptive_avg_pool2d,
     "_native_batch_norm_legit_no_training": _batch_norm,
-    "_to_copy": _same,
+    "_to_copy": _pass_through,
     "adaptive_avg_pool2d": _adaptive_avg_pool2d,
     "add": _add,
     "addmm": _addmm,
-    "alias": _same,
-    "alpha_dropout": _same,
+    "alias": _pass_through,
+    "alpha_dropout": _pass_through,
     "avg_pool2d": _avg_pool2d,
     "batch_norm": _batch_norm,
     "clamp": _clamp,
     "clamp_min": _clamp,
-    "clone": _same,
-    "contiguous": _same,
+    "clone": _pass_through,
+    "contiguous": _pass_through,
     "conv2d": _conv2d,
-    "detach": _same,
+    "detach": _pass_through,
     "div": _div,
-    "dropout": _same,
-    "feature_dropout": _same,
+    "dropout": _pass_through,
+    "feature_dropout": _pass_through,
     "hardtanh": _hardtanh,
     "linear": _linear,
     "matmul": _matmul,
@@ -283,6 +284,6 @@ OPERATORS: dict[str, Callable[[Append, Arguments], int]] = {
     "relu6": _relu6,
     "rsub": _rsub,
     "sub": _sub,
-    "to": _same,
+    "to": _pass_through,
 }
 RESHAPES = ("flatten", "view", "_unsafe_view", "reshape", "squeeze", "unsqueeze")  # the order of the numbers stays

@@ -1,4 +1,4 @@
-"""What the rewritings of graphs share: unread nodes taken out, vectors laid along the weights of grouped layers."""
+"""Helpers of the rewrites of graphs: dead nodes are removed, layers are scaled, vectors are laid along weights."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from typing import cast
 
 import numpy as np
 
-from atmc.deploy.graph.graph import Affine, Conv, Floats, Graph, Linear, Node
+from atmc.deploy.graph.graph import Affine, Conv, FloatArray, Graph, Linear, Node
 
 Layer = Conv | Linear
 
@@ -16,7 +16,6 @@ def remove_dead_nodes(graph: Graph, output: int | None = None) -> Graph:
     """Return the graph of those nodes that the value `output` is computed from; it becomes the last value.
 
     Args:
-        graph: any graph.
         output: the number of a value; by default the last one.
     """
     output = len(graph.nodes) if output is None else output
@@ -24,7 +23,7 @@ def remove_dead_nodes(graph: Graph, output: int | None = None) -> Graph:
     for index in range(output - 1, -1, -1):
         if index + 1 in needed:
             needed.update(graph.nodes[index].inputs)
-    number = {0: 0}  # of a value, before and after
+    number = {0: 0}  # old number of a value -> new number
     kept: list[Node] = []
     for index, node in enumerate(graph.nodes):
         if index + 1 in needed:
@@ -33,51 +32,55 @@ def remove_dead_nodes(graph: Graph, output: int | None = None) -> Graph:
     return Graph(graph.input_shape, tuple(kept))
 
 
-def groups(layer: Layer) -> int:
-    """In how many groups a layer's inputs fall."""
+def group_count(layer: Layer) -> int:
+    """Return the number of groups of a convolution, 1 for a linear layer."""
     return layer.groups if isinstance(layer, Conv) else 1
 
 
-def inputs(layer: Layer) -> int:
-    """How many channels or features a layer reads."""
-    return int(layer.weight.shape[1]) * groups(layer)
+def input_count(layer: Layer) -> int:
+    """Return the number of input channels or features of a layer."""
+    return int(layer.weight.shape[1]) * group_count(layer)
 
 
 def is_padded(layer: Layer) -> bool:
-    """Whether zeros come in beside what a layer is given."""
+    """Return whether a layer has zero padding."""
     return isinstance(layer, Conv) and layer.padding != (0, 0)
 
 
-def spread(vector: Floats, layer: Layer) -> Floats:
-    """(inputs,) to (outputs, inputs / groups, 1...), which stands beside a layer's weight."""
-    parts = vector.reshape(groups(layer), -1)
+def broadcast_inputs(vector: FloatArray, layer: Layer) -> FloatArray:
+    """Reshape a value per input (inputs,) to (outputs, inputs / groups, 1...), so that it multiplies the weight."""
+    parts = vector.reshape(group_count(layer), -1)
     rows = np.repeat(parts, len(layer.weight) // len(parts), axis=0)
-    return cast(Floats, rows.reshape(rows.shape + (1,) * (layer.weight.ndim - 2)))
+    return cast(FloatArray, rows.reshape(rows.shape + (1,) * (layer.weight.ndim - 2)))
 
 
-def kernel_sum(weight: Floats) -> Floats:
-    """(outputs, inputs / groups): a weight's sum over its kernel, or itself."""
-    return cast(Floats, weight.sum(axis=tuple(range(2, weight.ndim))))
+def sum_kernel(weight: FloatArray) -> FloatArray:
+    """Sum a convolution's weight over kh and kw, to (outputs, inputs / groups); a linear layer's stays as it is."""
+    return cast(FloatArray, weight.sum(axis=tuple(range(2, weight.ndim))))
 
 
-def times(matrix: Floats, vector: Floats, layer: Layer) -> Floats:
-    """(outputs,): a matrix (outputs, inputs / groups) times (inputs,), group by group."""
-    parts = matrix.reshape(groups(layer), -1, matrix.shape[1])
-    return cast(Floats, (parts @ vector.reshape(len(parts), -1, 1)).reshape(-1))
+def multiply_groups(matrix: FloatArray, vector: FloatArray, layer: Layer) -> FloatArray:
+    """Multiply a matrix (outputs, inputs / groups) by a vector (inputs,), group by group, to (outputs,)."""
+    parts = matrix.reshape(group_count(layer), -1, matrix.shape[1])
+    return cast(FloatArray, (parts @ vector.reshape(len(parts), -1, 1)).reshape(-1))
 
 
-def scaled_outputs(layer: Layer, scale: Floats, shift: Floats) -> Layer:
-    """The layer whose values are scale * y + shift, (outputs,) each."""
+def scale_outputs(layer: Layer, scale: FloatArray, shift: FloatArray) -> Layer:
+    """Return the layer that computes scale * y + shift if this one computes y; scale and shift: (outputs,)."""
     rows = scale.reshape((-1,) + (1,) * (layer.weight.ndim - 1))
     return replace(layer, weight=layer.weight * rows, bias=layer.bias * scale + shift)
 
 
-def scaled_inputs(layer: Layer, scale: Floats, shift: Floats) -> Layer:
-    """The layer that does to x what this one does to scale * x + shift, (inputs,) each; shift 0 where it pads."""
-    bias = layer.bias + times(kernel_sum(layer.weight), shift, layer)
-    return replace(layer, weight=layer.weight * spread(scale, layer), bias=bias)
+def scale_inputs(layer: Layer, scale: FloatArray, shift: FloatArray) -> Layer:
+    """Return the layer that computes from x what this one computes from scale * x + shift.
+
+    Args:
+        scale, shift: (inputs,); the shift has to be 0 if the layer has zero padding.
+    """
+    bias = layer.bias + multiply_groups(sum_kernel(layer.weight), shift, layer)
+    return replace(layer, weight=layer.weight * broadcast_inputs(scale, layer), bias=bias)
 
 
-def after(first: Affine, second: Affine) -> Affine:
-    """The second of the first."""
+def compose(first: Affine, second: Affine) -> Affine:
+    """Compose two affine maps: second(first(x))."""
     return Affine(first.scale * second.scale, first.shift * second.scale + second.shift)

@@ -1,4 +1,4 @@
-"""Any module to a graph, operation by operation as it stands, through `torch.export`."""
+"""Any module as a graph, one node per operator, by `torch.export`."""
 
 from __future__ import annotations
 
@@ -16,149 +16,158 @@ from torch.export.graph_signature import InputKind
 
 from atmc.compress.factorize import fold
 from atmc.deploy.graph.graph import Conv, Flatten, GlobalAvgPool, Graph, Linear, Node, Op
-from atmc.deploy.graph.operators import KNOWN, OPERATORS, RESHAPES, Arguments, Value
+from atmc.deploy.graph.operators import OPERATORS, RESHAPES, SUPPORTED, Arguments, Value
 from atmc.deploy.graph.rewrite import remove_dead_nodes
 from atmc.models.factory import USER_CODE_ERRORS, first_line
 
-BATCH = 2  # of the images that the module is traced with; what depends on the batch is no operation of the graph
+BATCH = 2  # of the images that the module is traced with; an operation on the batch axis itself is not supported
 Traced = int | Tensor  # the number of an activation, or a constant
 
 
+class UnsupportedModel(ValueError):
+    """The module does something that a graph cannot hold; the message is a clause that names what and in which layer.
+
+    A caller puts in front of it what was asked for: "cannot export model.atmc to onnx: ...".
+    """
+
+
 @dataclass(frozen=True)
-class Raw:
-    """A module's operations, constants in float64. names: of the weights of its layers, in the state dict."""
+class TracedModel:
+    """A module's operations, constants in float64; weight_names: of convolutions and linear layers, the parameter."""
 
     graph: Graph
-    names: dict[Op, str]
+    weight_names: dict[Op, str]
 
 
-def trace(model: nn.Module, input_shape: Sequence[int] | None = None) -> Raw:
-    """The graph of a module in evaluation mode: batch norms and dropouts are there as affines and not at all.
+def trace(model: nn.Module, input_shape: Sequence[int] | None = None) -> TracedModel:
+    """Return the graph of a module in evaluation mode: batch norms become affines, dropouts disappear.
 
     Args:
-        model: any module of one input and one output; factorized ones are folded. Left as it is.
-        input_shape: (c, h, w) of the images, where the model (``atmc_spec``) does not know it.
+        model: any module of one input and one output; factorized layers are folded. It is left as it is.
+        input_shape: (c, h, w) of the images; by default that of the model's ``atmc_spec``.
 
     Raises:
-        ValueError: no shape is known, the module cannot be exported, or an operator has no place in a graph.
+        UnsupportedModel: the module cannot be exported, or an operator has no counterpart in a graph.
+        ValueError: the shape of the images is not known.
     """
     shape = _image_shape(model, input_shape)
-    program = _export(fold(model).float().cpu().eval(), shape)
-    constants, names = _constants(program)
+    exported = _export(fold(model).float().cpu().eval(), shape)
+    constants, parameter_names = _constants(exported)
     nodes: list[Node] = []
-    weights: dict[Op, str] = {}
-    known: dict[fx.Node, Traced] = {}
-    (output,) = (node for node in program.graph.nodes if node.op == "output")
-    for node in program.graph.nodes:
+    weight_names: dict[Op, str] = {}
+    values: dict[fx.Node, Traced] = {}
+    (output,) = (node for node in exported.graph.nodes if node.op == "output")
+    for node in exported.graph.nodes:
         if node.op == "placeholder":
-            known[node] = constants.get(node.name, 0)
+            values[node] = constants.get(node.name, 0)
         elif node.op == "get_attr":
-            known[node] = getattr(program.graph_module, str(node.target))
+            values[node] = getattr(exported.graph_module, str(node.target))
         elif node.op == "call_function" and node.users:
-            known[node] = _run(node, known, nodes)
-            if nodes and isinstance(nodes[-1].op, Conv | Linear) and known[node] == len(nodes):
-                weights[nodes[-1].op] = names.get(str(node.args[1]), "")
-    graph = remove_dead_nodes(Graph(shape, tuple(nodes)), _logits(output, known))
-    graph.shapes()
-    return Raw(graph, weights)
+            values[node] = _append_call(node, values, nodes)
+            if nodes and isinstance(nodes[-1].op, Conv | Linear) and values[node] == len(nodes):
+                weight_names[nodes[-1].op] = parameter_names.get(str(node.args[1]), "")
+    graph = remove_dead_nodes(Graph(shape, tuple(nodes)), _logits(output, values))
+    graph.shapes()  # raises ValueError if an operation does not fit its input
+    return TracedModel(graph, weight_names)
 
 
 def _image_shape(model: nn.Module, given: Sequence[int] | None) -> tuple[int, int, int]:
     shape = given or (getattr(model, "atmc_spec", None) or {}).get("input_shape")
     if shape is None:
-        raise ValueError("expected input_shape=(c, h, w), since the model does not know that of its images")
+        raise ValueError("expected input_shape=(c, h, w), since the model does not say the shape of its images")
     if len(shape) != 3 or any(int(side) != side or side < 1 for side in shape):
         raise ValueError(f"expected input_shape to be (c, h, w), got {tuple(shape)}")
     return int(shape[0]), int(shape[1]), int(shape[2])
 
 
 def _export(model: nn.Module, shape: tuple[int, int, int]) -> ExportedProgram:
-    """The module's operators; what changes a value in place is made to give a new one."""
+    """Return the module's operators, those that write in place replaced by ones that return a new value."""
     images = (torch.zeros(BATCH, *shape),)
     try:
         with torch.no_grad(), warnings.catch_warnings():
             warnings.simplefilter("ignore")
-            program = torch.export.export(model, images, strict=False)
-            calls = [node.target for node in program.graph.nodes if node.op == "call_function"]
-            if any(getattr(getattr(target, "_schema", None), "is_mutable", False) for target in calls):
-                program = program.run_decompositions({})
+            exported = torch.export.export(model, images, strict=False)
+            targets = [node.target for node in exported.graph.nodes if node.op == "call_function"]
+            if any(getattr(getattr(target, "_schema", None), "is_mutable", False) for target in targets):
+                exported = exported.run_decompositions({})
     except USER_CODE_ERRORS as error:  # of the module's own code; those of torch.export are among them
-        raise ValueError(f"torch.export cannot trace the model for images {shape}: {first_line(error)}") from error
-    return program
+        raise UnsupportedModel(
+            f"torch.export cannot trace the model for images {shape}: {first_line(error)}"
+        ) from error
+    return exported
 
 
-def _constants(program: ExportedProgram) -> tuple[dict[str, Tensor], dict[str, str]]:
-    """Of each input that is none of the images: its tensor, and of a parameter its name in the state dict."""
-    tensors, names, images = {}, {}, 0
-    for spec in program.graph_signature.input_specs:
+def _constants(exported: ExportedProgram) -> tuple[dict[str, Tensor], dict[str, str]]:
+    """Return, for every input of the program but the images, its tensor, and its name in the state dict."""
+    tensors, names, image_inputs = {}, {}, 0
+    for spec in exported.graph_signature.input_specs:
         name = cast(Any, spec.arg).name
         if spec.kind == InputKind.USER_INPUT:
-            images += 1
+            image_inputs += 1
         else:
             target = str(spec.target)
-            held = program.state_dict if target in program.state_dict else program.constants
-            tensors[name] = cast(Tensor, held[target])
+            owner = exported.state_dict if target in exported.state_dict else exported.constants
+            tensors[name] = cast(Tensor, owner[target])
             names[name] = target
-    if images != 1:
-        raise ValueError(f"expected a model of one input, the images; this one has {images}")
+    if image_inputs != 1:
+        raise UnsupportedModel(f"expected a model of one input, the images; this one has {image_inputs}")
     return tensors, names
 
 
-def _run(node: fx.Node, known: dict[fx.Node, Traced], nodes: list[Node]) -> Traced:
-    """The constant that a call gives, or the number of its activation, its nodes appended."""
+def _append_call(node: fx.Node, values: dict[fx.Node, Traced], nodes: list[Node]) -> Traced:
+    """Append the nodes of a call and return the number of its activation, or its value if it is a constant."""
     if node.target is operator.getitem:
         source, index = node.args
-        if _operator(cast(fx.Node, source)) == "_native_batch_norm_legit_no_training" and index == 0:
-            return known[cast(fx.Node, source)]
-    elif not any(isinstance(known[read], int) for read in node.all_input_nodes):
+        if _operator_name(cast(fx.Node, source)) == "_native_batch_norm_legit_no_training" and index == 0:
+            return values[cast(fx.Node, source)]
+    elif not any(isinstance(values[source], int) for source in node.all_input_nodes):
         with torch.no_grad():
-            args, kwargs = fx.map_arg((node.args, node.kwargs), lambda read: known[read])
+            args, kwargs = fx.map_arg((node.args, node.kwargs), lambda source: values[source])
             return cast(Tensor, cast(Any, node.target)(*args, **kwargs))
-    layer = _layer(node)
-    where = f"aten.{_operator(node)} of " + (f"layer {layer}" if layer else "the model's forward")
+    layer, name = _layer_name(node), _operator_name(node)
+    subject = f"aten.{name} of {f'layer {layer}' if layer else 'the model itself'} is not supported"
 
     def append(op: Op, *inputs: int) -> int:
         nodes.append(Node(op, inputs, layer))
         return len(nodes)
 
-    name = _operator(node)
     if name not in OPERATORS and name not in RESHAPES:
-        raise ValueError(f"the engine cannot run {where}; it knows {KNOWN}")
-    arguments = _arguments(node, known)
+        raise UnsupportedModel(f"{subject}; supported are {SUPPORTED}")
+    arguments = _arguments(node, values)
     try:
         if name in RESHAPES:
-            passing = all(_operator(user) in RESHAPES for user in node.users)
-            return _reshaped(arguments, nodes, layer, passing)
+            only_reshaped = all(_operator_name(user) in RESHAPES for user in node.users)
+            return _append_reshape(arguments, nodes, layer, only_reshaped)
         return OPERATORS[name](append, arguments)
     except ValueError as error:
-        raise ValueError(f"the engine cannot run {where}: {error}") from None
+        raise UnsupportedModel(f"{subject}: {error}") from None
 
 
-def _operator(node: fx.Node) -> str:
-    """ "conv2d" of aten.conv2d.padding."""
+def _operator_name(node: fx.Node) -> str:
+    """Return the operator that a node calls, such as "conv2d" for aten.conv2d.padding."""
     schema = getattr(node.target, "_schema", None)
-    return (
-        str(schema.name).split("::")[-1] if schema is not None else getattr(node.target, "__name__", str(node.target))
-    )
+    if schema is not None:
+        return str(schema.name).split("::")[-1]
+    return getattr(node.target, "__name__", str(node.target))
 
 
-def _layer(node: fx.Node) -> str:
+def _layer_name(node: fx.Node) -> str:
     stack = list((node.meta.get("nn_module_stack") or {}).values())
     return str(stack[-1][0]) if stack else ""
 
 
-def _arguments(node: fx.Node, known: dict[fx.Node, Traced]) -> Arguments:
-    """A call's arguments by name, defaults included."""
-    found: dict[str, Any] = {"out": _shape(node)}
+def _arguments(node: fx.Node, values: dict[fx.Node, Traced]) -> Arguments:
+    """Return a call's arguments by name, defaults included."""
+    arguments: dict[str, Any] = {"out": _shape(node)}
     for index, argument in enumerate(cast(Any, node.target)._schema.arguments):
         default = argument.default_value
         given = node.args[index] if index < len(node.args) else node.kwargs.get(argument.name, default)
         if isinstance(given, fx.Node):
-            value = known[given]
-            found[argument.name] = Value(value, _shape(given)) if isinstance(value, int) else value
+            value = values[given]
+            arguments[argument.name] = Value(value, _shape(given)) if isinstance(value, int) else value
         else:
-            found[argument.name] = given
-    return Arguments(**found)
+            arguments[argument.name] = given
+    return Arguments(**arguments)
 
 
 def _shape(node: fx.Node) -> tuple[int, ...]:
@@ -167,12 +176,16 @@ def _shape(node: fx.Node) -> tuple[int, ...]:
     return tuple(int(side) for side in value.shape[1:]) if isinstance(value, Tensor) else ()
 
 
-def _reshaped(a: Arguments, nodes: list[Node], layer: str, passing: bool) -> int:
-    """A flattening, or the undoing of one, or nothing: the same shape, or one that only `passing` to the next has."""
+def _append_reshape(a: Arguments, nodes: list[Node], layer: str, only_reshaped: bool) -> int:
+    """Append a flattening if a reshape is one, and return the number of its value.
+
+    Nothing is appended for a reshape to the same shape, for one that undoes a flattening of a global average, and for
+    one whose result is read by reshapes only.
+    """
     x: Value = a.self
     if a.out == x.shape:
         return x.number
-    if passing and len(a.out) > 1 and math.prod(a.out) == math.prod(x.shape):
+    if only_reshaped and len(a.out) > 1 and math.prod(a.out) == math.prod(x.shape):
         return x.number
     if a.out == (math.prod(x.shape),):
         nodes.append(Node(Flatten(), (x.number,), layer))
@@ -185,10 +198,11 @@ def _reshaped(a: Arguments, nodes: list[Node], layer: str, passing: bool) -> int
     raise ValueError(f"it makes {a.out} of a value of shape {x.shape}")
 
 
-def _logits(output: fx.Node, known: dict[fx.Node, Traced]) -> int:
+def _logits(output: fx.Node, values: dict[fx.Node, Traced]) -> int:
+    """Return the number of the value that the module returns."""
     given = output.args[0]
     results = list(given) if isinstance(given, tuple | list) else [given]
-    value = known.get(results[0]) if len(results) == 1 and isinstance(results[0], fx.Node) else None
+    value = values.get(results[0]) if len(results) == 1 and isinstance(results[0], fx.Node) else None
     if not isinstance(value, int) or len(_shape(cast(fx.Node, results[0]))) != 1:
-        raise ValueError("expected a model that gives one tensor of logits, (n, classes)")
+        raise UnsupportedModel("expected a model that returns one tensor of logits, (n, classes)")
     return value

@@ -1,4 +1,4 @@
-"""A module to C: the graph whose tables are the smallest."""
+"""A module as C source, by the graph that has the smallest tables."""
 
 from __future__ import annotations
 
@@ -7,10 +7,10 @@ from collections.abc import Mapping, Sequence
 from torch import nn
 
 from atmc.deploy.export.c.source import CSource, to_c
-from atmc.deploy.graph.expand_factors import VALUE_COST, expand
+from atmc.deploy.graph.expand_factors import VALUE_COST, expand_factors
 from atmc.deploy.graph.graph import Graph
-from atmc.deploy.graph.remove_channels import simplify_channels
-from atmc.deploy.graph.simplify import rounded, simplify
+from atmc.deploy.graph.remove_channels import remove_dead_channels
+from atmc.deploy.graph.simplify import round_constants, simplify
 from atmc.deploy.graph.trace import trace
 from atmc.pack import weight_forms
 
@@ -23,10 +23,10 @@ def model_to_c(
     name: str = "model",
     labels: Sequence[str] | None = None,
 ) -> CSource:
-    """`to_c` of a module, in the form that takes the fewest bytes of tables.
+    """Return the C source of a module, in the form with the fewest bytes of tables.
 
-    Batch norms are multiplied in or kept apart; layers that are held as factors run as the fewest multiply-adds would
-    have it, or as the fewest nonzeros.
+    The forms are: batch norms folded into the weights; batch norms kept apart, with layers as their factors if that
+    takes fewer multiply-adds; and the same with layers as their factors if that takes fewer nonzeros.
 
     Args:
         model, input_shape, factors: see `simplify`.
@@ -39,24 +39,29 @@ def model_to_c(
     >>> model_to_c(models.build("lenet", 10, seed=0)).arena_bytes
     14976
     """
-    factors = weight_forms.weights(model) if factors is None else factors
-    graphs = [simplify(model, input_shape, factors), norms_apart(model, input_shape, factors)]
+    factors = weight_forms.factorized_weights(model) if factors is None else factors
+    graphs = [simplify(model, input_shape, factors), simplify_keeping_affines(model, input_shape, factors)]
     if factors:
-        graphs.append(norms_apart(model, input_shape, factors, value_cost=0))
-    return min((to_c(graph, name=name, labels=labels) for graph in graphs), key=lambda made: made.table_bytes)
+        graphs.append(simplify_keeping_affines(model, input_shape, factors, value_cost=0))
+    return min((to_c(graph, name=name, labels=labels) for graph in graphs), key=lambda source: source.table_bytes)
 
 
-def norms_apart(
+def simplify_keeping_affines(
     model: nn.Module,
     input_shape: Sequence[int] | None = None,
     factors: Mapping[str, weight_forms.Weight] | None = None,
     *,
     value_cost: int = VALUE_COST,
 ) -> Graph:
-    """`simplify` without its folding: dead channels are gone, affines and with them the weights' codebooks stay."""
-    factors = weight_forms.weights(model) if factors is None else factors
-    graph = expand(trace(model, input_shape), factors, value_cost=value_cost)
+    """Simplify a module without folding affines into weights, so that the weights keep the values of their codebook.
+
+    Args:
+        model, input_shape, factors: see `simplify`.
+        value_cost: see `expand_factors`.
+    """
+    factors = weight_forms.factorized_weights(model) if factors is None else factors
+    graph = expand_factors(trace(model, input_shape), factors, value_cost=value_cost)
     size = None
     while size != (size := (len(graph.nodes), sum(shape[0] for shape in graph.shapes()), graph.macs())):
-        graph = simplify_channels(graph)
-    return rounded(graph)
+        graph = remove_dead_channels(graph)
+    return round_constants(graph)

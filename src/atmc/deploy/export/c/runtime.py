@@ -1,4 +1,4 @@
-"""The functions of C that generated sources are made of; `needed` picks those that are called."""
+"""The C functions that generated sources call; `select_functions` picks those that a source needs."""
 
 from __future__ import annotations
 
@@ -275,9 +275,9 @@ static float mean(const float *plane, int size)
 }
 
 
-def needed(stages: Sequence[str]) -> str:
-    """C text of the types and functions that the text of some stages uses."""
-    calls = set(re.findall(r"\b(\w+)\(", "\n".join(stages)))
+def select_functions(callers: Sequence[str]) -> str:
+    """Return the C text of the types and functions that the text of some functions uses."""
+    calls = set(re.findall(r"\b(\w+)\(", "\n".join(callers)))
     parts = []
     if "opened" in calls:
         parts += [_TABLE, _BITS, _FLOATS, _ENTRIES]

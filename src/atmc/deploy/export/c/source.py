@@ -1,7 +1,7 @@
 """A network as one C99 source and its header, for machines without Python, an operating system or much memory.
 
-No heap, no libm, no file: constant tables (`c_tables`), a static arena (`c_plan`), float32 arithmetic. The image is the
-caller's and is only read.
+It uses no heap, no libm and no file: constant tables (`tables`), a static arena (`fused_layers`) and float32
+arithmetic. The caller owns the image, which is only read.
 """
 
 from __future__ import annotations
@@ -15,10 +15,10 @@ import numpy as np
 import torch
 
 from atmc.deploy.export.c import runtime
-from atmc.deploy.export.c.plan import Plan, make_plan
-from atmc.deploy.export.c.stage import StageText
+from atmc.deploy.export.c.fused_layers import PlacedLayers, place_layers
+from atmc.deploy.export.c.layer_text import LayerText
 from atmc.deploy.export.c.tables import literal
-from atmc.deploy.graph.graph import Graph, evaluate
+from atmc.deploy.graph.graph import Graph, run_graph
 
 _TEST_IMAGES = 4
 _TOLERANCE = 1e-4  # of the largest |logit|
@@ -26,9 +26,11 @@ _TOLERANCE = 1e-4  # of the largest |logit|
 
 @dataclass(frozen=True)
 class CSource:
-    """NAME.h, NAME.c, and NAME_test.c, a program that exits with 1 where the logits are not as expected.
+    """The text of NAME.h, NAME.c and NAME_test.c, a program that exits with 1 if the logits are not as expected.
 
-    table_bytes: constant data. arena_bytes: static memory; the stack and the caller's image come on top.
+    Args:
+        table_bytes: constant data.
+        arena_bytes: static memory; the stack and the caller's image come on top.
     """
 
     name: str
@@ -40,23 +42,24 @@ class CSource:
 
 
 def to_c(graph: Graph, *, name: str = "model", labels: Sequence[str] | None = None) -> CSource:
-    """The C source of a network.
+    """Return the C source of a network.
 
-    Batch norm that is left as Affine nodes behind convolutions keeps codebooks whole, hence tables small; multiplied
-    into the weights it makes nearly every weight a value of its own.
+    Tables are small if batch norms stay Affine nodes, since the weights of a layer then have the few values of their
+    codebook; folded into the weights a batch norm makes nearly every weight a distinct value.
 
     Args:
+        graph: the network.
         name: prefix of the C functions and constants, and of the file names.
         labels: names of the classes, for NAME_labels.
 
     Raises:
-        ValueError: the name is not an identifier of C, the labels are not one for each class, a weight is not finite,
-            or the graph has no operation or does not fit together.
+        ValueError: the name is not an identifier of C, there is not one label per class, a weight is not finite, or the
+            graph has no operation or is not consistent.
 
     >>> from atmc.deploy.graph.graph import Flatten, Linear, Node
     >>> fc = Linear(np.eye(2, 4, dtype=np.float32), np.zeros(2, np.float32))
-    >>> made = to_c(Graph((1, 2, 2), (Node(Flatten(), (0,)), Node(fc, (1,)))), name="tiny")
-    >>> made.table_bytes, made.arena_bytes
+    >>> source = to_c(Graph((1, 2, 2), (Node(Flatten(), (0,)), Node(fc, (1,)))), name="tiny")
+    >>> source.table_bytes, source.arena_bytes
     (3, 8)
     """
     if not re.fullmatch(r"[A-Za-z_][A-Za-z0-9_]*", name):
@@ -65,10 +68,10 @@ def to_c(graph: Graph, *, name: str = "model", labels: Sequence[str] | None = No
         raise ValueError("expected a network of at least one operation")
     classes = math.prod(graph.shapes()[-1])
     if labels is not None and len(labels) != classes:
-        raise ValueError(f"expected {classes} labels, one for each class, got {len(labels)}")
-    plan = make_plan(graph)
-    texts = [StageText(stage, index, plan) for index, stage in enumerate(plan.stages)]
-    table_bytes, arena_bytes = sum(text.table_bytes for text in texts), 4 * plan.floats
+        raise ValueError(f"expected {classes} labels, one per class, got {len(labels)}")
+    placed = place_layers(graph)
+    texts = [LayerText(index, placed) for index in range(len(placed.layers))]
+    table_bytes, arena_bytes = sum(text.table_bytes for text in texts), 4 * placed.arena_floats
     sizes = {
         "CHANNELS": graph.input_shape[0],
         "HEIGHT": graph.input_shape[1],
@@ -77,9 +80,14 @@ def to_c(graph: Graph, *, name: str = "model", labels: Sequence[str] | None = No
         "TABLE_BYTES": table_bytes,
         "ARENA_BYTES": arena_bytes,
     }
-    header = _header(name, sizes, labels is not None)
-    source = _source(name, plan, texts, labels)
-    return CSource(name, header, source, _test_source(name, graph, classes), table_bytes, arena_bytes)
+    return CSource(
+        name=name,
+        header=_header(name, sizes, labels is not None),
+        source=_source(name, placed, texts, labels),
+        test_source=_test_source(name, graph, classes),
+        table_bytes=table_bytes,
+        arena_bytes=arena_bytes,
+    )
 
 
 def _header(name: str, sizes: dict[str, int], labelled: bool) -> str:
@@ -108,7 +116,7 @@ int {name}_classify(const float *image);            /* the class of the largest 
 """
 
 
-def _source(name: str, plan: Plan, texts: Sequence[StageText], labels: Sequence[str] | None) -> str:
+def _source(name: str, placed: PlacedLayers, texts: Sequence[LayerText], labels: Sequence[str] | None) -> str:
     upper = name.upper()
     functions = [text.function for text in texts]
     calls = "".join(f"    {text.call}\n" for text in texts)
@@ -129,13 +137,13 @@ def _source(name: str, plan: Plan, texts: Sequence[StageText], labels: Sequence[
 #if INT_MAX < 2147483647
 #error "int has to have 32 bits"
 #endif
-{runtime.needed(functions)}
+{runtime.select_functions(functions)}
 {"".join(text.tables for text in texts)}
-static float arena[{plan.floats}];
+static float arena[{placed.arena_floats}];
 {"".join(functions)}{named}
 static const float *forward({parameter})
 {{
-{calls}    return arena + {plan.offsets[plan.output]};
+{calls}    return arena + {placed.offsets[placed.output]};
 }}
 
 void {name}_run(const float *image, float *logits)
@@ -161,7 +169,7 @@ int {name}_classify(const float *image)
 
 
 def _test_source(name: str, graph: Graph, classes: int) -> str:
-    """A program that runs images of noise, drawn here and there by the same generator, and compares the logits."""
+    """Return a program that compares the logits of noise; the noise is generated here and in C by the same rule."""
     upper, pixels = name.upper(), math.prod(graph.input_shape)
     state, drawn = 1, []
     for _ in range(_TEST_IMAGES * pixels):
@@ -169,7 +177,7 @@ def _test_source(name: str, graph: Graph, classes: int) -> str:
         drawn.append(state >> 24)
     images = np.array(drawn, np.float32).reshape(_TEST_IMAGES, *graph.input_shape) / np.float32(255)
     with torch.no_grad():
-        logits = evaluate(graph, torch.from_numpy(images).double()).reshape(_TEST_IMAGES, classes)
+        logits = run_graph(graph, torch.from_numpy(images).double()).reshape(_TEST_IMAGES, classes)
     rows = ",\n".join("    {" + ", ".join(literal(x) for x in row) + "}" for row in logits.tolist())
     tolerance = literal(max(_TOLERANCE * logits.abs().max().item(), 1e-30))
     return f"""/* Made by atmc export --to c: compares {name}.c with PyTorch on {_TEST_IMAGES} images of noise. */
@@ -216,7 +224,7 @@ int main(void)
 
 
 def _quoted(text: str) -> str:
-    """A constant of C for any text, as UTF-8."""
+    """Return a string constant of C for any text, as UTF-8."""
     plain = re.compile(rb"[A-Za-z0-9 ,.;:_+\-/()]")
     data = text.encode()
     return '"' + "".join(chr(b) if plain.fullmatch(bytes([b])) else f"\\{b:03o}" for b in data) + '"'

@@ -1,89 +1,94 @@
-"""The C text of one stage: its tables, a function with one loop over channels, the call of that function."""
+"""The C text of one fused layer: its tables, a function with one loop over channels, and the call of the function."""
 
 from __future__ import annotations
 
 import math
 import re
-from collections.abc import Sequence
 
-from atmc.deploy.export.c import plan, tables
-from atmc.deploy.export.c.plan import Plan, Stage, Step
-from atmc.deploy.graph.graph import Add, Affine, AvgPool, Conv, Floats, Linear, MaxPool, Relu
+from atmc.deploy.export.c import tables
+from atmc.deploy.export.c.fused_layers import IMAGE, POOLS, ChannelOp, FusedLayer, PlacedLayers
+from atmc.deploy.graph.graph import Add, Affine, AvgPool, Conv, FloatArray, Linear, MaxPool, Relu
 
 
-class StageText:
-    """tables, function and call are text of C; table_bytes what the tables take."""
+class LayerText:
+    """The C text of one layer.
 
-    def __init__(self, stage: Stage, index: int, plan: Plan) -> None:
+    Attributes:
+        tables, function, call: C text.
+        table_bytes: memory that the tables take.
+    """
+
+    def __init__(self, index: int, placed: PlacedLayers) -> None:
+        layer = placed.layers[index]
         self.tables, self.table_bytes = "", 0
-        self._label = f"{_identifier(stage)}_{index}"
-        self._stage, self._over, self._scratch = stage, plan.in_place[index], plan.planes[index] is not None
+        self._label = f"{_identifier(layer)}_{index}"
+        self._layer, self._overwritten, self._plane = layer, placed.overwritten[index], placed.planes[index]
         self._locals: list[str] = []
         self._lines: list[str] = []
         self._parameters: dict[str, str] = {}  # declaration -> argument
-        self._plan = plan
-        start, steps = self._start(), stage.steps
-        self._body(start, steps)
-        self._parameters["float *out"] = self._address(stage.result)
-        if self._scratch:
-            self._parameters["float *plane"] = f"arena + {plan.planes[index]}"
+        self._offsets = placed.offsets
+        self._write_channel_ops(self._write_start())
+        self._parameters["float *out"] = self._address(layer.result)
+        if self._plane is not None:
+            self._parameters["float *plane"] = f"arena + {self._plane}"
         self.call = f"{self._label}({', '.join(self._parameters.values())});"
-        self.function = self._function()
+        self.function = self._function_text()
 
-    def _function(self) -> str:
-        stage = self._stage
-        size = math.prod(stage.shape[1:])
+    def _function_text(self) -> str:
+        layer = self._layer
+        size = math.prod(layer.shape[1:])
         declared = "".join(f"    {line}\n" for line in [*self._locals, "int o;"])
         body = "".join(f"        {line}\n" for line in self._lines)
         return f"""
-/* {_described(stage)} */
+/* {_describe(layer)} */
 static void {self._label}({", ".join(self._parameters)})
 {{
-{declared}    for (o = 0; o < {stage.shape[0]}; o++) {{
+{declared}    for (o = 0; o < {layer.shape[0]}; o++) {{
         float *result = out + o * {size};
 {body}    }}
 }}
 """
 
-    def _start(self) -> str:
-        """Writes the stage's beginning; the C expression of where the channel now is."""
-        stage, size = self._stage, math.prod(self._stage.started[1:])
-        work = "plane" if self._scratch else "result"
-        match stage.start:
+    def _write_start(self) -> str:
+        """Write the first operation, and return the C expression for where its channel is."""
+        layer, size = self._layer, math.prod(self._layer.start_shape[1:])
+        work = "result" if self._plane is None else "plane"
+        match layer.start:
             case None:
-                if self._over == stage.source:
+                if self._overwritten == layer.source:
                     return work
-                self._parameters["const float *in"] = self._address(stage.source)
-                if stage.steps and isinstance(stage.steps[0].op, plan.POOLS):
+                self._parameters["const float *in"] = self._address(layer.source)
+                if layer.channel_ops and isinstance(layer.channel_ops[0].op, POOLS):
                     return f"in + o * {size}"
                 self._lines.append(f"copy({work}, {size}, in + o * {size});")
             case Linear() as op:
                 bias = self._entry(op.bias, "bias")
                 if product := self._table(op.weight, "weight"):
-                    self._parameters["const float *in"] = self._address(stage.source)
+                    self._parameters["const float *in"] = self._address(layer.source)
                     bias += f" + dot(&{product}, {op.weight.shape[1]}, in)"
                 self._lines.append(f"{work}[0] = {bias};")
             case Conv() as op:
                 self._lines.append(f"fill({work}, {size}, {self._entry(op.bias, 'bias')});")
-                self._convolve(op, work)
+                self._write_convolution(op, work)
         return work
 
-    def _convolve(self, op: Conv, work: str) -> None:
+    def _write_convolution(self, op: Conv, work: str) -> None:
         rows = op.weight.reshape(len(op.weight), -1)
         if not (weight := self._table(rows, "weight")):
             return
-        self._parameters["const float *in"] = self._address(self._stage.source)
-        height, width = self._stage.source_shape[1:]
+        self._parameters["const float *in"] = self._address(self._layer.source)
+        height, width = self._layer.source_shape[1:]
         outputs, inputs = len(rows) // op.groups, op.weight.shape[1]
         group = "" if op.groups == 1 else f" + o / {outputs} * {inputs * height * width}"
         kernel = self._window("kernel", *op.weight.shape[2:], *op.stride, *op.padding, *op.dilation)
-        sides = f"{self._stage.started[1]}, {self._stage.started[2]}"
+        sides = f"{self._layer.start_shape[1]}, {self._layer.start_shape[2]}"
         self._lines.append(
             f"convolve(&{weight}, {rows.shape[1]}, in{group}, {height}, {width}, {kernel}, {work}, {sides});"
         )
 
-    def _body(self, work: str, steps: Sequence[Step]) -> None:
-        for number, step in enumerate(steps):
+    def _write_channel_ops(self, work: str) -> None:
+        """Write the other operations; work: the C expression for where the channel is."""
+        for number, step in enumerate(self._layer.channel_ops):
             size = math.prod(step.before[1:])
             match step.op:
                 case Affine() as op:
@@ -98,18 +103,18 @@ static void {self._label}({", ".join(self._parameters)})
                 case Add():
                     assert step.other is not None
                     other = f"other{number}"
-                    if step.other == self._over:
+                    if step.other == self._overwritten:
                         other = "out"
                     else:
                         self._parameters[f"const float *{other}"] = self._address(step.other)
                     self._lines.append(f"add({work}, {size}, {other} + o * {size});")
                 case _:
-                    self._pool(step, work)
+                    self._write_pool(step, work)
                     work = "result"
         if work == "plane":
-            self._lines.append(f"copy(result, {math.prod(self._stage.shape[1:])}, plane);")
+            self._lines.append(f"copy(result, {math.prod(self._layer.shape[1:])}, plane);")
 
-    def _pool(self, step: Step, work: str) -> None:
+    def _write_pool(self, step: ChannelOp, work: str) -> None:
         height, width = step.before[1:]
         sides = f"result, {step.after[1]}, {step.after[2]}"
         match step.op:
@@ -127,35 +132,36 @@ static void {self._label}({", ".join(self._parameters)})
         self._locals.append(f"static const window {label} = {{{', '.join(map(str, numbers))}}};")
         return f"&{label}"
 
-    def _entry(self, values: Floats, label: str) -> str:
-        """C expression of one value a channel."""
+    def _entry(self, values: FloatArray, label: str) -> str:
+        """Return the C expression that reads one value per channel."""
         table = self._table(values.reshape(-1, 1), label)
         return f"entry(&{table})" if table else "0.0f"
 
-    def _table(self, matrix: Floats, label: str) -> str:
-        """The name of an opened table, "" for a matrix of zeros."""
+    def _table(self, matrix: FloatArray, label: str) -> str:
+        """Declare a table and return the name of its reader; "" for a matrix of zeros."""
         table = tables.encode(matrix)
         if not table.count:
             return ""
         name = f"{self._label}_{label}"
-        self.tables += tables.declare(table, name)
+        self.tables += tables.declaration(table, name)
         self.table_bytes += table.size
-        self._locals.append(f"table {label} = {tables.opened(table, name)};")
+        self._locals.append(f"table {label} = {tables.reader(table, name)};")
         return label
 
     def _address(self, value: int) -> str:
-        return "image" if value == plan.IMAGE else f"arena + {self._plan.offsets[value]}"
+        return "image" if value == IMAGE else f"arena + {self._offsets[value]}"
 
 
-def _identifier(stage: Stage) -> str:
-    kind = "map" if stage.start is None else type(stage.start).__name__.lower()
-    clean = re.sub(r"[^A-Za-z0-9]+", "_", stage.names[0] if stage.names else "").strip("_")[:40]
+def _identifier(layer: FusedLayer) -> str:
+    """Return an identifier of C from the first name of a layer, or from its kind."""
+    kind = "map" if layer.start is None else type(layer.start).__name__.lower()
+    clean = re.sub(r"[^A-Za-z0-9]+", "_", layer.names[0] if layer.names else "").strip("_")[:40]
     return clean if clean and not clean[0].isdigit() else f"{kind}{'_' if clean else ''}{clean}"
 
 
-def _described(stage: Stage) -> str:
-    kinds = ([] if stage.start is None else [stage.start]) + [step.op for step in stage.steps]
-    what = ", ".join(type(op).__name__ for op in kinds) or "copy"
-    sides = ["x".join(map(str, shape)) for shape in (stage.source_shape, stage.shape)]
-    names = ", ".join(re.sub(r"[^\w.\-]", "_", name, flags=re.ASCII) for name in stage.names)
-    return f"{names}{': ' if names else ''}{what}; {sides[0]} to {sides[1]}"
+def _describe(layer: FusedLayer) -> str:
+    ops = ([] if layer.start is None else [layer.start]) + [step.op for step in layer.channel_ops]
+    kinds = ", ".join(type(op).__name__ for op in ops) or "copy"
+    sides = ["x".join(map(str, shape)) for shape in (layer.source_shape, layer.shape)]
+    names = ", ".join(re.sub(r"[^\w.\-]", "_", name, flags=re.ASCII) for name in layer.names)
+    return f"{names}{': ' if names else ''}{kinds}; {sides[0]} to {sides[1]}"
