@@ -26,8 +26,9 @@ from atmc.data import Images, load_data
 from atmc.deploy.engine import native
 from atmc.deploy.engine.sparse import SparseNetwork
 from atmc.evaluation import adversarial_file
-from atmc.evaluation.accuracy import Verdicts, run_protocol, summarize
+from atmc.evaluation.accuracy import run_protocol, summarize
 from atmc.evaluation.attacks import build_protocol
+from atmc.evaluation.verdicts import Verdicts
 
 HERE = Path(__file__).parent
 RESULTS = HERE.parent

@@ -12,9 +12,10 @@ from torch import Tensor, nn
 from atmc.core.rng import Noise
 from atmc.data import Images
 from atmc.evaluation import autoattack
-from atmc.evaluation.accuracy import Verdicts, predictions, robust_accuracy, run_protocol, summarize
-from atmc.evaluation.attacks import ATTACKS, NORMS, Custom, build_protocol, check_norm
-from atmc.robust.attacks import dlr, margin
+from atmc.evaluation.accuracy import predictions, robust_accuracy, run_protocol, summarize
+from atmc.evaluation.attacks import ATTACKS, build_protocol, check_norm
+from atmc.evaluation.verdicts import Verdicts
+from atmc.robust.attacks import PgdSettings, dlr, margin
 from atmc.robust.threats import L1, L2, Linf
 
 BALLS = [Linf(0.08), L2(0.4), L1(1.5)]
@@ -53,8 +54,9 @@ def test_contract(attack, ball, capfd, caplog, monkeypatch):
     model = Net(3).train()
     data = images(model, 6, wrong=2)
     before, generator = copy.deepcopy(model.state_dict()), torch.get_rng_state()
-    if ball.name not in NORMS.get(attack, (ball.name,)):
-        with pytest.raises(ValueError, match=f"attack '{attack}' exists for l2 only, the threat is {ball}"):
+    spec = ATTACKS[attack]
+    if spec.norms and ball.name not in spec.norms:
+        with pytest.raises(ValueError, match=f"attack '{attack}' exists for {', '.join(spec.norms)} only"):
             robust_accuracy(model, data, ball, attack)
         return
     with caplog.at_level(logging.DEBUG):
@@ -73,7 +75,7 @@ def test_contract(attack, ball, capfd, caplog, monkeypatch):
     assert ((found.adv != x).flatten(1).any(1) == fooled).all()
     assert found.adv.min() >= 0
     assert found.adv.max() <= 1
-    if attack != "wrm":
+    if spec.bounded:
         assert ball.distance(found.adv, x).max() <= ball.eps * 1.0001
         assert found.largest == pytest.approx(float(ball.distance(found.adv, x).max()), rel=1e-4, abs=1e-7)
     assert found.refused == 0
@@ -130,7 +132,7 @@ def test_few_classes(classes, targets, loss, monkeypatch):
 def test_targets_are_really_all_attacked():
     """With 5 classes each of the 4 wrong ones is a target of APGD and of FAB."""
     model = Net(5).eval()
-    whole = autoattack.suite(model, Linf(1e-4), classes=5, seed=0, device=torch.device("cpu"))
+    whole = autoattack.build_suite(model, Linf(1e-4), classes=5, seed=0, device=torch.device("cpu"))
     targets = []
     original = whole.apgd_targeted.dlr_loss_targeted
 
@@ -222,7 +224,7 @@ class TestTime:
 )
 def test_custom_settings_refused(settings, message):
     with pytest.raises(ValueError, match=message):
-        Custom(**settings)
+        PgdSettings.paper(Linf(0.1), **settings)
 
 
 class TestRefused:

@@ -14,11 +14,9 @@ from atmc import EvaluationWarning
 from atmc.data import Images
 from atmc.evaluation import autoattack
 from atmc.evaluation.accuracy import clean_accuracy, robust_accuracy
-from atmc.evaluation.attacks import Custom
-from atmc.evaluation.checks import CHECKS, labels, pixel_range, run_checks
+from atmc.evaluation.checks import CHECKS, collect_check_inputs, labels, pixel_range, run_checks
 from atmc.evaluation.evaluate import EvaluationOptions, run_evaluation
 from atmc.evaluation.statistics import Accuracy
-from atmc.evaluation.suspect import suspect
 from atmc.robust.attacks import pgd
 from atmc.robust.threats import L1, L2, Linf
 
@@ -197,12 +195,12 @@ def test_images_outside_the_box(two_tone, natural):
     """Refused at the door; the check is for what comes another way, and for attacks that leave the ball."""
     x, y = two_tone[1].pixels[:20], two_tone[1].labels[:20]
     clean = clean_accuracy(natural, Images(x, y))
-    assert pixel_range(suspect(natural, Images(x, y), THREAT, clean, {})).ok is True
-    found = pixel_range(suspect(natural, Images(x * 2 - 0.5, y), THREAT, clean, {}))
+    assert pixel_range(collect_check_inputs(natural, Images(x, y), THREAT, clean, {})).ok is True
+    found = pixel_range(collect_check_inputs(natural, Images(x * 2 - 0.5, y), THREAT, clean, {}))
     assert found.ok is False
     assert "images from -0.5 to 1.5" in found.detail
     outside = Accuracy(0.5, 20, torch.zeros(20, dtype=torch.bool), refused=3)
-    found = pixel_range(suspect(natural, Images(x, y), THREAT, clean, {"pgd": outside}))
+    found = pixel_range(collect_check_inputs(natural, Images(x, y), THREAT, clean, {"pgd": outside}))
     assert found.ok is False
     assert "3 images of attacks" in found.detail
     with pytest.raises(ValueError, match=r"expected pixels in \[0, 1\]"):
@@ -252,7 +250,7 @@ def test_what_cannot_be_told(two_tone, natural):
     assert found["noise_weaker"].ok is None
     assert "too few to tell" in found["noise_weaker"].detail
     zeros = two_tone[1].take(two_tone[1].labels == 0)
-    assert labels(suspect(natural, zeros, THREAT, clean_accuracy(natural, zeros), {})).ok is None
+    assert labels(collect_check_inputs(natural, zeros, THREAT, clean_accuracy(natural, zeros), {})).ok is None
     wrong = Images(two_tone[1].pixels[:9], (natural(two_tone[1].pixels[:9]).argmax(1) + 1) % 10)
     found = {check.name: check for check in _checked(natural, wrong, THREAT)}
     assert found["zero_gradient"].ok is None
@@ -262,7 +260,7 @@ def test_what_cannot_be_told(two_tone, natural):
 def _checked(model: nn.Module, images: Images, threat: Linf) -> Iterator:
     clean = clean_accuracy(model, images)
     pgd_figure = robust_accuracy(model, images, threat, "pgd")
-    return run_checks(suspect(model, images, threat, clean, {"pgd": pgd_figure}, custom=Custom()))
+    return run_checks(collect_check_inputs(model, images, threat, clean, {"pgd": pgd_figure}))
 
 
 def test_checks_can_be_left_out(two_tone, natural):
@@ -276,7 +274,7 @@ def test_a_figure_does_not_change_by_being_doubted(two_tone, natural):
     with_checks = atmc.evaluate(natural, two_tone[1], threat=THREAT, n=50, attack="pgd-strong")
     without = atmc.evaluate(natural, two_tone[1], threat=THREAT, n=50, attack="pgd-strong", checks=False)
     assert torch.equal(with_checks.attacks["pgd-strong"].right, without.attacks["pgd-strong"].right)
-    options = EvaluationOptions(("pgd-strong",), 50)
+    options = EvaluationOptions(attacks=("pgd-strong",), n=50)
     *_, again = run_evaluation(natural, two_tone[1], THREAT, options)
     assert [check.to_json() for check in again.checks] == [check.to_json() for check in with_checks.checks]
 

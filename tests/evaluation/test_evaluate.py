@@ -9,8 +9,8 @@ from torch import nn
 from atmc.core.rng import Noise, derived_seed, permutation
 from atmc.data import Images
 from atmc.evaluation.accuracy import clean_accuracy, predictions, robust_accuracy
-from atmc.evaluation.attacks import paper_steps
 from atmc.evaluation.statistics import Accuracy, wilson
+from atmc.robust.attacks import PgdSettings
 from atmc.robust.threats import L1, L2, Linf
 
 
@@ -79,8 +79,8 @@ def test_settings_of_the_papers_attack():
     assert settings["steps"] == 16
     assert settings["step_size"] == pytest.approx(1.25 * 76 / 255 / 16)
     assert settings["random_start"] is False
-    assert paper_steps(Linf(4 / 255)) == 7
-    assert paper_steps(L2(0.05)) == 16
+    assert PgdSettings.paper(Linf(4 / 255)).steps == 7
+    assert PgdSettings.paper(L2(0.05)).steps == 16
 
 
 def test_an_output_that_is_not_a_number_is_no_class():

@@ -18,7 +18,7 @@ from atmc.evaluation import adversarial_file, smoothing
 from atmc.evaluation.accuracy import robust_accuracy
 from atmc.evaluation.curves import STEPS, at_eps, at_steps, eps_grid
 from atmc.evaluation.statistics import Accuracy, at_least, compare, per_class, worst_case
-from atmc.report.gallery import chosen, gallery
+from atmc.report.gallery import draw_gallery, select_fooled
 from atmc.robust.threats import L2, Linf
 
 
@@ -148,9 +148,9 @@ class TestGallery:
         """The three pictures of the first row hold the clean image, the change and the adversarial image."""
         model, images = threshold_model(), ramp()
         found = robust_accuracy(model, images, Linf(0.1), "pgd", keep=True)
-        shown = chosen(model, images.pixels, found.adv, images.labels, count=3)
+        shown = select_fooled(model, images.pixels, found.adv, images.labels, count=3)
         assert [example.index for example in shown] == [40, 41, 42]
-        with Image.open(io.BytesIO(gallery(shown, Linf(0.1)))) as image:
+        with Image.open(io.BytesIO(draw_gallery(shown, Linf(0.1)))) as image:
             pixels = np.asarray(image.convert("RGB"))
         side, top = 112, 22
         clean, attacked = pixels[top : top + side, 8 : 8 + side], pixels[top : top + side, 248 : 248 + side]
@@ -162,9 +162,9 @@ class TestGallery:
 
     def test_nothing_to_draw(self):
         images = ramp()
-        assert chosen(threshold_model(), images.pixels, images.pixels, images.labels) == []
+        assert select_fooled(threshold_model(), images.pixels, images.pixels, images.labels) == []
         with pytest.raises(ValueError, match="nothing to draw"):
-            gallery([], Linf(0.1))
+            draw_gallery([], Linf(0.1))
 
 
 def certify(images: Images, *, samples: int, seed: int = 0) -> smoothing.SmoothingCertificate:

@@ -25,13 +25,14 @@ from atmc.compress.constraints import Codebook
 from atmc.compress.factorize import compressible_parameters, cut_ranks, factorize
 from atmc.data import Images
 from atmc.pack import artifact
-from atmc.pack.inspect import inspection
+from atmc.pack.inspect import inspect_file
 from atmc.report import pictures
 from atmc.report.axes import Axis, linear_ticks, log_ticks, short
-from atmc.report.layers import layers
+from atmc.report.layers import list_layers
 from atmc.report.markup import cut, element
 from atmc.report.report import write_report
 from atmc.report.svg import BESIDE, Band, Bar, bar_chart, interval, line_chart
+from atmc.robust.attacks import PgdSettings
 from atmc.robust.threats import L1, L2, Linf, Threat
 
 VOID = {"meta", "img", "br"}
@@ -40,7 +41,7 @@ CLASSES = 4
 
 
 class Page(HTMLParser):
-    """Checks that elements are closed in order; keeps attributes, element names and text."""
+    """A page whose elements are closed in order, with its attributes, element names and text."""
 
     def __init__(self, text: str) -> None:
         super().__init__()
@@ -71,7 +72,7 @@ class Page(HTMLParser):
 
 
 class Net(nn.Module):
-    """A linear classifier behind a fixed convolution that passes the image on."""
+    """A linear classifier after a fixed convolution that returns the image."""
 
     def __init__(self, channels: int = 1, side: int = 6) -> None:
         super().__init__()
@@ -90,7 +91,7 @@ class Net(nn.Module):
 
 
 def labelled(model: nn.Module, n: int = 48, channels: int = 1, side: int = 6, wrong: int = 0) -> Images:
-    """Random images with the model's own predictions as labels, the first `wrong` of them made wrong."""
+    """Random images with the model's own predictions as labels, except for the first `wrong` ones."""
     x = (torch.rand(n, channels, side, side, generator=torch.Generator().manual_seed(5)) * 255).round() / 255
     with torch.no_grad():
         y = model(x).argmax(1)
@@ -109,13 +110,18 @@ def accuracy(value: float, n: int = 48, **settings: Any) -> dict[str, Any]:
 
 
 def metrics_of(config: RunConfig, size: int, **changed: Any) -> dict[str, Any]:
-    found = {name: getattr(config, name) for name in ("method", "model", "data", "threat", "seed", "bits")}
+    metrics = {name: getattr(config, name) for name in ("method", "model", "data", "threat", "seed", "bits")}
     pgd = accuracy(0.3125, eps=0.1, steps=16, step_size=0.0078125, random_start=False, restarts=1, loss="ce", seed=0)
-    judged = {"clean": accuracy(0.875, 24), "pgd": accuracy(0.4375, 24), "fp16": True, "batch_norm_reestimated": False}
-    found |= {"file_bytes": size, "dense_file_bytes": 1234567, "nominal_bits": 2464, "nominal_ratio": 0.53472}
-    found |= {"nonzeros": 77, "dense_weights": 144, "clean": accuracy(0.9375), "attacks": {"pgd": pgd}}
-    found |= {"validation": judged, "evaluated_on": "model.atmc", "seconds": 81.2, "versions": {"atmc": "9.8.7"}}
-    return found | changed
+    validation = {
+        "clean": accuracy(0.875, 24),
+        "pgd": accuracy(0.4375, 24),
+        "fp16": True,
+        "batch_norm_reestimated": False,
+    }
+    metrics |= {"file_bytes": size, "dense_file_bytes": 1234567, "nominal_bits": 2464, "nominal_ratio": 0.53472}
+    metrics |= {"nonzeros": 77, "dense_weights": 144, "clean": accuracy(0.9375), "attacks": {"pgd": pgd}}
+    metrics |= {"validation": validation, "evaluated_on": "model.atmc", "seconds": 81.2, "versions": {"atmc": "9.8.7"}}
+    return metrics | changed
 
 
 def configured(**changed: Any) -> RunConfig:
@@ -133,10 +139,9 @@ def report(
     config: RunConfig | None = None,
     **changed: Any,
 ) -> Page:
-    """Write the report of a made-up run of a small model; the page, checked."""
+    """Write the report of an invented run of a small model; return the page, checked."""
     config = config or configured()
-    held = model or Net(channels)
-    size = artifact.save(held, folder / "model.atmc", input_shape=(channels, 6, 6), classes=CLASSES)
+    size = artifact.save(model or Net(channels), folder / "model.atmc", input_shape=(channels, 6, 6), classes=CLASSES)
     if records is not None:
         (folder / "log.jsonl").write_text("".join(json.dumps(line) + "\n" for line in records))
     plain = artifact.load(folder / "model.atmc", factory=lambda num_classes: Net(channels))
@@ -147,7 +152,7 @@ def report(
         plain,
         images,
         threat=config.parsed_threat(),
-        steps=config.steps or 16,
+        pgd=PgdSettings.paper(config.parsed_threat(), steps=config.steps),
         config_toml=config.to_toml(),
         class_names=class_names,
     )
@@ -168,7 +173,7 @@ RUNS: dict[str, dict[str, Any]] = {
     "300 epochs": {"records": [record("dense", e) for e in range(1, 301)] + [record("tune", 1)]},
     "nothing trained": {"records": None},
     "empty log": {"records": []},
-    "coloured": {"records": THREE, "channels": 3},
+    "colored": {"records": THREE, "channels": 3},
     "two channels": {"records": THREE, "channels": 2},
     "codebook": {"records": THREE, "config": configured(bits=4)},
     "no attack": {"records": THREE, "attacks": {}},
@@ -198,7 +203,7 @@ def test_figures_of_the_run_are_on_the_page(tmp_path: Path) -> None:
     size = (tmp_path / "model.atmc").stat().st_size
     expected = ["93.75 %", "31.25 %", "26.13 to 32.48 %", "eps 0.1, steps 16", "random start no", "87.50 % clean"]
     expected += [f"{size:,} bytes", f"1,234,567 bytes, {1234567 / size:,.1f} times", "77 of 144 weights", "0.53472"]
-    expected += ["4 bits a value", "81.2 s", "atmc 9.8.7", "seed 3", "yes, validation no worse", "6 epochs, 8.8 s"]
+    expected += ["4 bits per value", "81.2 s", "atmc 9.8.7", "seed 3", "yes, validation no worse", "6 epochs, 8.8 s"]
     expected += ["atmc compress --config config.toml"]
     for figure in expected:
         assert figure in page.text, figure
@@ -246,7 +251,7 @@ def test_classes_are_named_and_numbered(tmp_path: Path) -> None:
 def test_model_that_has_nothing_right(tmp_path: Path) -> None:
     test = labelled(Net(), wrong=48)
     page = report(tmp_path, THREE, test=test)
-    assert "None: the first 64 test images hold none that is classified right" in page.text
+    assert "None: none of the first 64 test images is classified correctly" in page.text
     assert "img" not in page.names
 
 
@@ -255,13 +260,13 @@ def test_model_that_has_nothing_right(tmp_path: Path) -> None:
 def test_examples_stay_in_ball_and_box(threat: Threat, channels: int) -> None:
     model = Net(channels)
     test = labelled(model, channels=channels, wrong=6)
-    examples = pictures.adversarial_examples(model, test, threat, steps=7)
+    examples = pictures.select_examples(model, test, threat, PgdSettings.paper(threat, steps=7))
     assert 1 <= len(examples) <= 8
     assert len({example.index for example in examples}) == len(examples)
     for example in examples:
         assert example.index >= 6
         assert torch.equal(example.clean, test.float_pixels([example.index])[0])
-        assert example.label == int(test.labels[example.index]) == pictures.predicted(example.before)
+        assert example.label == int(test.labels[example.index]) == pictures.predicted_class(example.before)
         assert float(threat.distance(example.adv[None], example.clean[None])) <= threat.eps * (1 + 1e-5)
         assert 0 <= float(example.adv.min()) <= float(example.adv.max()) <= 1
         with torch.no_grad():
@@ -304,7 +309,7 @@ def test_both_kinds_of_examples_are_shown() -> None:
     """An image of value v within 0.1 of 1/2 is fooled by eps 0.1, any other is not: a closed form."""
     values = [0.2, 0.8, 0.3, 0.7, 0.25, 0.75, 0.15, 0.85, 0.45, 0.55, 0.42, 0.58, 0.47, 0.53]
     model = Two().train()
-    examples = pictures.adversarial_examples(model, even(*values), Linf(0.1), steps=10)
+    examples = pictures.select_examples(model, even(*values), Linf(0.1), PgdSettings.paper(Linf(0.1), steps=10))
     assert [example.fooled for example in examples] == [True] * 4 + [False] * 4
     assert [example.label for example in examples] == [0, 1, 0, 1] * 2
     assert all(example.fooled == (abs(values[example.index] - 0.5) < 0.1) for example in examples)
@@ -318,7 +323,7 @@ def test_both_kinds_of_examples_are_shown() -> None:
 @pytest.mark.parametrize(("near", "far"), [(12, 2), (1, 12), (0, 12), (12, 0), (3, 2)])
 def test_one_kind_fills_the_place_of_the_other(near: int, far: int) -> None:
     values = [0.46 + 0.001 * i for i in range(near)] + [0.1 + 0.01 * i for i in range(far)]
-    examples = pictures.adversarial_examples(Two(), even(*values), Linf(0.1), steps=10)
+    examples = pictures.select_examples(Two(), even(*values), Linf(0.1), PgdSettings.paper(Linf(0.1), steps=10))
     fooled = sum(example.fooled for example in examples)
     assert len(examples) == min(8, near + far)
     assert fooled == (min(near, 4) if far >= 4 else min(near, 8 - far))
@@ -328,7 +333,7 @@ def test_outputs_that_are_no_numbers_are_no_class() -> None:
     image, nothing = torch.zeros(1, 2, 2), torch.full((3,), math.nan)
     example = pictures.Example(0, 1, image, image, torch.ones(3), nothing)
     assert example.fooled
-    assert pictures.predicted(example.after) == -1
+    assert pictures.predicted_class(example.after) == -1
 
 
 def example_of(change: Tensor) -> pictures.Example:
@@ -337,12 +342,12 @@ def example_of(change: Tensor) -> pictures.Example:
 
 def test_picture_of_a_change() -> None:
     gray = example_of(torch.tensor([-0.2, 0.0, 0.1, 0.2]).view(1, 1, 4))
-    down, zero, up = (torch.tensor(colour) for colour in pictures.PALETTE)
+    down, zero, up = (torch.tensor(color) for color in pictures.PALETTE)
     shown = pictures.change_picture(gray, 0.2)
     expected = torch.stack([down, zero, (zero + up) / 2, up], 1).view(3, 1, 4)
     assert torch.allclose(shown, expected, atol=1e-5)
-    coloured = example_of(torch.tensor([-0.2, 0.0, 0.1]).view(3, 1, 1))
-    assert torch.allclose(pictures.change_picture(coloured, 0.2).flatten(), torch.tensor([0.0, 0.5, 0.75]), atol=1e-5)
+    colored = example_of(torch.tensor([-0.2, 0.0, 0.1]).view(3, 1, 1))
+    assert torch.allclose(pictures.change_picture(colored, 0.2).flatten(), torch.tensor([0.0, 0.5, 0.75]), atol=1e-5)
 
 
 def test_scale_of_a_change() -> None:
@@ -356,12 +361,12 @@ def test_layers_account_for_every_nonzero_and_byte(tmp_path: Path) -> None:
     model = factorize(Net(3, side=4), exclude=["conv.*"])
     tensors = compressible_parameters(model)
     with torch.no_grad():
-        for name, held in Codebook(2).project({name: t.detach() for name, t in tensors.items()}).items():
-            tensors[name].copy_(held)
+        for name, quantized in Codebook(2).project({name: t.detach() for name, t in tensors.items()}).items():
+            tensors[name].copy_(quantized)
         tensors["head.weight.U"][:, 2] = 0.5
     size = artifact.save(model, tmp_path / "model.atmc")
-    found = inspection(tmp_path / "model.atmc")
-    rows, rest = layers(found)
+    inspection = inspect_file(tmp_path / "model.atmc")
+    rows, rest = list_layers(inspection)
     assert [(row.name, row.shape, row.weights) for row in rows] == [("conv", (3, 3, 1, 1), 9), ("head", (4, 48), 192)]
     conv, head = rows
     assert conv.nonzeros == {"W": 3}
@@ -371,8 +376,8 @@ def test_layers_account_for_every_nonzero_and_byte(tmp_path: Path) -> None:
     assert head.rank == (1, 4)
     assert head.value_bits["V"] == "4 values, 2 bits"
     assert head.value_bits["C"] == "none"
-    held = sum(sum(row.file_bytes.values()) for row in rows) + sum(rest.values())
-    assert held + found["totals"]["metadata and checksums"] == pytest.approx(size, abs=0.01)
+    total = sum(sum(row.file_bytes.values()) for row in rows) + sum(rest.values())
+    assert total + inspection["totals"]["metadata and checksums"] == pytest.approx(size, abs=0.01)
 
 
 def test_plain_values_are_told_by_their_width(tmp_path: Path) -> None:
@@ -381,13 +386,13 @@ def test_plain_values_are_told_by_their_width(tmp_path: Path) -> None:
         model[1].weight.copy_(model[1].weight.half().float())
         model[2].weight[:, :36] = 0
     artifact.save(model, tmp_path / "model.atmc")
-    rows, _ = layers(inspection(tmp_path / "model.atmc"))
+    rows, _ = list_layers(inspect_file(tmp_path / "model.atmc"))
     assert [row.value_bits["W"] for row in rows] == ["fp32", "fp16", "fp32"]
 
 
 def test_rank_form_has_the_shape_of_its_product(tmp_path: Path) -> None:
     artifact.save(cut_ranks(nn.Sequential(nn.Linear(9, 5)), {"0.weight": 2}), tmp_path / "model.atmc")
-    (row,), _ = layers(inspection(tmp_path / "model.atmc"))
+    (row,), _ = list_layers(inspect_file(tmp_path / "model.atmc"))
     assert (row.shape, row.rank, row.total) == ((5, 9), (2, 2), 2 * (5 + 9))
 
 

@@ -273,7 +273,7 @@ def test_eps_above_what_the_box_allows(ball, limit):
 
 
 @pytest.mark.parametrize(
-    ("settings", "message"), [({"steps": 0}, "steps >= 1, got 0"), ({"step_size": 0}, "step_size > 0")]
+    ("settings", "message"), [({"steps": 0}, "steps >= 1, got 0"), ({"step_size": 0}, "step size > 0")]
 )
 def test_attack_arguments_that_make_no_sense(settings, message):
     with pytest.raises(ValueError, match=message):

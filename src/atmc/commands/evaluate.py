@@ -25,7 +25,7 @@ from atmc.evaluation.accuracy import BatchAttacked
 from atmc.evaluation.checks import Check
 from atmc.evaluation.evaluate import EvaluationOptions, Report, run_evaluation
 from atmc.pack.artifact import LoadedModel
-from atmc.report.gallery import chosen, gallery
+from atmc.report.gallery import draw_gallery, select_fooled
 from atmc.robust.threats import Threat
 
 ATTACKS, AGAINST, PARTS = "", ".against", ".parts"  # states: attacks, the other model's, curves and certificate
@@ -363,5 +363,5 @@ def _write_examples(request: EvaluateRequest, file: Path, model: nn.Module, test
         examples.save(request.save_examples)
     if request.gallery:
         clean = test.float_pixels(slice(0, len(examples.labels))).cpu()
-        shown = chosen(model, clean, examples.adv, examples.labels)
-        write_beside(request.gallery, gallery(shown, request.threat))
+        shown = select_fooled(model, clean, examples.adv, examples.labels)
+        write_beside(request.gallery, draw_gallery(shown, request.threat))

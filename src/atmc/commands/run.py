@@ -37,10 +37,11 @@ from atmc.core.files import append_line, write_beside
 from atmc.core.numerics import deterministic
 from atmc.core.version import __version__
 from atmc.data import Data, load_data
-from atmc.evaluation.attacks import Custom, paper_steps
+from atmc.evaluation.attacks import takes_pgd_settings
 from atmc.evaluation.evaluate import EvaluationOptions, Report, run_evaluation
 from atmc.pack import artifact
 from atmc.report.report import write_report
+from atmc.robust.attacks import PgdSettings
 from atmc.training.job import Job, Result
 from atmc.training.runner import EpochDone
 from atmc.training.settings import Recipe
@@ -135,28 +136,27 @@ def _train_and_evaluate(job: Job, config: RunConfig, data: Data, folder: Path) -
     yield Message("evaluating the file on the test split")
     device = torch.device(config.device)
     decoded = artifact.load(folder / MODEL, factory=lambda num_classes: fold(build_model(config, data)))
-    steps = config.steps if {"pgd", "pgd-strong"} & set(config.attacks) else None
+    threat = config.parsed_threat()
     options = EvaluationOptions(
         attacks=tuple(config.attacks),
         n=config.eval_n,
-        custom=Custom(steps),
+        steps=config.steps if takes_pgd_settings(config.attacks) else None,
         seed=config.seed,
         checks=config.checks,
     )
     report = None
-    for measured in run_evaluation(decoded.to(device), data.test, config.parsed_threat(), options):
+    for measured in run_evaluation(decoded.to(device), data.test, threat, options):
         yield measured
         report = measured if isinstance(measured, Report) else None
     assert report is not None
     metrics = _metrics(job, result, config, report, size, time.monotonic() - began)
-    threat = config.parsed_threat()
     write_report(
         folder,
         metrics,
         decoded.cpu(),
         data.test,
         threat=threat,
-        steps=config.steps or paper_steps(threat),
+        pgd=PgdSettings.paper(threat, steps=config.steps),
         config_toml=config.to_toml(),
         class_names=data.class_names,
     )

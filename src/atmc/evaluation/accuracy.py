@@ -1,9 +1,9 @@
-"""Accuracy, clean and under attack: who is attacked, in which batches, and what counts as fooled.
+"""Accuracy, clean and under attack: which images are attacked, in which batches, and what counts as fooled.
 
-A figure is the share of examples that no stage of the named attack fooled; what it did stands beside it. Only examples
-that are still right are attacked. The randomness of our own attacks is keyed by seed, restart and example, so that
-their figures depend neither on batch size nor on order; AutoAttack's depends on the batches, as pyautoattack has it.
-Whatever precision the user has chosen for training, float32 is full here (no TF32).
+An accuracy is the share of examples that no stage of the attack fooled, together with the attack's settings. Only
+examples that are still right are attacked. The randomness of our own attacks is keyed by seed, restart and example, so
+that their accuracies depend neither on batch size nor on order; those of AutoAttack depend on the batches, as in
+pyautoattack. Whatever precision the user has chosen for training, float32 is full here (no TF32).
 """
 
 from __future__ import annotations
@@ -17,42 +17,13 @@ from torch import Tensor, nn
 
 from atmc.core.numerics import full_float32
 from atmc.data import Images
-from atmc.evaluation.attacks import Custom, Protocol, build_protocol
+from atmc.evaluation.attacks import Protocol, build_protocol
 from atmc.evaluation.statistics import Accuracy
-from atmc.robust.attacks import attack_mode
+from atmc.evaluation.verdicts import Verdicts
+from atmc.robust.attacks import PgdSettings, attack_mode
 from atmc.robust.threats import Threat
 
-SLACK = 1e-4  # relative, of distances in float32: an image that is farther than eps by more does not count
-
-
-@dataclass
-class Verdicts:
-    """Where a protocol stands: all that it takes to go on. Tensors are (n, ...), on the CPU.
-
-    Examples before `start` are judged. Of the block [start, end), `queue` waits for stage `stage` (-1: for the clean
-    pass), of it the first `done` had their turn.
-    """
-
-    right: Tensor
-    fooled_by: Tensor
-    l2: Tensor
-    linf: Tensor
-    distance: Tensor
-    queue: Tensor
-    adv: Tensor | None = None
-    start: int = 0
-    stage: int = -1
-    done: int = 0
-    refused: int = 0
-
-    @classmethod
-    def fresh(cls, images: Images, n: int, *, keep: bool) -> Verdicts:
-        """Of n examples, none judged yet; with keep, adversarial images are kept."""
-        nothing = torch.full((n,), torch.nan)
-        adv = images.float_pixels(slice(0, n)).cpu().clone() if keep else None
-        empty = torch.zeros(0, dtype=torch.int64)
-        right, fooled_by = torch.zeros(n, dtype=torch.bool), torch.full((n,), -1, dtype=torch.int8)
-        return cls(right, fooled_by, nothing, nothing.clone(), torch.zeros(n), empty, adv)
+SLACK = 1e-4  # an image whose distance exceeds eps by more than this share does not count (float32 rounding)
 
 
 @dataclass(frozen=True)
@@ -67,15 +38,15 @@ class BatchAttacked:
 
 
 def clean_accuracy(model: nn.Module, images: Images, *, n: int | None = None, batch_size: int = 500) -> Accuracy:
-    """Accuracy on the first n unchanged images, all by default."""
+    """Return the accuracy on the first n unchanged images, all by default."""
     count = count_examples(images, n)
-    return Accuracy.of(torch.cat([predictions(model, x) == y for x, y in _chunks(images, count, batch_size)]))
+    return Accuracy.of(torch.cat([predictions(model, x) == y for x, y in _batches(images, count, batch_size)]))
 
 
 @full_float32()
 @torch.no_grad()
 def predictions(model: nn.Module, x: Tensor) -> Tensor:
-    """(n,) predicted classes in evaluation mode; no class (-1) where an output is not a number."""
+    """Return the (n,) predicted classes in evaluation mode; -1, no class, if an output is not a finite number."""
     with attack_mode(model):
         logits = model(x).float()
     return torch.where(logits.isfinite().all(1), logits.argmax(1), -1)
@@ -97,25 +68,23 @@ def robust_accuracy(
     batch_size: int = 500,
     keep: bool = False,
 ) -> Accuracy:
-    """Accuracy on the first n images under a named attack: right when clean, and after every stage and restart.
-
-    ``fgsm``; ``pgd``, the paper's unless steps, step_size, restarts or loss say otherwise (steps of 1.25 eps / steps,
-    start at x, last iterate); ``pgd-strong`` (40 steps of eps / 10, 5 random restarts, best of steps, together with
-    ``pgd``); ``wrm`` (penalty 1.3, 7 steps, no ball: the threat is not used, mean distances are reported); ``cw`` (l2);
-    and from AutoAttack, with its parameters, ``apgd-ce``, ``apgd-dlr``, ``fab``, ``square`` and all of ``autoattack``.
+    """Return the accuracy on the first n images under an attack: right when clean, and after every stage and restart.
 
     Args:
+        attack: a key of `attacks.ATTACKS`.
         n: number of examples, all by default.
-        steps, step_size, restarts, loss: of ``pgd``, see `Custom`; steps also of the ``pgd`` in ``pgd-strong``.
+        steps, step_size, restarts, loss: of ``pgd``, and of the ``pgd`` in ``pgd-strong``: see `PgdSettings.paper`.
+        seed: keys random starts.
+        batch_size: images attacked at once.
         keep: keep the adversarial images, in the result's `adv`.
 
     Raises:
-        ValueError: an unknown attack, one that has no such norm, n < 1, a seed that 63 bits do not hold, or settings
-            that make no sense.
+        ValueError: an unknown attack, one that does not exist for the threat's norm, n < 1, a seed that does not fit
+            into 63 bits, or settings that make no sense.
     """
-    custom = Custom(steps, step_size, restarts, loss)
+    pgd = PgdSettings.paper(threat, steps=steps, step_size=step_size, restarts=restarts, loss=loss)
     count = count_examples(images, n)
-    protocol = build_protocol(model, images, threat, attack, custom=custom, seed=seed)
+    protocol = build_protocol(model, images, threat, attack, pgd=pgd, seed=seed)
     verdicts = Verdicts.fresh(images, count, keep=keep)
     for _ in run_protocol(model, images, protocol, verdicts, batch_size=batch_size):
         pass
@@ -123,7 +92,11 @@ def robust_accuracy(
 
 
 def count_examples(images: Images, n: int | None) -> int:
-    """How many of the images n asks for: all where it is None, and at most all."""
+    """Return the number of images that n asks for: all if it is None, and never more than there are.
+
+    Raises:
+        ValueError: n < 1, or no images.
+    """
     if n is not None and n < 1:
         raise ValueError(f"expected n >= 1 examples, got {n}")
     if not len(images):
@@ -139,31 +112,44 @@ def run_protocol(
     *,
     batch_size: int = 500,
     until: float | None = None,
+    survivors: Tensor | None = None,
 ) -> Iterator[BatchAttacked]:
-    """Attack the examples of `verdicts`, from where it stands, in place; yields after every batch.
+    """Run an attack on the first examples, continuing from `verdicts` and updating it; yield after every batch.
 
     Args:
-        batch_size: examples attacked at once. Each stage packs what is left into full batches anew.
-        until: a time of `time.monotonic` at which to stop. Then the examples go through the whole protocol a batch at
-            a time, so that those before `verdicts.start` are judged in full when the time is over; at least one
-            batch is.
+        verdicts: the progress so far, see `Verdicts`.
+        batch_size: examples attacked at once. Each stage fills its batches from the examples that are still right.
+        until: a time of `time.monotonic` at which to stop. The examples then go through all stages one batch at a
+            time, so that those before `verdicts.start` are finished when the time is over. At least one batch is.
+        survivors: (n,) bool, on the CPU: only these are attacked, and the others count as wrong; by default all.
     """
     n = len(verdicts.right)
+    if survivors is not None:
+        verdicts.right &= survivors  # of a state that goes on: the earlier attack may have come further since
     block = n if until is None else batch_size
     while verdicts.start < n and not (until is not None and verdicts.start and time.monotonic() >= until):
         end = min(verdicts.start + block, n)
-        yield from _block(model, images, protocol, verdicts, end, batch_size)
+        yield from _block(model, images, protocol, verdicts, end, batch_size, survivors)
         verdicts.start, verdicts.stage = end, -1
 
 
 def _block(
-    model: nn.Module, images: Images, protocol: Protocol, verdicts: Verdicts, end: int, batch_size: int
+    model: nn.Module,
+    images: Images,
+    protocol: Protocol,
+    verdicts: Verdicts,
+    end: int,
+    batch_size: int,
+    survivors: Tensor | None,
 ) -> Iterator[BatchAttacked]:
+    """Run all stages on the examples from `verdicts.start` to end."""
     whole = torch.arange(verdicts.start, end)
     if verdicts.stage < 0:
         for part in torch.split(whole, batch_size):
             where = part.to(images.labels.device)
             verdicts.right[part] = (predictions(model, images.float_pixels(where)) == images.labels[where]).cpu()
+        if survivors is not None:
+            verdicts.right[whole] &= survivors[whole]
         verdicts.stage, verdicts.done, verdicts.queue = 0, 0, whole[verdicts.right[whole]]
     while verdicts.stage < len(protocol.stages):
         stage = protocol.stages[verdicts.stage]
@@ -171,51 +157,43 @@ def _block(
             part = verdicts.queue[verdicts.done : verdicts.done + batch_size]
             _attack_batch(model, images, protocol, verdicts, part)
             verdicts.done += len(part)
-            yield BatchAttacked(protocol.attack, stage.name, int(verdicts.right[:end].sum()), end, verdicts)
+            still_right = int(verdicts.right[:end].sum())
+            yield BatchAttacked(protocol.attack, stage.name, still_right, end, verdicts)
         verdicts.stage, verdicts.done, verdicts.queue = verdicts.stage + 1, 0, whole[verdicts.right[whole]]
 
 
 @full_float32()
 def _attack_batch(model: nn.Module, images: Images, protocol: Protocol, verdicts: Verdicts, part: Tensor) -> None:
-    """One batch through the stage at hand; an image outside the ball or the box does not count."""
+    """Attack one batch with the current stage; an image outside the ball or [0, 1] does not count."""
     where = part.to(images.labels.device)
     x, y = images.float_pixels(where), images.labels[where]
     adv = protocol.stages[verdicts.stage].perturb(x, y, where)
     distance = protocol.threat.distance(adv, x) if protocol.threat else torch.zeros(len(x), device=x.device)
     limit = protocol.threat.eps * (1 + SLACK) if protocol.threat else 0.0
-    in_box = (adv.flatten(1).amin(1) >= 0) & (adv.flatten(1).amax(1) <= 1)  # false where it is not a number
+    in_box = (adv.flatten(1).amin(1) >= 0) & (adv.flatten(1).amax(1) <= 1)  # false if a pixel is not a number
     allowed = in_box & (distance <= limit)
     wrong = predictions(model, adv) != y
     fooled = (wrong & allowed).cpu()
-    if protocol.attack not in ("cw", "fab"):  # these look for the nearest, and may find it beyond eps
+    if not protocol.spec.minimal_norm:
         verdicts.refused += int((~allowed).sum())
     change = (adv - x).flatten(1)
     verdicts.l2[part], verdicts.linf[part] = change.norm(dim=1).cpu(), change.abs().amax(1).cpu()
-    gone = part[fooled]
-    verdicts.right[gone] = False
-    verdicts.fooled_by[gone] = verdicts.stage
-    verdicts.distance[gone] = distance.cpu()[fooled]
+    broken = part[fooled]
+    verdicts.right[broken] = False
+    verdicts.fooled_by[broken] = verdicts.stage
+    verdicts.distance[broken] = distance.cpu()[fooled]
     if verdicts.adv is not None:
-        verdicts.adv[gone] = adv.cpu()[fooled]
+        verdicts.adv[broken] = adv.cpu()[fooled]
 
 
 def summarize(protocol: Protocol, verdicts: Verdicts) -> Accuracy:
-    """The figure of the examples that are judged, which is all of them unless the time was over."""
+    """Return the accuracy on the examples that are finished: all of them unless the time was over before."""
     n = verdicts.start
-    found = dict(protocol.settings)
-    if protocol.attack == "wrm":
-        for name, distances in (("mean_l2", verdicts.l2[:n]), ("mean_linf", verdicts.linf[:n])):
-            attacked_ones = distances[~distances.isnan()]
-            found[name] = round(float(attacked_ones.mean()), 6) if len(attacked_ones) else None
     names = tuple(stage.name for stage in protocol.stages)
-    by, right = verdicts.fooled_by[:n], verdicts.right[:n]
-    if protocol.attack == "autoattack":
-        clean = right | (by >= 0)
-        left = [float((clean & ((by < 0) | (by > position))).float().mean()) for position in range(len(names))]
-        found["after"] = {name: round(share, 6) for name, share in zip(names, left, strict=True)}
+    report = protocol.spec.report(verdicts, names) if protocol.spec.report else {}
     return replace(
-        Accuracy.of(right, **found),
-        fooled_by=by,
+        Accuracy.of(verdicts.right[:n], **protocol.settings, **report),
+        fooled_by=verdicts.fooled_by[:n],
         stages=names,
         adv=None if verdicts.adv is None else verdicts.adv[:n],
         largest=float(verdicts.distance[:n].amax()) if n else 0.0,
@@ -223,8 +201,8 @@ def summarize(protocol: Protocol, verdicts: Verdicts) -> Accuracy:
     )
 
 
-def _chunks(images: Images, count: int, batch_size: int) -> Iterator[tuple[Tensor, Tensor]]:
-    """(x float32 in [0, 1], y) over the first count images."""
+def _batches(images: Images, count: int, batch_size: int) -> Iterator[tuple[Tensor, Tensor]]:
+    """Yield (x float32 in [0, 1], y) of the first count images, in batches."""
     for start in range(0, count, batch_size):
         index = torch.arange(start, min(start + batch_size, count), device=images.labels.device)
         yield images.float_pixels(index), images.labels[index]

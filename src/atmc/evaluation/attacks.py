@@ -1,111 +1,237 @@
-"""The attacks that a name stands for: `pgd-strong` or `autoattack` -> stages, with the settings that a figure shows."""
+"""The attacks by name: one table, `ATTACKS`, says all that the rest of the program needs to know of each.
+
+To add an attack, write its function in `robust/attacks.py` and add one `AttackSpec` here.
+"""
 
 from __future__ import annotations
 
-import math
-from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
-from difflib import get_close_matches
+import inspect
+from collections.abc import Callable, Iterable
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from atmc.core.errors import unknown
 from atmc.core.rng import Noise, check_seed
 from atmc.data import Images
 from atmc.evaluation import autoattack
-from atmc.robust.attacks import LOSSES, attack_mode, cw, fgsm, pgd, wrm
+from atmc.evaluation.verdicts import Verdicts, accuracy_after_stages, mean_distances
+from atmc.robust.attacks import PgdSettings, attack_mode, cw, fgsm, wrm
 from atmc.robust.threats import Threat, check_threat
-
-ATTACKS = ("fgsm", "pgd", "pgd-strong", "wrm", "cw", "apgd-ce", "apgd-dlr", "fab", "square", "autoattack")
-NORMS = {"cw": ("l2",)}  # of the attacks that do not take every norm
-STRONG_STEPS, STRONG_RESTARTS = 40, 5
 
 Perturber = Callable[[Tensor, Tensor, Tensor], Tensor]
 
 
 @dataclass(frozen=True)
-class Custom:
-    """Settings of `pgd` other than the paper's; None: as `paper_steps` and the paper have them.
-
-    The paper's attack keeps its last iterate, also with other steps; with any of the other settings changed, each
-    example's iterate of highest loss counts.
-
-    Args:
-        steps: ascent steps, at least 1.
-        step_size: in the threat's norm, pixel units; 1.25 eps / steps by default.
-        restarts: starts; the first at the image, the others at random points of the ball.
-        loss: a name in `attacks.LOSSES`.
-    """
-
-    steps: int | None = None
-    step_size: float | None = None
-    restarts: int = 1
-    loss: str = "ce"
-
-    @property
-    def as_the_paper(self) -> bool:
-        """Whether all but the number of steps is the paper's."""
-        return self == Custom(steps=self.steps)
-
-    def __post_init__(self) -> None:
-        if self.steps is not None and self.steps < 1:
-            raise ValueError(f"expected steps >= 1, got {self.steps}")
-        if self.step_size is not None and not 0 < self.step_size < math.inf:
-            raise ValueError(f"expected a step size > 0, in pixel units, got {self.step_size}")
-        if self.restarts < 1:
-            raise ValueError(f"expected restarts >= 1, got {self.restarts}")
-        if self.loss not in LOSSES:
-            hint = _near(self.loss, LOSSES)
-            raise ValueError(f"unknown loss {self.loss!r}: expected one of {', '.join(LOSSES)}{hint}")
-
-
-@dataclass(frozen=True)
 class Stage:
-    """One attack of a protocol: (x, y, index in the split) -> adversarial images."""
+    """One part of an attack: perturb(x, y, rows of the images in their split) -> adversarial images like x."""
 
     name: str
     perturb: Perturber
 
 
-@dataclass(frozen=True)
-class Protocol:
-    """Attacks in turn, each on what the ones before left standing; threat None: no ball, only [0, 1]."""
+@dataclass(frozen=True, kw_only=True)
+class Setup:
+    """What an attack is built for: its name, a model on the device of the images, a threat, the user's settings."""
 
     attack: str
+    model: nn.Module
+    images: Images
+    threat: Threat
+    pgd: PgdSettings
+    seed: int
+
+    @torch.no_grad()
+    def count_classes(self) -> int:
+        """Return the number of the model's outputs."""
+        with attack_mode(self.model):
+            return int(self.model(self.images.float_pixels(slice(0, 2))).shape[1])
+
+
+Built = tuple[list[Stage], dict[str, Any]]
+
+
+@dataclass(frozen=True, kw_only=True)
+class AttackSpec:
+    """An attack as users name it.
+
+    Args:
+        help: what it does, in one line.
+        build: `Setup` -> its stages, each of which attacks what the ones before left, and the settings that
+            metrics.json shows.
+        norms: names of the threats that it is for; None for every one.
+        bounded: whether it keeps to the threat's ball; if not, its images only have to lie in [0, 1].
+        minimal_norm: whether it looks for the nearest image that fools the model, which may lie outside the ball. Such
+            an image does not count, but it is no fault of the attack.
+        white_box: whether the checks may rely on it: it follows the model's gradients for many steps within the ball.
+        gradient_free: its stages, by name, that use no gradients.
+        takes_pgd: whether the user's settings of PGD (steps, step size, restarts, loss) change it.
+        only_pgd: whether it is PGD with these settings and nothing else.
+        report: what to report of its verdicts besides the accuracy: (verdicts, names of stages) -> JSON.
+    """
+
+    help: str
+    build: Callable[[Setup], Built]
+    norms: tuple[str, ...] | None = None
+    bounded: bool = True
+    minimal_norm: bool = False
+    white_box: bool = True
+    gradient_free: tuple[str, ...] = ()
+    takes_pgd: bool = False
+    only_pgd: bool = False
+    report: Callable[[Verdicts, tuple[str, ...]], dict[str, Any]] | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class Protocol:
+    """An attack on a model: its stages in order, and the settings that metrics.json shows; threat None: no ball."""
+
+    attack: str
+    spec: AttackSpec
     stages: list[Stage]
     settings: dict[str, Any]
     threat: Threat | None
 
 
-def paper_steps(threat: Threat) -> int:
-    """Steps of the paper's attack: 7 at its CIFAR-10 radii (l-infinity below 0.1), 16 at MNIST's and elsewhere."""
-    return 7 if threat.name == "linf" and threat.eps < 0.1 else 16
+def _build_fgsm(setup: Setup) -> Built:
+    stage = Stage("fgsm", lambda x, y, _: fgsm(setup.model, x, y, setup.threat))
+    return [stage], {"eps": setup.threat.eps}
 
 
-def check_attacks(names: Sequence[str]) -> None:
-    """ValueError for an attack that is not known, with the nearest name."""
+def _build_wrm(setup: Setup) -> Built:
+    return [Stage("wrm", lambda x, y, _: wrm(setup.model, x, y))], _defaults(wrm)
+
+
+def _build_cw(setup: Setup) -> Built:
+    return [Stage("cw", lambda x, y, _: cw(setup.model, x, y))], {"eps": setup.threat.eps, **_defaults(cw)}
+
+
+def _defaults(attack: Callable[..., Tensor]) -> dict[str, Any]:
+    """Return the defaults of a function's keyword arguments."""
+    parameters = inspect.signature(attack).parameters.values()
+    return {one.name: one.default for one in parameters if one.kind is one.KEYWORD_ONLY}
+
+
+def _build_pgd(setup: Setup) -> Built:
+    setup, note = _replace_dlr(setup)
+    settings = {"eps": setup.threat.eps, **_show_pgd(setup.pgd), "seed": setup.seed, **note}
+    return _pgd_stages("pgd", setup, setup.pgd, purpose="pgd"), settings
+
+
+def _build_strong_pgd(setup: Setup) -> Built:
+    setup, note = _replace_dlr(setup)
+    strong, first = PgdSettings.strong(setup.threat), _show_pgd(setup.pgd)
+    if not setup.pgd.best_of_steps:  # the paper's but for the number of steps: the rest goes without saying
+        del first["restarts"], first["loss"]
+    settings = {"eps": setup.threat.eps, **_show_pgd(strong), "seed": setup.seed, **note}
+    stages = _pgd_stages("pgd", setup, setup.pgd, purpose="pgd")
+    stages += _pgd_stages("pgd-strong", setup, strong, purpose="evaluation")
+    return stages, settings | {"with": {"attack": "pgd", **first}}
+
+
+def _replace_dlr(setup: Setup) -> tuple[Setup, dict[str, str]]:
+    """Return the setup with the margin in place of the DLR loss if there are too few classes for it, and a note."""
+    classes = setup.count_classes()
+    if setup.pgd.loss != "dlr" or classes >= autoattack.DLR_CLASSES:
+        return setup, {}
+    return replace(setup, pgd=replace(setup.pgd, loss="margin")), {"note": autoattack.no_dlr_note(classes)}
+
+
+def _pgd_stages(name: str, setup: Setup, pgd: PgdSettings, *, purpose: str) -> list[Stage]:
+    """Return one stage per start."""
+
+    def build(restart: int) -> Perturber:
+        def perturb(x: Tensor, y: Tensor, index: Tensor) -> Tensor:
+            random = pgd.random_start or restart > 0
+            noise = Noise(index, seed=setup.seed, purpose=purpose, epoch=restart) if random else None
+            return pgd.attack(setup.model, x, y, setup.threat, noise=noise)
+
+        return perturb
+
+    return [Stage(name, build(restart)) for restart in range(pgd.restarts)]
+
+
+def _show_pgd(pgd: PgdSettings) -> dict[str, Any]:
+    """Return the settings as metrics.json has them: random_start says whether any start is random."""
+    shown = ("steps", "step_size", "random_start", "restarts", "loss")
+    values = asdict(pgd) | {"random_start": pgd.random_start or pgd.restarts > 1}
+    return {name: values[name] for name in shown}
+
+
+def _autoattack(*parts: str, **flags: Any) -> AttackSpec:
+    """Return the spec of one or more parts of AutoAttack; flags are the other fields."""
+
+    def build(setup: Setup) -> Built:
+        classes, device, threat = setup.count_classes(), setup.images.labels.device, setup.threat
+        shape = tuple(setup.images.pixels.shape[1:])
+        autoattack.check_fit(threat, parts, attack=setup.attack, classes=classes, shape=shape)
+        attacks = autoattack.build_attacks(setup.model, threat, parts, classes=classes, seed=setup.seed, device=device)
+        stages = [Stage(name, lambda x, y, _, run=run: run(x, y)) for name, run in attacks.items()]  # type: ignore[misc]
+        return stages, autoattack.describe_settings(threat, parts, classes=classes, seed=setup.seed)
+
+    gradient_free = tuple(name for name in parts if autoattack.PARTS[name].gradient_free)
+    return AttackSpec(build=build, gradient_free=gradient_free, **flags)
+
+
+ATTACKS: dict[str, AttackSpec] = {
+    "fgsm": AttackSpec(help="one step of length eps from the image", build=_build_fgsm, white_box=False),
+    "pgd": AttackSpec(
+        help="the paper's PGD: 7 or 16 steps from the image", build=_build_pgd, takes_pgd=True, only_pgd=True
+    ),
+    "pgd-strong": AttackSpec(
+        help="pgd, then 5 random starts of 40 steps each", build=_build_strong_pgd, takes_pgd=True
+    ),
+    "wrm": AttackSpec(
+        help="loss minus a price of the squared distance, without a ball",
+        build=_build_wrm,
+        bounded=False,
+        white_box=False,
+        report=mean_distances,
+    ),
+    "cw": AttackSpec(
+        help="the nearest wrong image, by Carlini and Wagner", build=_build_cw, norms=("l2",), minimal_norm=True
+    ),
+    "apgd-ce": _autoattack("apgd-ce", help="APGD on the cross-entropy"),
+    "apgd-dlr": _autoattack("apgd-dlr", help="APGD on the difference of logits ratio"),
+    "fab": _autoattack("fab", help="the nearest wrong image, by FAB", minimal_norm=True),
+    "square": _autoattack("square", help="queries without gradients", white_box=False),
+    "autoattack": _autoattack(
+        *autoattack.STANDARD,
+        help="APGD-CE, targeted APGD-DLR, targeted FAB and Square in turn",
+        report=accuracy_after_stages,
+    ),
+}
+
+
+def check_attacks(names: Iterable[str]) -> None:
+    """Raise ValueError for an attack that is not known."""
     for name in names:
         if name not in ATTACKS:
-            raise ValueError(f"unknown attack {name!r}: expected one of {', '.join(ATTACKS)}{_near(name, ATTACKS)}")
+            raise unknown("attack", name, ATTACKS)
 
 
 def check_norm(name: str, threat: Threat) -> None:
-    """ValueError where the attack does not exist for the threat's norm."""
-    norms = NORMS.get(name, (threat.name,))
-    if threat.name not in norms:
+    """Raise ValueError if the attack does not exist for the threat's norm."""
+    norms = ATTACKS[name].norms
+    if norms is not None and threat.name not in norms:
         raise ValueError(f"attack {name!r} exists for {', '.join(norms)} only, the threat is {threat}")
 
 
-def _near(name: str, known: Iterable[str]) -> str:
-    near = get_close_matches(name, list(known), n=1)
-    return f"; did you mean {near[0]!r}?" if near else ""
+def takes_pgd_settings(names: Iterable[str]) -> bool:
+    """Return whether the user's settings of PGD change any of these attacks."""
+    return any(ATTACKS[name].takes_pgd for name in names)
 
 
 def build_protocol(
-    model: nn.Module, images: Images, threat: Threat, attack: str, *, custom: Custom | None = None, seed: int = 0
+    model: nn.Module, images: Images, threat: Threat, attack: str, *, pgd: PgdSettings | None = None, seed: int = 0
 ) -> Protocol:
-    """The stages that a name stands for, and the settings that metrics.json shows.
+    """Return the stages of an attack on a model, and the settings that metrics.json shows.
+
+    Args:
+        attack: a key of `ATTACKS`.
+        pgd: settings of PGD, for attacks that take them; the paper's by default.
 
     Raises:
         ValueError: as `robust_accuracy`.
@@ -114,57 +240,8 @@ def build_protocol(
     check_seed(seed)
     check_norm(attack, threat)
     check_threat(threat, images.pixels[0].numel())
-    custom = custom or Custom()
-    if attack == "fgsm":
-        return Protocol(attack, [Stage("fgsm", lambda x, y, _: fgsm(model, x, y, threat))], {"eps": threat.eps}, threat)
-    if attack == "wrm":
-        return Protocol(attack, [Stage("wrm", lambda x, y, _: wrm(model, x, y))], {"penalty": 1.3, "steps": 7}, None)
-    if attack == "cw":
-        found = {"eps": threat.eps, "steps": 200, "searches": 9, "learning_rate": 0.01}
-        return Protocol(attack, [Stage("cw", lambda x, y, _: cw(model, x, y))], found, threat)
-    classes = _classes(model, images)
-    if attack in autoattack.STAGES:
-        autoattack.check_fit(threat, attack, classes=classes, shape=tuple(images.pixels.shape[1:]))
-        device = images.labels.device
-        parts = autoattack.attacks(model, threat, attack, classes=classes, seed=seed, device=device)
-        stages = [Stage(name, lambda x, y, _, run=run: run(x, y)) for name, run in parts.items()]  # type: ignore[misc]
-        return Protocol(attack, stages, autoattack.settings(threat, attack, classes=classes, seed=seed), threat)
-    return _pgd_protocol(model, threat, attack, custom, classes, seed)
-
-
-def _pgd_protocol(model: nn.Module, threat: Threat, attack: str, custom: Custom, classes: int, seed: int) -> Protocol:
-    steps = custom.steps or paper_steps(threat)
-    size = custom.step_size or 1.25 * threat.eps / steps
-    loss = "margin" if custom.loss == "dlr" and classes < autoattack.DLR_CLASSES else custom.loss
-
-    def start(restart: int, *, strong: bool) -> Perturber:
-        def perturb(x: Tensor, y: Tensor, index: Tensor) -> Tensor:
-            if strong:
-                noise = Noise(index, seed=seed, purpose="evaluation", epoch=restart)
-                step = threat.eps / 10
-                return pgd(model, x, y, threat, steps=STRONG_STEPS, step_size=step, noise=noise, best_of_steps=True)
-            noise = None if restart == 0 else Noise(index, seed=seed, purpose="pgd", epoch=restart)  # type: ignore[assignment]
-            best = not custom.as_the_paper
-            return pgd(model, x, y, threat, steps=steps, step_size=size, noise=noise, loss=loss, best_of_steps=best)
-
-        return perturb
-
-    stages = [Stage("pgd", start(restart, strong=False)) for restart in range(custom.restarts)]
-    found: dict[str, Any] = {"eps": threat.eps, "steps": steps, "step_size": size, "random_start": custom.restarts > 1}
-    found |= {"restarts": custom.restarts, "loss": loss, "seed": seed}
-    if loss != custom.loss:
-        found["note"] = f"the DLR loss is not defined for {classes} classes, the margin of the logits takes its place"
-    if attack == "pgd-strong":
-        stages += [Stage("pgd-strong", start(restart, strong=True)) for restart in range(STRONG_RESTARTS)]
-        weak: dict[str, Any] = {key: found[key] for key in ("steps", "step_size", "random_start")}
-        if not custom.as_the_paper:
-            weak |= {"restarts": custom.restarts, "loss": loss}
-        found |= {"steps": STRONG_STEPS, "step_size": threat.eps / 10, "random_start": True, "loss": "ce"}
-        found |= {"restarts": STRONG_RESTARTS, "with": {"attack": "pgd", **weak}}
-    return Protocol(attack, stages, found, threat)
-
-
-@torch.no_grad()
-def _classes(model: nn.Module, images: Images) -> int:
-    with attack_mode(model):
-        return int(model(images.float_pixels(slice(0, 2))).shape[1])
+    spec = ATTACKS[attack]
+    pgd = pgd or PgdSettings.paper(threat)
+    setup = Setup(attack=attack, model=model, images=images, threat=threat, pgd=pgd, seed=seed)
+    stages, settings = spec.build(setup)
+    return Protocol(attack=attack, spec=spec, stages=stages, settings=settings, threat=threat if spec.bounded else None)

@@ -1,239 +1,411 @@
-"""The evaluation's doubts about itself: one function a check, each with a verdict and the figures it rests on.
+"""Checks of an evaluation: one function per check, each with a verdict and the figures that it rests on.
 
-An accuracy under attack is what the attacks did not manage. Where they were blind it means nothing, and these are the
-known ways to be blind (Athalye, Carlini and Wagner 2018; Carlini et al. 2019; Croce and Hein 2020; Croce et al. 2022).
-A check never changes a figure. ok is True, False, or None where it could not be answered.
+An accuracy under attack is what the attacks did not manage to break. It means nothing if the attacks were blind, and
+these are the known ways to be blind (Athalye, Carlini and Wagner 2018; Carlini et al. 2019; Croce and Hein 2020; Croce
+et al. 2022). A check never changes a figure. ok is True, False, or None if the check could not be run.
 
-All look at the first 100 images (`suspect.CHECKED`) at most, which keeps them at about 300 gradients an image; `square`
-at all that the evaluation's own Square and its white-box attacks saw. "More than the interval" means: below the 95 %
-interval (Wilson) of the accuracy it is compared with, on those images, and by more than 2 points.
+A check looks at the first 100 images (`CHECKED`) at most, which keeps all of them together at about 300 gradients per
+image; `square` looks at all images that the evaluation's own Square and its white-box attacks saw. "More than the
+interval" means: below the 95 % interval (Wilson) of the accuracy that the white-box attacks left on these images, and
+by more than 2 points.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, replace
 from itertools import pairwise
+from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from atmc.core.numerics import full_float32
 from atmc.core.rng import Noise
+from atmc.data import Images
 from atmc.evaluation import autoattack
 from atmc.evaluation.accuracy import predictions
-from atmc.evaluation.attacks import STRONG_STEPS
-from atmc.evaluation.statistics import at_least, wilson
-from atmc.evaluation.suspect import Check, Suspect, compared, left_by, outputs, relative
-from atmc.robust.attacks import LOSSES, attack_mode, fgsm, input_gradient, pgd
-from atmc.robust.threats import Linf
+from atmc.evaluation.attacks import ATTACKS
+from atmc.evaluation.statistics import Accuracy, at_least, wilson
+from atmc.robust.attacks import LOSSES, PgdSettings, attack_mode, fgsm, input_gradient
+from atmc.robust.threats import Linf, Threat
 
-QUERIES = 300  # of Square, where the evaluation did not run it
+CHECKED = 100  # images
+LEEWAY = 0.02  # share of the images that a second attack may break beyond a first one even if both are sound
+QUERIES = 300  # of Square, if the evaluation did not run it
 PASSES, DRAWS = 5, 5  # forward passes compared; draws of random noise
 
 
-def run_checks(found: Suspect) -> Iterator[Check]:
-    """Every check, one after the other."""
+@dataclass(frozen=True)
+class Check:
+    """The result of a check: its name, the verdict, and the figures in words."""
+
+    name: str
+    ok: bool | None
+    detail: str
+
+    def to_json(self) -> dict[str, Any]:
+        """Return the check as in metrics.json."""
+        return {"name": self.name, "ok": self.ok, "detail": self.detail}
+
+
+@dataclass(frozen=True, eq=False, kw_only=True)
+class CheckInputs:
+    """What the checks look at: a model, some images, and the evaluation's verdicts on them.
+
+    Args:
+        x, y, index: the images, (m, c, h, w), their labels and their rows in the split, (m,).
+        right: (m,) bool, right without attack.
+        survivors: (m,) bool, right after the white-box attacks of the evaluation.
+        white_box: the names of those attacks.
+        clean: accuracy on all images.
+        commonest: the share of the commonest label among all images.
+        attacks: the evaluation's accuracies, by attack.
+        pgd: the user's settings of PGD.
+        source: a model whose adversarial images are tried on this one.
+    """
+
+    model: nn.Module
+    x: Tensor
+    y: Tensor
+    index: Tensor
+    threat: Threat
+    right: Tensor
+    survivors: Tensor
+    white_box: tuple[str, ...]
+    clean: Accuracy
+    commonest: float
+    attacks: Mapping[str, Accuracy]
+    pgd: PgdSettings
+    source: nn.Module | None
+    seed: int
+
+    @property
+    def loss(self) -> str:
+        """The loss that PGD maximizes; the margin for dlr: it has the same sign and any number of classes."""
+        return "margin" if self.pgd.loss == "dlr" else self.pgd.loss
+
+    @property
+    def only_pgd(self) -> bool:
+        """Whether the evaluation ran no white-box attack but PGD with the user's settings."""
+        return all(ATTACKS[name].only_pgd for name in self.white_box)
+
+    def noise(self, purpose: str, draw: int = 0) -> Noise:
+        """Return random numbers for the images, which no attack of the evaluation uses."""
+        return Noise(self.index, seed=self.seed, purpose=purpose, epoch=draw)
+
+    def attack_survivors(self, attack: Callable[[Tensor, Tensor, Tensor], Tensor]) -> Tensor:
+        """Return (m,) verdicts after an attack (x, y, rows among the m) on the survivors."""
+        left = self.survivors.clone()
+        where = left.nonzero()[:, 0]
+        if len(where):
+            adv = attack(self.x[where], self.y[where], where)
+            left[where] = predictions(self.model, adv) == self.y[where]
+        return left
+
+    def run_pgd(self, settings: PgdSettings, noise: Noise | None) -> Tensor:
+        """Return (m,) verdicts after PGD on the survivors, from random points if noise is given."""
+
+        def attack(x: Tensor, y: Tensor, where: Tensor) -> Tensor:
+            return settings.attack(self.model, x, y, self.threat, noise=None if noise is None else noise.take(where))
+
+        return self.attack_survivors(attack)
+
+
+def collect_check_inputs(
+    model: nn.Module,
+    images: Images,
+    threat: Threat,
+    clean: Accuracy,
+    attacks: Mapping[str, Accuracy],
+    *,
+    pgd: PgdSettings | None = None,
+    source: nn.Module | None = None,
+    seed: int = 0,
+) -> CheckInputs:
+    """Return the first images with the evaluation's verdicts on them; run `pgd` if it ran no white-box attack.
+
+    Args:
+        images: all of them, on the model's device.
+        attacks: the evaluation's accuracies on the first images, by attack.
+        pgd: the user's settings of PGD; the paper's by default.
+        source: a model whose adversarial images are tried on this one.
+    """
+    pgd = pgd or PgdSettings.paper(threat)
+    attacked = white_box_survivors(attacks)
+    m = min(CHECKED, len(images) if attacked is None else len(attacked))
+    index = torch.arange(m, device=images.labels.device)
+    x, y = images.float_pixels(index), images.labels[index]
+    right = predictions(model, x) == y
+    survivors = right.clone()
+    white_box = tuple(name for name in attacks if ATTACKS[name].white_box) or ("pgd",)
+    inputs = CheckInputs(
+        model=model,
+        x=x,
+        y=y,
+        index=index,
+        threat=threat,
+        right=right,
+        survivors=survivors,
+        white_box=white_box,
+        clean=clean,
+        commonest=float(images.labels.bincount().amax()) / len(images),
+        attacks=attacks,
+        pgd=pgd,
+        source=source,
+        seed=seed,
+    )
+    if attacked is not None:
+        return replace(inputs, survivors=survivors & attacked[:m].to(survivors.device))
+    last_iterate = replace(pgd, loss=inputs.loss, best_of_steps=False)
+    return replace(inputs, survivors=inputs.run_pgd(last_iterate, None))
+
+
+def white_box_survivors(attacks: Mapping[str, Accuracy]) -> Tensor | None:
+    """Return (n,) what the white-box attacks left of the images that all of them saw, on the CPU; None without any."""
+    left = None
+    for name, accuracy in attacks.items():
+        if ATTACKS[name].white_box:
+            right = accuracy.without(*ATTACKS[name].gradient_free).cpu()
+            n = len(right) if left is None else min(len(left), len(right))
+            left = right[:n] if left is None else left[:n] & right[:n]
+    return left
+
+
+def compare_survivors(
+    name: str, inputs: CheckInputs, after: Tensor, attack: str, *, before: Tensor | None = None
+) -> Check:
+    """Return a check that fails if fewer survive than the interval allows, and by more than `LEEWAY`.
+
+    Args:
+        after: (n,) verdicts after another attack.
+        attack: what the detail calls that attack.
+        before: (n,) what the white-box attacks left; the inputs' survivors by default.
+    """
+    before = inputs.survivors if before is None else before
+    n, expected, left = len(before), int(before.sum()), int(after.sum())
+    low = wilson(expected, n)[0]
+    detail = f"{' and '.join(inputs.white_box)} leave {expected} of {n}, {attack} then {left} (interval from {low:.1%})"
+    return Check(name, not expected or left / n >= low or expected - left <= LEEWAY * n, detail)
+
+
+def run_checks(inputs: CheckInputs) -> Iterator[Check]:
+    """Run all checks, one after the other."""
     for check in CHECKS:
         with full_float32():
-            result = check(found)
+            result = check(inputs)
         yield result
 
 
-def zero_gradient(found: Suspect) -> Check:
-    """A gradient that is exactly zero tells an attack nothing: rounded activations, logits so large that float32 ends.
+def zero_gradient(inputs: CheckInputs) -> Check:
+    """Check for gradients of exactly zero: rounded activations, or logits so large that the loss underflows.
 
-    Fails where more than 1 % of the images that are right have one, of the loss that PGD climbs.
+    It fails if more than 1 % of the images that are right have such a gradient of the loss that PGD maximizes.
     """
-    x, y = found.x[found.right], found.y[found.right]
+    x, y = inputs.x[inputs.right], inputs.y[inputs.right]
     if not len(x):
         return Check("zero_gradient", None, "no image is classified right")
     zero = 0
-    for loss in {"ce", found.loss}:
-        with attack_mode(found.model):
-            _, grad = input_gradient(found.model, x, y, LOSSES[loss])
+    for loss in {"ce", inputs.loss}:
+        with attack_mode(inputs.model):
+            _, grad = input_gradient(inputs.model, x, y, LOSSES[loss])
         zero = max(zero, int((grad.flatten(1).abs().amax(1) == 0).sum()))
     return Check("zero_gradient", zero <= 0.01 * len(x), f"exactly zero at {zero} of {len(x)} images")
 
 
 @torch.no_grad()
-def logits(found: Suspect) -> Check:
-    """Probabilities in place of logits weaken every loss; fails where outputs are >= 0 and add up to 1."""
-    output = outputs(found.model, found.x)
+def logits(inputs: CheckInputs) -> Check:
+    """Check that the outputs are logits: probabilities weaken every loss. It fails if they are >= 0 and add up to 1."""
+    output = outputs(inputs.model, inputs.x)
     low, off = float(output.amin()), float((output.sum(1) - 1).abs().amax())
     detail = f"outputs from {low:.3g} to {float(output.amax()):.3g}, sums at most {off:.3g} from 1"
     return Check("logits", not looks_like_probabilities(output), detail)
 
 
+def outputs(model: nn.Module, x: Tensor) -> Tensor:
+    """Return the (n, classes) float32 outputs in evaluation mode."""
+    with attack_mode(model), torch.no_grad():
+        output: Tensor = model(x)
+    return output.float()
+
+
 def looks_like_probabilities(output: Tensor) -> bool:
-    """Whether all outputs (n, classes) are >= 0 and add up to 1."""
+    """Return whether all outputs (n, classes) are >= 0 and add up to 1."""
     return bool((output >= 0).all()) and bool(((output.sum(1) - 1).abs() < 1e-4).all())
 
 
+def relative_distance(a: Tensor, b: Tensor) -> float:
+    """Return the largest distance between two rows, relative to the length of the first."""
+    apart = (a - b).norm(dim=1) / a.norm(dim=1).clamp_min(1e-12)
+    return float(apart.amax())
+
+
 @torch.no_grad()
-def deterministic(found: Suspect) -> Check:
-    """Attacks must average over chance in the forward pass; fails where the same images give other logits."""
-    first = outputs(found.model, found.x)
-    passes = [outputs(found.model, found.x) for _ in range(PASSES - 1)]
-    apart = max(relative(first, other) for other in passes)
+def deterministic(inputs: CheckInputs) -> Check:
+    """Check that the same images give the same logits: attacks would have to average over a random forward pass."""
+    first = outputs(inputs.model, inputs.x)
+    passes = [outputs(inputs.model, inputs.x) for _ in range(PASSES - 1)]
+    apart = max(relative_distance(first, other) for other in passes)
     changed = max(int((first.argmax(1) != other.argmax(1)).sum()) for other in passes)
     detail = f"logits of {PASSES} passes differ by {apart:.2g} of their size, {changed} of {len(first)} predictions"
     return Check("deterministic", apart <= 1e-4 and changed == 0, detail)
 
 
 @torch.no_grad()
-def batch_independence(found: Suspect) -> Check:
-    """Logits must not depend on the other images of the batch, as in training-mode batch norm."""
-    half = max(1, len(found.x) // 2)
-    x = found.x[:half]
-    first = outputs(found.model, torch.cat((x, x)))[:half]
-    others = [outputs(found.model, torch.cat((x, other)))[:half] for other in (1 - x, found.x[-half:], x * 0)]
-    apart = max(relative(first, other) for other in others)
+def batch_independence(inputs: CheckInputs) -> Check:
+    """Check that logits do not depend on the other images of the batch, as they do in training-mode batch norm."""
+    half = max(1, len(inputs.x) // 2)
+    x = inputs.x[:half]
+    first = outputs(inputs.model, torch.cat((x, x)))[:half]
+    others = [outputs(inputs.model, torch.cat((x, other)))[:half] for other in (1 - x, inputs.x[-half:], x * 0)]
+    apart = max(relative_distance(first, other) for other in others)
     return Check("batch_independence", apart <= 1e-3, f"logits differ by {apart:.2g} of their size among other images")
 
 
-def pixel_range(found: Suspect) -> Check:
-    """Images, and images of attacks, lie in [0, 1]; the latter in the ball."""
-    low, high = float(found.x.amin()), float(found.x.amax())
-    refused = sum(attack.refused for attack in found.attacks.values())
-    far = max([0.0, *(attack.largest for attack in found.attacks.values())])
-    detail = (
-        f"images from {low:.4g} to {high:.4g}; largest {found.threat.name} distance {far:.4g} of {found.threat.eps:.4g}"
-    )
+def pixel_range(inputs: CheckInputs) -> Check:
+    """Check that images, and the images of attacks, lie in [0, 1], and the latter in the ball."""
+    low, high = float(inputs.x.amin()), float(inputs.x.amax())
+    refused = sum(accuracy.refused for accuracy in inputs.attacks.values())
+    far = max([0.0, *(accuracy.largest for accuracy in inputs.attacks.values())])
+    threat = inputs.threat
+    detail = f"images from {low:.4g} to {high:.4g}; largest {threat.name} distance {far:.4g} of {threat.eps:.4g}"
     detail += f"; {refused} images of attacks outside the ball or [0, 1], not counted" if refused else ""
     return Check("pixel_range", low >= 0 and high <= 1 and not refused, detail)
 
 
-def labels(found: Suspect) -> Check:
-    """A model no better than the commonest label: its classes and the data's are not in the same order."""
-    if found.commonest == 1:
+def labels(inputs: CheckInputs) -> Check:
+    """Check that the model is better than the commonest label: if not, its classes are in another order."""
+    if inputs.commonest == 1:
         return Check("labels", None, "only one class among the images")
-    accuracy = f"clean accuracy {found.clean.accuracy:.2%} of {found.clean.n:,}"
-    detail = f"{accuracy}, the commonest label {found.commonest:.0%} of them"
-    return Check("labels", found.clean.ci95[0] > found.commonest, detail)
+    accuracy = f"clean accuracy {inputs.clean.accuracy:.2%} of {inputs.clean.n:,}"
+    detail = f"{accuracy}, the commonest label {inputs.commonest:.0%} of them"
+    return Check("labels", inputs.clean.ci95[0] > inputs.commonest, detail)
 
 
-def square(found: Suspect) -> Check:
-    """Square needs no gradient: where it breaks what the white-box attacks left, their gradients were no good.
+def square(inputs: CheckInputs) -> Check:
+    """Check that Square, which needs no gradient, does not break what the white-box attacks left.
 
-    Where the evaluation ran both, all images that both saw are looked at.
+    If the evaluation ran Square itself, all images that it and the white-box attacks saw are compared.
     """
-    for name in ("autoattack", "square"):
-        if name in found.attacks and (n := found.attacks[name].n) >= len(found.x):
-            before = left_by(found.attacks)
-            before = found.standing.cpu() if before is None else before[:n]
-            after = before & found.attacks[name].right[: len(before)].cpu()
-            return compared("square", found, after, f"Square, {autoattack.QUERIES} queries,", before)
-    if found.threat.name != "linf" and min(found.x.shape[2:]) < 5:
+    for name in reversed(ATTACKS):  # autoattack comes last in the table, and its Square before that of `square`
+        accuracy = inputs.attacks.get(name)
+        if accuracy is not None and ATTACKS[name].gradient_free and accuracy.n >= len(inputs.x):
+            left = white_box_survivors(inputs.attacks)
+            before = inputs.survivors.cpu() if left is None else left[: accuracy.n]
+            after = before & accuracy.right[: len(before)].cpu()
+            return compare_survivors("square", inputs, after, f"Square, {autoattack.QUERIES} queries,", before=before)
+    if inputs.threat.name != "linf" and min(inputs.x.shape[2:]) < 5:
         return Check("square", None, "Square needs images of at least 5x5 pixels for this norm")
-    classes, device = outputs(found.model, found.x[:2]).shape[1], found.x.device
-    parts = autoattack.attacks(
-        found.model, found.threat, "square", classes=classes, seed=found.seed, device=device, queries=QUERIES
-    )
-    return compared(
-        "square", found, found.withstand(lambda x, y, _: parts["square"](x, y)), f"Square, {QUERIES} queries,"
-    )
+    attack = autoattack.build_attacks(
+        inputs.model,
+        inputs.threat,
+        [autoattack.SQUARE],
+        classes=outputs(inputs.model, inputs.x[:2]).shape[1],
+        seed=inputs.seed,
+        device=inputs.x.device,
+        queries=QUERIES,
+    )[autoattack.SQUARE]
+    after = inputs.attack_survivors(lambda x, y, _: attack(x, y))
+    return compare_survivors("square", inputs, after, f"Square, {QUERIES} queries,")
 
 
-def more_steps(found: Suspect) -> Check:
-    """An attack that has converged gains nothing by twice the steps."""
-    steps, size = 2 * found.steps, found.step_size
-    noise = None if found.against == ("pgd",) else found.noise("more steps")
-    after = found.withstand(_pgd(found, steps, size, found.loss, noise))
-    return compared("more_steps", found, after, f"PGD with {steps} steps")
+def more_steps(inputs: CheckInputs) -> Check:
+    """Check that twice the steps of the strongest PGD break no more: the attack has converged."""
+    strongest = inputs.pgd if inputs.only_pgd else PgdSettings.strong(inputs.threat)
+    settings = replace(strongest, steps=2 * strongest.steps, loss=inputs.loss, best_of_steps=True)
+    after = inputs.run_pgd(settings, None if inputs.only_pgd else inputs.noise("more steps"))
+    return compare_survivors("more_steps", inputs, after, f"PGD with {settings.steps} steps")
 
 
-def more_restarts(found: Suspect) -> Check:
-    """Nor by other starts."""
-    left = found.standing
+def more_restarts(inputs: CheckInputs) -> Check:
+    """Check that two more random starts break no more."""
+    strong, left = PgdSettings.strong(inputs.threat, loss=inputs.loss), inputs.survivors
     for draw in range(2):
-        noise = found.noise("more restarts", draw)
-        after = found.withstand(_pgd(found, STRONG_STEPS, found.threat.eps / 10, found.loss, noise))
-        left = left & after
-    return compared("more_restarts", found, left, f"2 random starts of {STRONG_STEPS} steps more")
+        left = left & inputs.run_pgd(strong, inputs.noise("more restarts", draw))
+    return compare_survivors("more_restarts", inputs, left, f"2 random starts of {strong.steps} steps more")
 
 
-def other_loss(found: Suspect) -> Check:
-    """The margin of the logits keeps its gradient where cross-entropy has lost it (and the reverse)."""
-    loss = "ce" if found.loss != "ce" else "margin"
-    attack = _pgd(found, STRONG_STEPS, found.threat.eps / 10, loss, found.noise("other loss"))
-    return compared("other_loss", found, found.withstand(attack), f"PGD on the loss {loss}")
+def other_loss(inputs: CheckInputs) -> Check:
+    """Check that another loss breaks no more: the margin keeps its gradient if cross-entropy saturates."""
+    loss = "ce" if inputs.loss != "ce" else "margin"
+    after = inputs.run_pgd(PgdSettings.strong(inputs.threat, loss=loss), inputs.noise("other loss"))
+    return compare_survivors("other_loss", inputs, after, f"PGD on the loss {loss}")
 
 
-def fgsm_weaker(found: Suspect) -> Check:
-    """One step of full length is among what many steps can do."""
-    after = found.withstand(lambda x, y, _: fgsm(found.model, x, y, found.threat, loss=found.loss))
-    return compared("fgsm_weaker", found, after, "FGSM")
+def fgsm_weaker(inputs: CheckInputs) -> Check:
+    """Check that one step of length eps breaks no more than many steps do."""
+    after = inputs.attack_survivors(lambda x, y, _: fgsm(inputs.model, x, y, inputs.threat, loss=inputs.loss))
+    return compare_survivors("fgsm_weaker", inputs, after, "FGSM")
 
 
-def noise_weaker(found: Suspect) -> Check:
-    """Random noise of the same size must fool far less than the attack.
+def noise_weaker(inputs: CheckInputs) -> Check:
+    """Check that random noise of the same size fools the model far less often than the attack.
 
-    Compared image by image, with an exact sign test: the attack must fool more, beyond chance (p < 0.05).
+    The two are compared image by image with an exact sign test: the attack must fool more, beyond chance (p < 0.05).
     """
-    left = found.right.clone()
+    left = inputs.right.clone()
     for draw in range(DRAWS):
-        left &= predictions(found.model, _noisy(found, draw)) == found.y
-    only_attack, only_noise = int((left & ~found.standing).sum()), int((found.standing & ~left).sum())
-    by_noise, by_attack = int((found.right & ~left).sum()), int((found.right & ~found.standing).sum())
-    detail = f"{DRAWS} draws of noise fool {by_noise}, the attack {by_attack}, of {int(found.right.sum())}"
+        left &= predictions(inputs.model, _noisy_images(inputs, draw)) == inputs.y
+    survivors = inputs.survivors
+    only_attack, only_noise = int((left & ~survivors).sum()), int((survivors & ~left).sum())
+    by_noise, by_attack = int((inputs.right & ~left).sum()), int((inputs.right & ~survivors).sum())
+    detail = f"{DRAWS} draws of noise fool {by_noise}, the attack {by_attack}, of {int(inputs.right.sum())}"
     stronger = at_least(only_attack, only_attack + only_noise) < 0.05
-    if stronger or (not only_noise and not found.standing.any()):
+    if stronger or (not only_noise and not survivors.any()):
         return Check("noise_weaker", True, detail)
     if max(by_noise, by_attack) < 6:
         return Check("noise_weaker", None, f"{detail}: too few to tell")
     return Check("noise_weaker", False, detail)
 
 
-def _noisy(found: Suspect, draw: int) -> Tensor:
-    """A random image on the ball's surface: corners for linf, else a random direction of full length; in the box."""
-    noise, threat = found.noise("noise check", draw), found.threat
+def _noisy_images(inputs: CheckInputs, draw: int) -> Tensor:
+    """Return random images on the ball's surface, in [0, 1]: corners for linf, else random directions of length eps."""
+    noise, threat = inputs.noise("noise check", draw), inputs.threat
     if isinstance(threat, Linf):
-        return (found.x + threat.eps * (1.0 - 2.0 * noise.integers(2, found.x.shape[1:]))).clamp(0, 1)
-    start = found.x + noise.normal(found.x.shape[1:])
-    return threat.project(start, found.x)
+        return (inputs.x + threat.eps * (1.0 - 2.0 * noise.integers(2, inputs.x.shape[1:]))).clamp(0, 1)
+    start = inputs.x + noise.normal(inputs.x.shape[1:])
+    return threat.project(start, inputs.x)
 
 
-def eps_curve(found: Suspect) -> Check:
-    """Accuracy falls as eps grows, and ends near 0: at the largest radius an image can become any other.
+def eps_curve(inputs: CheckInputs) -> Check:
+    """Check that accuracy falls as eps grows, and to almost 0 at the radius at which every image is allowed.
 
-    PGD from the image at eps / 2, eps, 2 eps and the radius of the whole box; fails where a larger radius leaves more
-    than the interval above a smaller one, or the whole box leaves more than a tenth.
+    PGD runs from the image at eps / 2, eps, 2 eps and the radius of the whole box. The check fails if a larger radius
+    leaves more than the interval above a smaller one, or if the whole box leaves more than a tenth.
     """
-    if not found.right.any():
+    if not inputs.right.any():
         return Check("eps_curve", None, "no image is classified right")
-    largest = found.threat.largest_eps(found.x[0].numel())
-    radii = [radius for radius in (found.threat.eps * scale for scale in (0.5, 1, 2)) if radius < largest]
-    m = len(found.x)
-    counts = {radius: int(_left_at(found, radius).sum()) for radius in (*radii, largest)}
-    said = ", ".join(f"{count / m:.0%} at {radius:.3g}" for radius, count in counts.items())
-    rises = any(later / m > wilson(before, m)[1] for before, later in pairwise(counts.values()))
+    largest = inputs.threat.largest_eps(inputs.x[0].numel())
+    radii = [radius for radius in (inputs.threat.eps * scale for scale in (0.5, 1, 2)) if radius < largest]
+    m = len(inputs.x)
+    counts = {radius: int(_survivors_at(inputs, radius).sum()) for radius in (*radii, largest)}
+    shares = ", ".join(f"{count / m:.0%} at {radius:.3g}" for radius, count in counts.items())
+    rises = any(later / m > wilson(earlier, m)[1] for earlier, later in pairwise(counts.values()))
     high = wilson(counts[largest], m)[0] > 0.1
-    why = "; rises with eps" if rises else "; not near 0 where every image is allowed" if high else ""
-    return Check("eps_curve", not rises and not high, said + why)
+    reason = "; rises with eps" if rises else "; not near 0 where every image is allowed" if high else ""
+    return Check("eps_curve", not rises and not high, shares + reason)
 
 
-def _left_at(found: Suspect, radius: float) -> Tensor:
-    """(m,) verdicts under PGD within another radius."""
-    left, threat, steps = found.right.clone(), found.threat.with_eps(radius), 20
-    x, y = found.x[left], found.y[left]
-    options = {"steps": steps, "step_size": 2.5 * radius / steps, "loss": found.loss, "best_of_steps": True}
-    left[left.clone()] = predictions(found.model, pgd(found.model, x, y, threat, **options)) == y  # type: ignore[arg-type]
+def _survivors_at(inputs: CheckInputs, radius: float) -> Tensor:
+    """Return (m,) verdicts under PGD within another radius."""
+    left, threat = inputs.right.clone(), inputs.threat.with_eps(radius)
+    x, y = inputs.x[left], inputs.y[left]
+    settings = PgdSettings.from_image(threat, 20, loss=inputs.loss)
+    left[left.clone()] = predictions(inputs.model, settings.attack(inputs.model, x, y, threat)) == y
     return left
 
 
-def transfer(found: Suspect) -> Check:
-    """Adversarial images of another model must not beat those made with this model's own gradients."""
-    source = found.source
+def transfer(inputs: CheckInputs) -> Check:
+    """Check that adversarial images of another model break no more than those made with this model's gradients."""
+    source = inputs.source
     if source is None:
         return Check("transfer", None, "no other model given (--transfer-from)")
-
-    def attack(x: Tensor, y: Tensor, _: Tensor) -> Tensor:
-        return pgd(source, x, y, found.threat, steps=STRONG_STEPS, step_size=found.threat.eps / 10, best_of_steps=True)
-
-    return compared("transfer", found, found.withstand(attack), "adversarial images of the other model")
+    strong = PgdSettings.strong(inputs.threat)
+    after = inputs.attack_survivors(lambda x, y, _: strong.attack(source, x, y, inputs.threat))
+    return compare_survivors("transfer", inputs, after, "adversarial images of the other model")
 
 
-CHECKS: tuple[Callable[[Suspect], Check], ...] = (
+CHECKS: tuple[Callable[[CheckInputs], Check], ...] = (
     labels,
     pixel_range,
     logits,
@@ -249,16 +421,3 @@ CHECKS: tuple[Callable[[Suspect], Check], ...] = (
     square,
     transfer,
 )
-
-
-def _pgd(
-    found: Suspect, steps: int, size: float, loss: str, noise: Noise | None
-) -> Callable[[Tensor, Tensor, Tensor], Tensor]:
-    """PGD with best of steps, on some of the images."""
-
-    def attack(x: Tensor, y: Tensor, where: Tensor) -> Tensor:
-        some = None if noise is None else noise.take(where)
-        options = {"steps": steps, "step_size": size, "loss": loss, "best_of_steps": True}
-        return pgd(found.model, x, y, found.threat, noise=some, **options)  # type: ignore[arg-type]
-
-    return attack

@@ -1,4 +1,4 @@
-"""evaluate(): a model's accuracies, clean and under attack, with the evaluation's doubts about them."""
+"""Evaluate a model: its accuracies, clean and under attack, and checks of the attacks."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import copy
 import time
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -16,14 +16,14 @@ from torch import Tensor, nn
 from atmc import models
 from atmc.compress.factorize import use_channels_last
 from atmc.core.arguments import check_module
-from atmc.data import Images, as_images, mixed_order
+from atmc.data import Images, as_images, mix_classes
 from atmc.evaluation import resume
-from atmc.evaluation.accuracy import BatchAttacked, Verdicts, clean_accuracy, count_examples, run_protocol, summarize
-from atmc.evaluation.attacks import Custom, build_protocol, check_attacks, check_norm
-from atmc.evaluation.checks import looks_like_probabilities, run_checks
+from atmc.evaluation.accuracy import BatchAttacked, clean_accuracy, count_examples, run_protocol, summarize
+from atmc.evaluation.attacks import ATTACKS, build_protocol, check_attacks, check_norm, takes_pgd_settings
+from atmc.evaluation.checks import Check, collect_check_inputs, looks_like_probabilities, run_checks
 from atmc.evaluation.statistics import Accuracy, Comparison, compare, per_class, worst_case
-from atmc.evaluation.suspect import Check, suspect
-from atmc.robust.attacks import attack_mode
+from atmc.evaluation.verdicts import Verdicts
+from atmc.robust.attacks import PgdSettings, attack_mode, check_pgd
 from atmc.robust.threats import Threat, as_threat, check_threat
 
 SAVE_EVERY = 20.0  # seconds between two writes of the state
@@ -38,11 +38,11 @@ class Report:
     """Accuracies of one model on one set of images.
 
     Args:
-        clean: on all images, without attack.
-        attacks: attack name -> accuracy.
-        checks: the evaluation's doubts; empty if they were not asked for.
-        labels: (n,) of all images.
-        seconds: what each attack, and the checks together, took.
+        clean: accuracy on all images, without attack.
+        attacks: accuracies by attack.
+        checks: results of the checks; empty if they were not run.
+        labels: (n,) labels of all images.
+        seconds: time of each attack, and of all checks together.
     """
 
     clean: Accuracy
@@ -58,11 +58,11 @@ class Report:
 
     @property
     def worst(self) -> Accuracy | None:
-        """Right under every attack, on the images that all of them saw; None for a single attack."""
+        """Accuracy under all attacks, on the images that all of them saw; None for a single attack."""
         return worst_case(list(self.attacks.values())) if len(self.attacks) > 1 else None
 
     def compared(self, other: Report) -> dict[str, Comparison]:
-        """McNemar's test of this model (A) and another one (B), clean and for each attack that both went through.
+        """Return McNemar's test of this model (A) and another one (B), clean and for each attack that both have.
 
         Raises:
             ValueError: the other report is of other images.
@@ -71,34 +71,43 @@ class Report:
             raise ValueError("expected two reports on the same images")
         pairs = [("clean", self.clean, other.clean)]
         pairs += [(name, self.attacks[name], other.attacks[name]) for name in self.attacks if name in other.attacks]
-        found = {}
+        comparisons = {}
         for name, one, two in pairs:
             n = min(one.n, two.n)
-            found[name] = compare(one.right[:n], two.right[:n])
-        return found
+            comparisons[name] = compare(one.right[:n], two.right[:n])
+        return comparisons
 
     def per_class(self) -> dict[str, list[dict[str, Any]]]:
-        """Accuracies of each class, clean and by attack, as JSON."""
-        return {name: per_class(found, self.labels) for name, found in {"clean": self.clean, **self.attacks}.items()}
+        """Return the accuracies of each class, clean and by attack, as JSON."""
+        accuracies = {"clean": self.clean, **self.attacks}
+        return {name: per_class(accuracy, self.labels) for name, accuracy in accuracies.items()}
 
     def to_json(self) -> dict[str, Any]:
-        """As in metrics.json."""
-        found: dict[str, Any] = {
+        """Return the report as in metrics.json."""
+        figures: dict[str, Any] = {
             "clean": self.clean.to_json(),
             "attacks": {name: accuracy.to_json() for name, accuracy in self.attacks.items()},
         }
         if self.worst is not None:
-            found["worst_case"] = {**self.worst.to_json(), "of": list(self.attacks)}
-        return found | {"checks": [check.to_json() for check in self.checks]}
+            figures["worst_case"] = {**self.worst.to_json(), "of": list(self.attacks)}
+        return figures | {"checks": [check.to_json() for check in self.checks]}
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class EvaluationOptions:
-    """How an evaluation is done; see `evaluate`."""
+    """How an evaluation is done: the arguments of `evaluate`, with `attacks` for attack.
+
+    Raises:
+        ValueError: an unknown attack, or options that make no sense.
+    """
 
     attacks: tuple[str, ...] = ("pgd",)
+    after: str | None = None
     n: int | Mapping[str, int] | None = None
-    custom: Custom = field(default_factory=Custom)
+    steps: int | None = None
+    step_size: float | None = None
+    restarts: int = 1
+    loss: str = "ce"
     seed: int = 0
     checks: bool = True
     batch_size: int = 500
@@ -112,16 +121,37 @@ class EvaluationOptions:
         if not self.attacks:
             raise ValueError("expected at least one attack")
         if len(set(self.attacks)) < len(self.attacks):
-            raise ValueError(f"each attack once, got {', '.join(self.attacks)}")
-        if self.custom != Custom() and not {"pgd", "pgd-strong"} & set(self.attacks):
-            raise ValueError(f"steps, step size, restarts and loss are of pgd, which is not among {self.attacks}")
+            raise ValueError(f"expected each attack once, got {', '.join(self.attacks)}")
+        check_pgd(steps=self.steps, step_size=self.step_size, restarts=self.restarts, loss=self.loss)
+        if self.after is not None:
+            check_attacks([self.after])
+            if self.attacks == (self.after,):
+                raise ValueError(f"expected an attack to run after {self.after!r}, got no other attack")
+        is_paper = (self.steps, self.step_size, self.restarts, self.loss) == (None, None, 1, "ce")
+        if not is_paper and not takes_pgd_settings(self.order):
+            takers = " and ".join(name for name, spec in ATTACKS.items() if spec.takes_pgd)
+            asked = ", ".join(self.order)
+            raise ValueError(f"steps, step size, restarts and loss are for {takers}, the attacks are {asked}")
         if self.batch_size < 1:
             raise ValueError(f"expected batch_size >= 1, got {self.batch_size}")
         if self.seconds is not None and not self.seconds > 0:
             raise ValueError(f"expected a time > 0 seconds, got {self.seconds}")
 
+    @property
+    def order(self) -> tuple[str, ...]:
+        """The attacks in the order in which they are run: `after` first, which is run even if it was not asked for."""
+        if self.after is None:
+            return self.attacks
+        return (self.after, *(name for name in self.attacks if name != self.after))
+
+    def pgd(self, threat: Threat) -> PgdSettings:
+        """Return the settings of PGD: the paper's, and the user's in their place."""
+        return PgdSettings.paper(
+            threat, steps=self.steps, step_size=self.step_size, restarts=self.restarts, loss=self.loss
+        )
+
     def number(self, name: str) -> int | None:
-        """Images under an attack, None for all."""
+        """Return the number of images to attack, None for all."""
         return self.n.get(name) if isinstance(self.n, Mapping) else self.n
 
 
@@ -131,6 +161,7 @@ def evaluate(
     *,
     threat: Threat | str,
     attack: str | Sequence[str] = "pgd",
+    after: str | None = None,
     n: int | Mapping[str, int] | None = None,
     steps: int | None = None,
     step_size: float | None = None,
@@ -144,20 +175,24 @@ def evaluate(
     keep: bool = False,
     state: str | Path | None = None,
 ) -> Report:
-    """Clean accuracy on all test images and accuracy under attack on the first n of them, in float32.
+    """Measure the accuracy on all test images, and the accuracy under attack on the first n of them, in float32.
 
     Args:
-        model: module from images (n, c, h, w) in [0, 1] to logits; left as it was.
-        test: as in `compress`.
-        attack: one or several of `robust.protocols.ATTACKS`; with several, `Report.worst` is the worst case.
-        n: images under attack, for every attack or by its name; all by default.
-        steps, step_size, restarts, loss: of ``pgd``, where they are to differ from the paper's (loss ce, dlr, margin).
-        checks: let the evaluation doubt itself, on 100 images (`robust.checks`).
-        transfer_from: a model, say the dense one, whose adversarial images are tried on this one, as a check.
-        batch_size: images attacked at once.
-        seconds: stop attacking after so long; each attack then counts the images it has finished.
+        model: module from images (n, c, h, w) in [0, 1] to logits; it is not changed.
+        test: a DataLoader, a dataset of (image, label) pairs, or a pair of tensors; images in [0, 1].
+        threat: what the adversary may do, ``Linf(8 / 255)`` or "linf:8/255".
+        attack: one or several names in `attacks.ATTACKS`; with several, `Report.worst` is the worst case.
+        after: an attack that runs first; the others then attack only the images that it left, and those that it broke
+            count as wrong under each of them.
+        n: number of images to attack, one for all attacks or one per attack; all by default.
+        steps, step_size, restarts, loss: settings of ``pgd`` that replace the paper's (loss: ce, dlr or margin).
+        seed: keys random starts.
+        checks: run the checks of the attacks, on 100 images (`evaluation.checks`).
+        transfer_from: a model, such as the dense one, whose adversarial images are tried on this one as a check.
+        batch_size: number of images attacked at once.
+        seconds: time after which to stop attacking; each attack then counts the images that it has finished.
         keep: keep the adversarial images, in `Report.attacks[name].adv`.
-        state: a file to which the state is saved; the same call goes on from it, and removes it in the end.
+        state: a file to save the progress in; the same call continues from it, and removes it at the end.
 
     Warns:
         EvaluationWarning: a check failed.
@@ -167,15 +202,19 @@ def evaluate(
             that does not fit them.
     """
     options = EvaluationOptions(
-        (attack,) if isinstance(attack, str) else tuple(attack),
-        n,
-        Custom(steps, step_size, restarts, loss),
-        seed,
-        checks,
-        batch_size,
-        seconds,
-        keep,
-        Path(state) if state is not None else None,
+        attacks=(attack,) if isinstance(attack, str) else tuple(attack),
+        after=after,
+        n=n,
+        steps=steps,
+        step_size=step_size,
+        restarts=restarts,
+        loss=loss,
+        seed=seed,
+        checks=checks,
+        batch_size=batch_size,
+        seconds=seconds,
+        keep=keep,
+        state=Path(state) if state is not None else None,
     )
     *_, report = run_evaluation(model, test, threat, options, source=transfer_from)
     assert isinstance(report, Report)
@@ -190,15 +229,21 @@ def evaluate(
 def run_evaluation(
     model: nn.Module, test: Any, threat: Threat | str, options: EvaluationOptions, *, source: nn.Module | None = None
 ) -> Iterator[BatchAttacked | Check | Report]:
-    """`evaluate`, step by step: yields every attacked batch, every check, and at last the report.
+    """Run an evaluation step by step: yield every attacked batch, every check, and at last the report.
 
-    A state file, where one is kept, stays; the caller removes it.
+    If there is a state file, the caller removes it.
+
+    Args:
+        source: a model whose adversarial images are tried on this one.
+
+    Raises:
+        ValueError: as `evaluate`.
     """
     check_module(model)
     threat = as_threat(threat)
-    images = mixed_order(as_images(test))
+    images = mix_classes(as_images(test))
     check_threat(threat, images.pixels[0].numel())
-    for name in options.attacks:
+    for name in options.order:
         check_norm(name, threat)
         count_examples(images, options.number(name))
     classes = check_model(model, images, None, probabilities=options.checks)
@@ -207,56 +252,69 @@ def run_evaluation(
         check_model(source, images, classes)
         source, _ = prepare(source, images)
     attacks: dict[str, Accuracy] = {}
-    spent: dict[str, float] = {}
+    seconds: dict[str, float] = {}
     clean = clean_accuracy(model, images, batch_size=options.batch_size)
-    yield from _attack_all(model, images, threat, options, attacks, spent)
+    yield from _run_attacks(model, images, threat, options, attacks, seconds)
     began = time.monotonic()
     checks: list[Check] = []
     if options.checks:
-        found = suspect(model, images, threat, clean, attacks, custom=options.custom, source=source, seed=options.seed)
-        for check in run_checks(found):
+        inputs = collect_check_inputs(
+            model, images, threat, clean, attacks, pgd=options.pgd(threat), source=source, seed=options.seed
+        )
+        for check in run_checks(inputs):
             checks.append(check)
             yield check
-        spent["checks"] = round(time.monotonic() - began, 2)
-    yield Report(clean, attacks, tuple(checks), images.labels.cpu(), spent)
+        seconds["checks"] = round(time.monotonic() - began, 2)
+    yield Report(clean, attacks, tuple(checks), images.labels.cpu(), seconds)
 
 
-def _attack_all(
+def _run_attacks(
     model: nn.Module,
     images: Images,
     threat: Threat,
     options: EvaluationOptions,
     attacks: dict[str, Accuracy],
-    spent: dict[str, float],
+    seconds: dict[str, float],
 ) -> Iterator[BatchAttacked]:
-    """Every attack in turn, its figure put into `attacks`; the state is saved now and then."""
+    """Run the attacks in turn, put each accuracy into `attacks` and its time into `seconds`, and save the state."""
     stored = resume.read_state(options.state) if options.state and options.state.exists() else {}
     began = saved = time.monotonic()
-    for position, name in enumerate(options.attacks):
+    for position, name in enumerate(options.order):
         count = count_examples(images, options.number(name))
-        protocol = build_protocol(model, images, threat, name, custom=options.custom, seed=options.seed)
+        protocol = build_protocol(model, images, threat, name, pgd=options.pgd(threat), seed=options.seed)
         asked = {**protocol.settings, "threat": str(threat), "attack": name, "batch_size": options.batch_size}
         asked |= {"keep": options.keep, "timed": options.seconds is not None}
+        survivors = None
+        if options.after is not None and name != options.after:
+            asked |= {"after": options.after}
+            survivors = torch.ones(count, dtype=torch.bool)  # images that the first attack did not see are attacked
+            first = attacks[options.after].right[:count]
+            survivors[: len(first)] = first
         mark = resume.compute_fingerprint(model, images, count, **asked) if options.state else ""
         if name in stored and stored[name][0] != mark:
             raise ValueError(f"{options.state} is of another evaluation: remove it, or ask for the same as then")
         stored.setdefault(name, (mark, Verdicts.fresh(images, count, keep=options.keep)))
         verdicts, start, until = stored[name][1], time.monotonic(), None
-        if options.seconds is not None:  # what is left of the time, shared by the attacks that are left
-            until = start + max(0.0, began + options.seconds - start) / (len(options.attacks) - position)
-        for event in run_protocol(model, images, protocol, verdicts, batch_size=options.batch_size, until=until):
+        if options.seconds is not None:  # the attacks that remain share the time that remains
+            until = start + max(0.0, began + options.seconds - start) / (len(options.order) - position)
+        for event in run_protocol(
+            model, images, protocol, verdicts, batch_size=options.batch_size, until=until, survivors=survivors
+        ):
             if options.state and time.monotonic() - saved > SAVE_EVERY:
                 resume.write_state(options.state, stored)
                 saved = time.monotonic()
             yield event
         attacks[name] = summarize(protocol, verdicts)
-        spent[name] = round(time.monotonic() - start, 2)
+        if survivors is not None:
+            settings = {**attacks[name].settings, "survivors_of": options.after}
+            attacks[name] = replace(attacks[name], settings=settings)
+        seconds[name] = round(time.monotonic() - start, 2)
         if options.state:
             resume.write_state(options.state, stored)
 
 
 def prepare(model: nn.Module, images: Images) -> tuple[nn.Module, Images]:
-    """A copy of the model in float32 and in the layout it runs fastest in, and the images on its device."""
+    """Return a copy of the model in float32 and in the memory layout that is fastest, and the images on its device."""
     device = next((parameter.device for parameter in model.parameters()), torch.device("cpu"))
     images = images.to(device)
     if any(value.is_floating_point() and value.dtype != torch.float32 for value in model.state_dict().values()):
@@ -266,10 +324,14 @@ def prepare(model: nn.Module, images: Images) -> tuple[nn.Module, Images]:
 
 @torch.no_grad()
 def check_model(model: nn.Module, images: Images, classes: int | None, *, probabilities: bool = False) -> int:
-    """The number of classes; ValueError if the model does not map such images to one finite logit a class.
+    """Return the number of classes.
 
     Args:
-        probabilities: let outputs pass that look like probabilities (`evaluate` has a check of its own for them).
+        classes: the number of outputs that is expected; if None, there must be one for each label.
+        probabilities: accept outputs that look like probabilities (the check `logits` reports them).
+
+    Raises:
+        ValueError: the model does not map such images to one finite logit per class.
     """
     x = images.float_pixels(torch.arange(min(8, len(images)), device=images.labels.device))
     device = next((p.device for p in model.parameters()), torch.device("cpu"))
@@ -294,7 +356,7 @@ def check_model(model: nn.Module, images: Images, classes: int | None, *, probab
 
 
 def takes_channels_last(model: nn.Module, images: Images) -> bool:
-    """Whether a pass and its gradient work with images and kernels in that layout: not where code says ``x.view``."""
+    """Return whether a forward and a backward pass work in that memory layout; ``x.view`` in a model's code fails."""
     if images.pixels.dim() != 4:
         return False
     trial = use_channels_last(copy.deepcopy(model))

@@ -23,7 +23,7 @@ from torch import Tensor, nn
 
 from atmc.core.files import write_beside
 from atmc.data import Images
-from atmc.evaluation.accuracy import Verdicts
+from atmc.evaluation.verdicts import Verdicts
 
 TENSORS = ("right", "fooled_by", "l2", "linf", "distance", "queue", "adv")
 NUMBERS = ("start", "stage", "done", "refused")

@@ -1,4 +1,4 @@
-"""Adversarial examples to look at: choosing them, and their pictures as PNG data URIs."""
+"""Adversarial examples to look at: their selection, and their pictures as PNG data URIs."""
 
 from __future__ import annotations
 
@@ -12,22 +12,22 @@ from PIL import Image
 from torch import Tensor, nn
 
 from atmc.data import Images
-from atmc.robust.attacks import attack_mode, pgd
+from atmc.robust.attacks import PgdSettings, attack_mode
 from atmc.robust.threats import Threat
 
-AT_ONCE, SEARCHED = 16, 64  # images attacked in one go, and at most
+AT_ONCE, SEARCHED = 16, 64  # images attacked at once, and at most
 PALETTE = ((0.13, 0.40, 0.67), (0.97, 0.97, 0.97), (0.90, 0.38, 0.0))  # of a gray change: blue, near white, orange
 
 
 @dataclass(frozen=True, eq=False)
 class Example:
-    """A test image that is classified right, and what the attack made of it.
+    """A test image that is classified correctly, and the image that an attack made of it.
 
     Args:
         index: its row in the test split.
         label: its true class.
         clean, adv: (c, h, w) float32 in [0, 1].
-        before, after: softmax outputs for both, (classes,).
+        before, after: softmax outputs (classes,) for clean and adv.
     """
 
     index: int
@@ -39,95 +39,95 @@ class Example:
 
     @property
     def fooled(self) -> bool:
-        """Whether the attack changed the predicted class (or the outputs are no numbers any more)."""
-        return predicted(self.after) != self.label
+        """Return whether the attack changed the predicted class (or made the outputs not finite)."""
+        return predicted_class(self.after) != self.label
 
 
-def predicted(outputs: Tensor) -> int:
-    """The class of softmax outputs, -1 where they are not numbers."""
+def predicted_class(outputs: Tensor) -> int:
+    """Return the class of softmax outputs, -1 if they are not finite."""
     return int(outputs.argmax()) if bool(outputs.isfinite().all()) else -1
 
 
-def adversarial_examples(
-    model: nn.Module, test: Images, threat: Threat, *, steps: int, count: int = 8
+def select_examples(
+    model: nn.Module, test: Images, threat: Threat, pgd: PgdSettings, *, count: int = 8
 ) -> list[Example]:
-    """Up to `count` test images that the model has right, with what `pgd` of the evaluation makes of them.
+    """Attack test images that the model classifies correctly, and return up to `count` of them.
 
-    Half of them fooled, half not, as far as the first `SEARCHED` images hold them; of each kind different classes
-    first. The attack is the one of `robust_accuracy`: steps of 1.25 eps / steps, from the image, last iterate.
+    Half of them are fooled and half are not, as far as the first `SEARCHED` images allow; different classes come first.
 
     Args:
         model: on the CPU; left as it was.
-        steps: of the attack, at least 1.
+        pgd: settings of the attack, which starts at the image.
     """
     test = test.take(slice(0, SEARCHED)).to("cpu")
-    found: list[Example] = []
+    examples: list[Example] = []
     for start in range(0, len(test), AT_ONCE):
-        found += _attacked(model, test, list(range(start, min(start + AT_ONCE, len(test)))), threat, steps)
-        fooled = sum(example.fooled for example in found)
-        if min(fooled, len(found) - fooled) >= (count + 1) // 2:
+        examples += _attack(model, test, list(range(start, min(start + AT_ONCE, len(test)))), threat, pgd)
+        fooled_count = sum(example.fooled for example in examples)
+        if min(fooled_count, len(examples) - fooled_count) >= (count + 1) // 2:
             break
-    fooled_ones = _varied(example for example in found if example.fooled)
-    others = _varied(example for example in found if not example.fooled)
+    fooled = _alternate_classes(example for example in examples if example.fooled)
+    others = _alternate_classes(example for example in examples if not example.fooled)
     half = max(count // 2, count - len(others))
-    chosen = fooled_ones[:half]
-    return chosen + others[: count - len(chosen)]
+    selected = fooled[:half]
+    return selected + others[: count - len(selected)]
 
 
-def _attacked(model: nn.Module, test: Images, rows: list[int], threat: Threat, steps: int) -> list[Example]:
-    """The examples among rows that the model has right."""
+def _attack(model: nn.Module, test: Images, rows: list[int], threat: Threat, pgd: PgdSettings) -> list[Example]:
+    """Attack the images of these rows that the model classifies correctly."""
     x, y = test.float_pixels(rows), test.labels[rows]
     before = _softmax(model, x)
-    kept = [i for i in range(len(rows)) if predicted(before[i]) == int(y[i])]
+    kept = [i for i in range(len(rows)) if predicted_class(before[i]) == int(y[i])]
     if not kept:
         return []
-    adv = pgd(model, x[kept], y[kept], threat, steps=steps, step_size=1.25 * threat.eps / steps)
+    adv = pgd.attack(model, x[kept], y[kept], threat)
     after = _softmax(model, adv)
     return [Example(rows[i], int(y[i]), x[i], adv[j], before[i], after[j]) for j, i in enumerate(kept)]
 
 
 @torch.no_grad()
 def _softmax(model: nn.Module, x: Tensor) -> Tensor:
+    """Return softmax outputs (n, classes) in evaluation mode."""
     with attack_mode(model):
         logits: Tensor = model(x)
     return torch.softmax(logits.float(), 1)
 
 
-def _varied(examples: Iterable[Example]) -> list[Example]:
-    """In order, but one of each class first, then a second of each, and so on."""
-    seen: dict[int, int] = {}
+def _alternate_classes(examples: Iterable[Example]) -> list[Example]:
+    """Order examples so that the first of each class comes first, then the second of each, and so on."""
+    counts: dict[int, int] = {}
     ranked = []
     for example in examples:
-        seen[example.label] = seen.get(example.label, 0) + 1
-        ranked.append((seen[example.label], example.index, example))
+        counts[example.label] = counts.get(example.label, 0) + 1
+        ranked.append((counts[example.label], example.index, example))
     return [example for _, _, example in sorted(ranked, key=lambda entry: entry[:2])]
 
 
 def change_scale(example: Example, threat: Threat) -> float:
-    """The change of a pixel that the picture of the change shows at full strength: eps for linf, else the largest."""
+    """Return the change of a pixel that is drawn at full strength: eps for linf, otherwise the largest change."""
     return threat.eps if threat.name == "linf" else float((example.adv - example.clean).abs().max()) or threat.eps
 
 
 def change_picture(example: Example, scale: float) -> Tensor:
-    """The change as colours, (3, h, w) in [0, 1], clipped at scale.
+    """Return the change as colors, (3, h, w) in [0, 1], clipped at scale.
 
-    Of a gray image: from `PALETTE`, by -scale, 0 and scale. Of a coloured one: 1/2 + change / (2 scale).
+    For a gray image `PALETTE` has the colors of -scale, 0 and scale; for a color image it is 1/2 + change / (2 scale).
     """
     change: Tensor = (_visible(example.adv) - _visible(example.clean)).div(scale).clamp(-1, 1)
     if len(change) == 3:
         return 0.5 + change / 2
-    colours = torch.tensor(PALETTE)[:, :, None, None]
-    down, zero, up = colours[0], colours[1], colours[2]
+    colors = torch.tensor(PALETTE)[:, :, None, None]
+    down, zero, up = colors[0], colors[1], colors[2]
     return zero + change.clamp(min=0) * (up - zero) + change.clamp(max=0).abs() * (down - zero)
 
 
 def _visible(image: Tensor) -> Tensor:
-    """What a picture can hold: 3 channels, or 1 where there are fewer."""
+    """Return the channels that a picture can show: the first 3, or the first if there are fewer."""
     return image[:3] if len(image) >= 3 else image[:1]
 
 
 def data_uri(image: Tensor) -> str:
-    """A PNG, pixel for pixel, of (c, h, w) in [0, 1]: the first 3 channels as RGB, or the first as gray."""
+    """Return an image (c, h, w) in [0, 1] as a PNG data URI: the first 3 channels as RGB, or the first as gray."""
     levels = (_visible(image).clamp(0, 1) * 255).round().to(torch.uint8)
     array = levels[0].numpy() if len(levels) == 1 else levels.permute(1, 2, 0).contiguous().numpy()
     buffer = io.BytesIO()

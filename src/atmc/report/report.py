@@ -1,4 +1,4 @@
-"""A run folder -> report.html: one page that opens offline, with figures, curves, layers and adversarial examples."""
+"""Write report.html into a run folder: one offline page with accuracies, curves, layers and adversarial examples."""
 
 from __future__ import annotations
 
@@ -12,14 +12,15 @@ from torch import nn
 
 from atmc.core.files import write_beside
 from atmc.data import Images
-from atmc.pack.inspect import inspection
+from atmc.pack.inspect import inspect_file
 from atmc.report import pictures, svg
 from atmc.report.layers import layers_section
 from atmc.report.markup import cut, element, escape, page, section, table
+from atmc.robust.attacks import PgdSettings
 from atmc.robust.threats import Threat
 
 NAME = 28  # letters of a class name below a picture
-SPACE = "\u00a0"  # before a percent sign: one that does not break
+SPACE = "\u00a0"  # a space that does not break, before a percent sign
 
 
 def write_report(
@@ -29,7 +30,7 @@ def write_report(
     test: Images,
     *,
     threat: Threat,
-    steps: int,
+    pgd: PgdSettings,
     config_toml: str,
     class_names: Sequence[str] = (),
 ) -> None:
@@ -40,19 +41,19 @@ def write_report(
         metrics: as in metrics.json.
         model: decoded from model.atmc, plain, on the CPU; left as it was.
         test: the test split.
-        threat: the perturbations that the drawn examples are made within.
-        steps: steps of the PGD that makes them, each of 1.25 eps / steps.
+        threat: of the adversarial examples on the page.
+        pgd: settings of the attack that makes them.
         config_toml: the text of the folder's config.toml.
         class_names: shown in place of the classes' numbers.
     """
-    examples = pictures.adversarial_examples(model, test, threat, steps=steps)
+    examples = pictures.select_examples(model, test, threat, pgd)
     log = folder / "log.jsonl"
     records = [json.loads(line) for line in log.read_text(encoding="utf-8").splitlines()] if log.exists() else []
     sections = [
         _head(metrics),
         section("Result", _accuracies(metrics), _checks(metrics), _sizes(metrics)),
         section("Training", _training(records)),
-        section("Layers", layers_section(inspection(folder / "model.atmc"))),
+        section("Layers", layers_section(inspect_file(folder / "model.atmc"))),
         section("Adversarial examples", _examples(examples, threat, class_names)),
         section("Run it again", _again(config_toml)),
     ]
@@ -60,12 +61,12 @@ def write_report(
     write_beside(folder / "report.html", page(title, *sections, style=svg.STYLE).encode())
 
 
-def _percent(share: float) -> str:
-    return f"{share * 100:.2f}{SPACE}%"
+def _percent(fraction: float) -> str:
+    return f"{fraction * 100:.2f}{SPACE}%"
 
 
 def _size(count: int) -> str:
-    """Bytes as a person says them."""
+    """Format a number of bytes in the unit that a person would use."""
     for unit, name in ((1_000_000, "MB"), (1000, "kB")):
         if count >= unit:
             return f"{count / unit:.3g} {name}"
@@ -73,12 +74,13 @@ def _size(count: int) -> str:
 
 
 def _head(metrics: Mapping[str, Any]) -> str:
+    """Return the title, a summary in one sentence, and tiles of the main numbers."""
     size, clean = metrics["file_bytes"], metrics["clean"]
     factor = metrics["dense_file_bytes"] / size
     small = f"{factor:,.1f} times smaller than" if factor >= 1.05 else "about as large as"
     text = (
         f"A model file of {size:,} bytes, {small} dense float32 weights, classifies"
-        f" {_percent(clean['accuracy'])} of {clean['n']:,} test images right"
+        f" {_percent(clean['accuracy'])} of {clean['n']:,} test images correctly"
     )
     tiles = [(_percent(clean["accuracy"]), "clean accuracy")]
     if metrics["attacks"]:
@@ -99,13 +101,14 @@ def _head(metrics: Mapping[str, Any]) -> str:
 
 
 def _accuracies(metrics: Mapping[str, Any]) -> str:
+    """Return the table of accuracies with their intervals, and the settings of the attacks."""
     rows, attacks = [], []
-    for name, found in (("clean", metrics["clean"]), *metrics["attacks"].items()):
-        low, high = found["ci95"]
-        settings = {key: value for key, value in found.items() if key not in ("accuracy", "n", "ci95")}
+    for name, result in (("clean", metrics["clean"]), *metrics["attacks"].items()):
+        low, high = result["ci95"]
+        settings = {key: value for key, value in result.items() if key not in ("accuracy", "n", "ci95")}
         bounds = f"{low * 100:.2f} to {_percent(high)}"
-        drawn = svg.interval(found["accuracy"], low, high)
-        rows.append([escape(name), _percent(found["accuracy"]), bounds, drawn, f"{found['n']:,}"])
+        drawn = svg.interval(result["accuracy"], low, high)
+        rows.append([escape(name), _percent(result["accuracy"]), bounds, drawn, f"{result['n']:,}"])
         if settings:
             attacks.append(element("li", element("b", escape(name)), escape(f": {_settings(settings)}")))
     header = ("images", "accuracy", "95 % interval", "0 to 100 %", "n")
@@ -116,23 +119,23 @@ def _accuracies(metrics: Mapping[str, Any]) -> str:
 
 
 def _settings(settings: Mapping[str, Any]) -> str:
-    """'eps 0.2, steps 16, random start no'."""
+    """Format settings, such as 'eps 0.2, steps 16, random start no'."""
 
-    def say(value: Any) -> str:
+    def text(value: Any) -> str:
         if isinstance(value, Mapping):
             return f"({_settings(value)})"
         if isinstance(value, bool):
             return "yes" if value else "no"
         return f"{value:.5g}" if isinstance(value, float) else str(value)
 
-    return ", ".join(f"{key.replace('_', ' ')} {say(value)}" for key, value in settings.items())
+    return ", ".join(f"{key.replace('_', ' ')} {text(value)}" for key, value in settings.items())
 
 
 def _checks(metrics: Mapping[str, Any]) -> str:
-    """The evaluation's doubts about itself, where they were looked into."""
+    """Return the outcomes of the evaluation's checks, and a warning if one failed; "" if none were run."""
     words = {True: "passed", False: "failed", None: "not run"}
     checks = metrics.get("checks", ())
-    rows = [[escape(c["name"]), words[c["ok"]], escape(str(c.get("detail", "")))] for c in checks]
+    rows = [[escape(check["name"]), words[check["ok"]], escape(str(check.get("detail", "")))] for check in checks]
     failed = [str(check["name"]) for check in checks if check["ok"] is False]
     text = f"WARNING: do not trust the accuracies under attack. Failed checks of the evaluation: {', '.join(failed)}."
     warning = element("p", element("b", escape(text), class_="bad")) if failed else ""
@@ -140,21 +143,24 @@ def _checks(metrics: Mapping[str, Any]) -> str:
 
 
 def _sizes(metrics: Mapping[str, Any]) -> str:
-    size, dense, chosen = metrics["file_bytes"], metrics["dense_file_bytes"], metrics["validation"]
-    share = metrics["nonzeros"] / metrics["dense_weights"]
-    accuracies = f"{_percent(chosen['clean']['accuracy'])} clean, {_percent(chosen['pgd']['accuracy'])} under pgd"
+    """Return two tables: the model's sizes, and how it was trained."""
+    size, dense, validation = metrics["file_bytes"], metrics["dense_file_bytes"], metrics["validation"]
+    density = metrics["nonzeros"] / metrics["dense_weights"]
+    accuracies = (
+        f"{_percent(validation['clean']['accuracy'])} clean, {_percent(validation['pgd']['accuracy'])} under pgd"
+    )
     small = {
         "file": f"{size:,} bytes" + (f" of at most {metrics['max_bytes']:,}" if metrics.get("max_bytes") else ""),
         "dense float32 file": f"{dense:,} bytes, {dense / size:,.1f} times the file",
-        "nonzeros": f"{metrics['nonzeros']:,} of {metrics['dense_weights']:,} weights ({share * 100:.3g}{SPACE}%)",
+        "nonzeros": f"{metrics['nonzeros']:,} of {metrics['dense_weights']:,} weights ({density * 100:.3g}{SPACE}%)",
         "nominal size": f"{metrics['nominal_bits']:,} bits (values only, as the paper counts)",
         "nominal ratio": f"{metrics['nominal_ratio']:.5f}",
-        "codebook": "none, plain values" if metrics["bits"] is None else f"{metrics['bits']:g} bits a value",
+        "codebook": "none, plain values" if metrics["bits"] is None else f"{metrics['bits']:g} bits per value",
     }
     run = {
         "validation": accuracies,
-        "values rounded to fp16": _rounding(chosen),
-        "batch norm re-estimated": "yes, validation better" if chosen["batch_norm_reestimated"] else "no",
+        "values rounded to fp16": _describe_rounding(validation),
+        "batch norm re-estimated": "yes, validation better" if validation["batch_norm_reestimated"] else "no",
         "seed": str(metrics["seed"]),
         "time": f"{metrics['seconds']:,.1f} s",
         "versions": ", ".join(f"{name} {version}" for name, version in metrics["versions"].items()),
@@ -163,16 +169,17 @@ def _sizes(metrics: Mapping[str, Any]) -> str:
     return element("div", *(table(("", ""), rows, ("label", "text")) for rows in cells), class_="two")
 
 
-def _rounding(chosen: Mapping[str, Any]) -> str:
-    """Whether values were rounded to float16, and why."""
-    if not chosen["fp16"]:
+def _describe_rounding(validation: Mapping[str, Any]) -> str:
+    """Say whether values were rounded to float16, and why."""
+    if not validation["fp16"]:
         return "no"
-    before = chosen.get("before_rounding", chosen)
-    worse = any(chosen[name]["accuracy"] < before[name]["accuracy"] for name in ("clean", "pgd"))
+    before = validation.get("before_rounding", validation)
+    worse = any(validation[name]["accuracy"] < before[name]["accuracy"] for name in ("clean", "pgd"))
     return "yes, for the budget, though validation is worse" if worse else "yes, validation no worse"
 
 
 def _training(records: Sequence[Mapping[str, Any]]) -> str:
+    """Return charts of the log's records."""
     if not records:
         return element("p", "No epoch was trained: the weights are those that were given.")
     bands = [svg.Band(name, [r["epoch"] for r in group]) for name, group in groupby(records, lambda r: str(r["phase"]))]
@@ -194,15 +201,16 @@ def _training(records: Sequence[Mapping[str, Any]]) -> str:
     counts = [f"{n:,} {word}" for key, word in zip(images, ("clean", "under pgd"), strict=True) for n in images[key]]
     shown = f"Validation images: {', '.join(counts)}. " if counts else ""
     text = (
-        f"{trained:,} epochs, {seconds:,.1f} s. {shown}Accuracies are of the model that keeps the phase's"
-        " constraints; each phase goes on from the best epoch of the one before."
+        f"{trained:,} epochs, {seconds:,.1f} s. {shown}Accuracies are of the model that satisfies the phase's"
+        " constraints; each phase starts from the best epoch of the one before."
     )
     return element("p", escape(text), class_="soft") + element("div", *charts, class_="two")
 
 
 def _examples(examples: Sequence[pictures.Example], threat: Threat, class_names: Sequence[str]) -> str:
+    """Return one card per example, and a text that explains them."""
     if not examples:
-        return element("p", f"None: the first {pictures.SEARCHED} test images hold none that is classified right.")
+        return element("p", f"None: none of the first {pictures.SEARCHED} test images is classified correctly.")
     gray = len(examples[0].clean) < 3
     if gray:
         down, zero, up = ("rgb(" + " ".join(f"{v * 255:.0f}" for v in c) + ")" for c in pictures.PALETTE)
@@ -210,37 +218,39 @@ def _examples(examples: Sequence[pictures.Example], threat: Threat, class_names:
             element("span", class_="swatch", style=f"background:{color}") + f" {word}"
             for color, word in ((down, "darker"), (zero, "unchanged"), (up, "lighter"))
         ]
-        colours = ", ".join(swatches)
+        colors = ", ".join(swatches)
     else:
-        colours = "gray where unchanged, each channel brighter where raised and darker where lowered"
+        colors = "gray if unchanged, each channel brighter if raised and darker if lowered"
     fooled = sum(example.fooled for example in examples)
     text = (
-        f"{len(examples)} test images that the model has right before the attack, {fooled} of which fool it after"
-        f" (chosen to show both; the table above has the shares). The attack is {threat} pgd as in the evaluation."
-        " The change is enlarged, full strength being the value said below it: "
+        f"{len(examples)} test images that the model classifies correctly before the attack, {fooled} of which fool it"
+        f" after (chosen to show both; the accuracies are above). The attack is pgd within {threat} as in the"
+        " evaluation. The change is enlarged; the value below it is drawn at full strength: "
     )
     cards = [_card(example, threat, class_names) for example in examples]
-    return element("p", escape(text), colours, ".", class_="soft") + element("div", *cards, class_="two")
+    return element("p", escape(text), colors, ".", class_="soft") + element("div", *cards, class_="two")
 
 
 def _card(example: pictures.Example, threat: Threat, class_names: Sequence[str]) -> str:
+    """Return the three pictures of one example with their captions."""
+
     def name(label: int) -> str:
         return class_names[label] if 0 <= label < len(class_names) else str(label) if label >= 0 else "no class"
 
-    def verdict(outputs: Any) -> str:
-        label = pictures.predicted(outputs)
-        sure = f", {float(outputs[label]) * 100:.0f}{SPACE}%" if label >= 0 else ""
+    def answer(outputs: Any) -> str:
+        label = pictures.predicted_class(outputs)
+        confidence = f", {float(outputs[label]) * 100:.0f}{SPACE}%" if label >= 0 else ""
         kind = "good" if label == example.label else "bad"
-        return element("b", escape(f"{cut(name(label), NAME)}{sure}"), class_=kind, title=name(label))
+        return element("b", escape(f"{cut(name(label), NAME)}{confidence}"), class_=kind, title=name(label))
 
     scale = pictures.change_scale(example, threat)
     shown = [
-        (example.clean, "clean", verdict(example.before)),
+        (example.clean, "clean", answer(example.before)),
         (pictures.change_picture(example, scale), "change", f"±{scale:.3g}"),
-        (example.adv, "attacked", verdict(example.after)),
+        (example.adv, "attacked", answer(example.after)),
     ]
     images = [f'<img src="{pictures.data_uri(image)}" alt="{word} image">' for image, word, _ in shown]
-    captions = [element("div", word, class_="soft") + said for _, word, said in shown]
+    captions = [element("div", word, class_="soft") + text for _, word, text in shown]
     cells = [element("div", *pair) for pair in zip(images, captions, strict=True)]
     outcome = element("span", "fooled", class_="bad") if example.fooled else element("span", "holds", class_="good")
     title = element("h3", element("span", escape(f"{name(example.label)} (test image {example.index})")), outcome)
@@ -248,7 +258,8 @@ def _card(example: pictures.Example, threat: Threat, class_names: Sequence[str])
 
 
 def _again(config_toml: str) -> str:
+    """Return the command that repeats the run, and its configuration."""
     command = "atmc compress --config config.toml --out another-folder"
-    text = "The folder's config.toml is complete: it runs again to the same result on the same kind of machine."
+    text = "The folder's config.toml is complete: it gives the same result again on the same kind of machine."
     whole = element("details", element("summary", "config.toml"), element("pre", escape(config_toml)))
     return element("p", text) + element("pre", command) + whole

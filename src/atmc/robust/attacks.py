@@ -1,21 +1,24 @@
 """Attacks: functions of a model, clean images and labels that return adversarial images.
 
-Every attack runs the model in evaluation mode and leaves it as it found it: no running statistics, no weight
-gradients, training mode restored. Images are (n, c, h, w) float32 in [0, 1], labels (n,) int64.
+Every attack runs the model in evaluation mode and leaves it unchanged: running statistics, weight gradients and the
+mode of each module stay. Images are (n, c, h, w) float32 in [0, 1], labels (n,) int64.
 
 Sources: FGSM, Goodfellow et al. 2015; PGD, Madry et al. 2018; WRM, Sinha, Namkoong and Duchi 2018; C&W, Carlini and
-Wagner 2017; step sizes of the paper's attack, Gui et al. 2019, section 4 (1.25 eps / steps, no random start).
+Wagner 2017. "The paper" is Gui et al. 2019, whose section 4 has the settings of `PgdSettings.paper`.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from atmc.core.errors import unknown
 from atmc.core.rng import Noise
 from atmc.robust.threats import Threat
 
@@ -24,30 +27,34 @@ BATCH_NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d)
 
 
 def cross_entropy(logits: Tensor, y: Tensor) -> Tensor:
-    """(n,) cross-entropies of logits (n, classes)."""
+    """Return the (n,) cross-entropies of logits (n, classes)."""
     return F.cross_entropy(logits.float(), y, reduction="none")
 
 
 def margin(logits: Tensor, y: Tensor) -> Tensor:
-    """(n,) largest wrong logit less the right one: positive where the example is fooled."""
+    """Return the (n,) largest wrong logits minus the right one: positive if the example is fooled."""
     logits = logits.float()
     right = logits.gather(1, y[:, None])[:, 0]
     return logits.scatter(1, y[:, None], -torch.inf).amax(1) - right
 
 
 def dlr(logits: Tensor, y: Tensor) -> Tensor:
-    """(n,) margins over the distance from the largest to the third largest logit (Croce and Hein 2020, eq. 6).
+    """Return the (n,) difference of logits ratios (Croce and Hein 2020, eq. 6).
 
-    Neither a shift nor a scaling of the logits changes it. 0 where the three largest are equal.
+    The ratio is the margin over the distance from the largest to the third largest logit. Neither a shift nor a
+    scaling of the logits changes it. It is 0 if the three largest logits are equal.
+
+    Raises:
+        ValueError: fewer than 3 classes.
     """
     if logits.shape[1] < 3:
-        raise ValueError(f"expected at least 3 classes for the DLR loss, got {logits.shape[1]}: take the margin")
+        raise ValueError(f"the DLR loss needs at least 3 classes, got {logits.shape[1]}: use the margin instead")
     top = logits.float().topk(3, dim=1).values
     return margin(logits, y) / (top[:, 0] - top[:, 2] + 1e-12)
 
 
 def kl_from(logits: Tensor, log_probabilities: Tensor) -> Tensor:
-    """(n,) Kullback-Leibler divergences of softmax(logits) from probabilities given as logarithms, (n, classes)."""
+    """Return the (n,) Kullback-Leibler divergences KL(p || softmax(logits)) of p given as logarithms, (n, classes)."""
     return F.kl_div(logits.float().log_softmax(1), log_probabilities, reduction="none", log_target=True).sum(1)
 
 
@@ -56,10 +63,11 @@ LOSSES: dict[str, Loss] = {"ce": cross_entropy, "dlr": dlr, "margin": margin}
 
 @contextmanager
 def attack_mode(model: nn.Module, *, batch_statistics: bool = False) -> Iterator[None]:
-    """The model in evaluation mode; each module's own mode comes back, also after an error.
+    """Put the model into evaluation mode and restore the mode of each module at the end, after an error too.
 
-    With batch_statistics, batch norm layers normalize by the batch at hand (as the authors' program has it); their
-    buffers are put back at the end.
+    Args:
+        batch_statistics: let batch norm layers normalize by the current batch, as the reference implementation of the
+            paper does; their buffers are restored at the end.
     """
     modes = [(module, module.training) for module in model.modules()]
     model.eval()
@@ -77,9 +85,9 @@ def attack_mode(model: nn.Module, *, batch_statistics: bool = False) -> Iterator
 
 
 def input_gradient(model: nn.Module, adv: Tensor, y: Tensor, loss: Loss) -> tuple[Tensor, Tensor]:
-    """Losses (n,) at adv and their gradient there, like adv; weight gradients are not even computed.
+    """Return the losses (n,) at adv and their gradients, of the shape of adv; compute no weight gradients.
 
-    Zero where the outputs do not depend on the image by way of anything differentiable.
+    The gradient is zero if the outputs do not depend on the image through differentiable operations.
     """
     adv = adv.detach().requires_grad_()
     with torch.enable_grad():
@@ -91,7 +99,7 @@ def input_gradient(model: nn.Module, adv: Tensor, y: Tensor, loss: Loss) -> tupl
 
 
 def fgsm(model: nn.Module, x: Tensor, y: Tensor, threat: Threat, *, loss: str = "ce") -> Tensor:
-    """One ascent step of length eps from x (Goodfellow et al. 2015): PGD with one step."""
+    """Take one ascent step of length eps from x (Goodfellow et al. 2015): PGD with one step."""
     return pgd(model, x, y, threat, steps=1, step_size=threat.eps, loss=loss)
 
 
@@ -108,14 +116,14 @@ def pgd(
     best_of_steps: bool = False,
     batch_statistics: bool = False,
 ) -> Tensor:
-    """Projected gradient ascent of the loss in the threat's norm; adversarial images like x.
+    """Maximize the loss by projected gradient ascent in the threat's norm; return images of the shape of x.
 
     Args:
         steps: number of ascent steps, at least 1.
         step_size: length of a step in the threat's norm, pixel units.
-        noise: random numbers for a random start (one stream an example); None starts at x.
+        noise: random numbers for a random start, one stream per example; None starts at x.
         loss: a name in `LOSSES`, or a function (logits, y) -> (n,) losses; y is whatever that function takes.
-        best_of_steps: return each example's iterate of highest loss instead of the last (one pass more).
+        best_of_steps: return each example's iterate of highest loss instead of the last (one more forward pass).
         batch_statistics: let batch norm use the statistics of the attacked batch (see `attack_mode`).
 
     >>> from atmc.robust.threats import Linf
@@ -125,10 +133,7 @@ def pgd(
     >>> bool(((adv - x).abs() <= 0.1 + 1e-6).all())
     True
     """
-    if steps < 1:
-        raise ValueError(f"expected steps >= 1, got {steps}")
-    if not step_size > 0:
-        raise ValueError(f"expected step_size > 0, got {step_size}")
+    check_pgd(steps=steps, step_size=step_size)
     objective = LOSSES[loss] if isinstance(loss, str) else loss
     adv = x if noise is None else threat.project(threat.random_start(x, noise), x)
     best, best_value = adv, torch.full((len(x),), -torch.inf, device=x.device)
@@ -136,29 +141,127 @@ def pgd(
         for _ in range(steps):
             value, grad = input_gradient(model, adv, y, objective)
             if best_of_steps:
-                best, best_value = _better(best, best_value, adv, value)
+                best, best_value = _keep_better(best, best_value, adv, value)
             adv = threat.project(threat.ascent(adv, grad, step_size), x)
         if not best_of_steps:
             return adv.detach()
         with torch.no_grad():
-            best, _ = _better(best, best_value, adv, objective(model(adv), y))
+            best, _ = _keep_better(best, best_value, adv, objective(model(adv), y))
     return best.detach()
 
 
-def _better(best: Tensor, best_value: Tensor, new: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
+def _keep_better(best: Tensor, best_value: Tensor, new: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
+    """Return, for each example, the image of the higher value, and that value."""
     higher = value > best_value
     mask = higher.view(-1, *[1] * (new.dim() - 1))
     return torch.where(mask, new, best), torch.where(higher, value, best_value)
 
 
-def wrm(model: nn.Module, x: Tensor, y: Tensor, *, penalty: float = 1.3, steps: int = 7) -> Tensor:
-    """Gradient ascent of loss(x') - penalty * |x' - x|_2^2 over the box: no ball (Sinha et al. 2018, algorithm 1).
+def check_pgd(*, steps: int | None = None, step_size: float | None = None, restarts: int = 1, loss: str = "ce") -> None:
+    """Raise ValueError for a setting of PGD that makes no sense; None is not checked."""
+    if steps is not None and steps < 1:
+        raise ValueError(f"expected steps >= 1, got {steps}")
+    if step_size is not None and not 0 < step_size < math.inf:
+        raise ValueError(f"expected a step size > 0, in pixel units, got {step_size}")
+    if restarts < 1:
+        raise ValueError(f"expected restarts >= 1, got {restarts}")
+    if loss not in LOSSES:
+        raise unknown("loss", loss, LOSSES)
 
-    Step t has size 1 / (2 penalty sqrt(t)): the first one lands on the maximizer of the linearized problem.
+
+@dataclass(frozen=True, kw_only=True)
+class PgdSettings:
+    """Settings of `pgd` as an evaluation uses it.
 
     Args:
-        penalty: the price of squared Euclidean distance, > 0 (the paper's comparison uses 1.3).
-        steps: ascent steps, at least 1 (the paper: 7).
+        steps: ascent steps, at least 1.
+        step_size: length of a step in the threat's norm, pixel units.
+        restarts: number of starts.
+        random_start: whether the first start is a random point of the ball too; if not, it is the image. All later
+            starts are random.
+        loss: a name in `LOSSES`.
+        best_of_steps: whether each example's iterate of highest loss counts, or the last one.
+
+    Raises:
+        ValueError: a setting that makes no sense.
+    """
+
+    steps: int
+    step_size: float
+    restarts: int = 1
+    random_start: bool = False
+    loss: str = "ce"
+    best_of_steps: bool = False
+
+    def __post_init__(self) -> None:
+        check_pgd(steps=self.steps, step_size=self.step_size, restarts=self.restarts, loss=self.loss)
+
+    @classmethod
+    def paper(
+        cls,
+        threat: Threat,
+        *,
+        steps: int | None = None,
+        step_size: float | None = None,
+        restarts: int = 1,
+        loss: str = "ce",
+    ) -> PgdSettings:
+        """Return the paper's attack (Gui et al. 2019, section 4), with the given settings in place of the paper's.
+
+        The paper takes 7 steps at its CIFAR-10 radii (l-infinity below 0.1) and 16 at MNIST's and elsewhere, of size
+        1.25 eps / steps, from the image, and keeps the last iterate. With another number of steps the last iterate
+        counts too; with any other setting changed, the iterate of highest loss counts.
+
+        Raises:
+            ValueError: a setting that makes no sense.
+        """
+        check_pgd(steps=steps, step_size=step_size, restarts=restarts, loss=loss)
+        steps = steps or (7 if threat.name == "linf" and threat.eps < 0.1 else 16)
+        return cls(
+            steps=steps,
+            step_size=step_size or 1.25 * threat.eps / steps,
+            restarts=restarts,
+            loss=loss,
+            best_of_steps=step_size is not None or restarts > 1 or loss != "ce",
+        )
+
+    @classmethod
+    def strong(cls, threat: Threat, *, loss: str = "ce") -> PgdSettings:
+        """Return 5 random starts of 40 steps of eps / 10, of which the iterate of highest loss counts."""
+        return cls(steps=40, step_size=threat.eps / 10, restarts=5, random_start=True, loss=loss, best_of_steps=True)
+
+    @classmethod
+    def from_image(cls, threat: Threat, steps: int, *, loss: str = "ce", best_of_steps: bool = True) -> PgdSettings:
+        """Return one start at the image with steps of 2.5 eps / steps, which can cross the ball more than once."""
+        return cls(steps=steps, step_size=2.5 * threat.eps / steps, loss=loss, best_of_steps=best_of_steps)
+
+    def attack(self, model: nn.Module, x: Tensor, y: Tensor, threat: Threat, *, noise: Noise | None = None) -> Tensor:
+        """Attack from one start, at a random point of the ball if noise is given, else at x; see `pgd`."""
+        return pgd(
+            model,
+            x,
+            y,
+            threat,
+            steps=self.steps,
+            step_size=self.step_size,
+            noise=noise,
+            loss=self.loss,
+            best_of_steps=self.best_of_steps,
+        )
+
+
+def wrm(model: nn.Module, x: Tensor, y: Tensor, *, penalty: float = 1.3, steps: int = 7) -> Tensor:
+    """Maximize loss(x') - penalty * |x' - x|_2^2 over the box by gradient ascent (Sinha et al. 2018, algorithm 1).
+
+    There is no ball. Step t has size 1 / (2 penalty sqrt(t)): the first one ends at the maximizer of the linearized
+    problem.
+
+    Args:
+        penalty: the price of squared Euclidean distance, > 0; the default is that of the paper's comparison.
+        steps: ascent steps, at least 1; the default is the paper's.
+
+    Raises:
+        ValueError: a setting that makes no sense.
     """
     if steps < 1:
         raise ValueError(f"expected steps >= 1, got {steps}")
@@ -176,14 +279,19 @@ def wrm(model: nn.Module, x: Tensor, y: Tensor, *, penalty: float = 1.3, steps: 
 def cw(
     model: nn.Module, x: Tensor, y: Tensor, *, steps: int = 200, searches: int = 9, learning_rate: float = 0.01
 ) -> Tensor:
-    """The nearest image found that is classified wrong; x where none is (Carlini and Wagner 2017, section V, l2).
+    """Search for the nearest image that is classified wrong, and return x if there is none.
 
-    Minimizes |x' - x|_2^2 + c max(0, right logit - largest wrong one) over w with x' = (1 + tanh w) / 2, by Adam; c by
-    binary search for each example. It has no ball: whoever calls it measures the distance.
+    The l2 attack of Carlini and Wagner 2017, section V: minimize |x' - x|_2^2 + c max(0, right logit - largest wrong
+    logit) over w with x' = (1 + tanh w) / 2 by Adam, and find c for each example by binary search. The result may be
+    at any distance: the caller measures it.
 
     Args:
-        steps: of Adam, for each c, at least 1.
-        searches: how many values of c are tried, at least 1.
+        steps: steps of Adam per value of c, at least 1.
+        searches: values of c that are tried, at least 1.
+        learning_rate: of Adam.
+
+    Raises:
+        ValueError: a setting that makes no sense.
     """
     if min(steps, searches) < 1:
         raise ValueError(f"expected steps >= 1 and searches >= 1, got {steps} and {searches}")
@@ -193,7 +301,7 @@ def cw(
     c, low, high = torch.ones_like(best_distance), torch.zeros_like(best_distance), torch.full_like(best_distance, 1e10)
     with attack_mode(model):
         for _ in range(searches):
-            found = torch.zeros_like(best_distance, dtype=torch.bool)
+            broken = torch.zeros_like(best_distance, dtype=torch.bool)  # by any step with this c
             w, state = start.clone(), (torch.zeros_like(x), torch.zeros_like(x))
             for step in range(1, steps + 1):
                 with torch.enable_grad():
@@ -204,18 +312,21 @@ def cw(
                     loss = distance + c * (-margins).clamp_min(0)
                     (grad,) = torch.autograd.grad(loss.sum(), w)
                 better = (margins > 0) & (distance < best_distance)
-                found |= margins > 0
+                broken |= margins > 0
                 best = torch.where(better.view(shape), adv.detach(), best)
                 best_distance = torch.where(better, distance.detach(), best_distance)
                 w = _adam(w.detach(), grad, state, step, learning_rate)
-            high = torch.where(found, torch.minimum(high, c), high)
-            low = torch.where(found, low, torch.maximum(low, c))
+            high = torch.where(broken, torch.minimum(high, c), high)
+            low = torch.where(broken, low, torch.maximum(low, c))
             c = torch.where(high < 1e9, (low + high) / 2, c * 10)
     return best.detach()
 
 
 def _adam(w: Tensor, grad: Tensor, state: tuple[Tensor, Tensor], step: int, learning_rate: float) -> Tensor:
-    """One step of Adam (Kingma and Ba 2015), its moments updated in place; elementwise, so examples stay apart."""
+    """Take one step of Adam (Kingma and Ba 2015) and update its moments in place.
+
+    All operations are elementwise, so that the examples of a batch do not influence each other.
+    """
     first, second = state
     first.mul_(0.9).add_(grad, alpha=0.1)
     second.mul_(0.999).addcmul_(grad, grad, value=0.001)
