@@ -13,7 +13,12 @@ from atmc.commands.bench.figures import milliseconds, thread_count
 
 
 def bench_tables(figures: Mapping[str, Any], *, narrow: bool = False) -> list[RenderableType]:
-    """Times for each number of threads; sizes and accuracy; what was left out; who wins. Narrow ones have less."""
+    """Return the tables of a measurement: times per number of threads, sizes, engines left out, and verdicts.
+
+    Args:
+        figures: as in the JSON of `atmc bench`.
+        narrow: leave columns out, so that the tables fit 80 columns.
+    """
     tables: list[RenderableType] = [_times(figures, threads, narrow) for threads in figures["threads"]]
     tables.append(_sizes(figures, narrow))
     tables += [Text(f"left out: {name}: {reason}", "dim") for name, reason in figures["left_out"].items()]
@@ -31,16 +36,16 @@ def _table(title: str, columns: Sequence[str]) -> Table:
 def _times(figures: Mapping[str, Any], threads: int, narrow: bool) -> Table:
     batches = figures["batches"]
     kind = "median" if narrow else "median [quartiles]"
-    title = f"{figures['model']}, {thread_count(threads)}: milliseconds a call, {kind}"
+    title = f"{figures['model']}, {thread_count(threads)}: milliseconds per call, {kind}"
     table = _table(title, ("precision", *(f"batch {batch}" for batch in batches), f"images/s at {batches[-1]}"))
     for row in figures["engines"]:
-        found = {times["batch"]: times for times in row["times"] if times["threads"] == threads}
-        cells = [_spread(found[batch], narrow) for batch in batches]
-        table.add_row(row["engine"], row["precision"], *cells, f"{found[batches[-1]]['images_per_second']:,.0f}")
+        by_batch = {times["batch"]: times for times in row["times"] if times["threads"] == threads}
+        cells = [_quartiles(by_batch[batch], narrow) for batch in batches]
+        table.add_row(row["engine"], row["precision"], *cells, f"{by_batch[batches[-1]]['images_per_second']:,.0f}")
     return table
 
 
-def _spread(times: Mapping[str, Any], narrow: bool) -> str:
+def _quartiles(times: Mapping[str, Any], narrow: bool) -> str:
     median, low, high = (milliseconds(times[key]) for key in ("median_ms", "q1_ms", "q3_ms"))
     return median if narrow else f"{median} [{low}, {high}]"
 
@@ -49,7 +54,7 @@ def _sizes(figures: Mapping[str, Any], narrow: bool) -> Table:
     batches = [str(batch) for batch in figures["batches"][: 1 if narrow else None]]
     macs, labelled = figures["macs"], figures["data"] is not None
     title = (
-        f"multiply-adds an image: {macs['dense']:,} dense, {macs['left']:,} left "
+        f"multiply-adds per image: {macs['dense']:,} dense, {macs['left']:,} left "
         f"({macs['left'] / max(macs['dense'], 1):.2%})"
     )
     peaks = [*([] if narrow else ["load"]), *batches]
@@ -69,11 +74,12 @@ def _sizes(figures: Mapping[str, Any], narrow: bool) -> Table:
 def _caption(figures: Mapping[str, Any]) -> str:
     images, data = figures["images"], figures["data"]
     kind = f"{images:,} random images" if data is None else f"the first {images:,} test images of {data}"
-    about = (
-        f"memory: peak of a process of its own above what its packages take, {thread_count(figures['threads'][0])}; "
-        f"same top-1 as PyTorch, and the largest difference of a logit over the largest |logit|: of {kind}"
+    threads = thread_count(figures["threads"][0])
+    caption = (
+        f"memory: peak of the engine's own process beyond its imported packages, {threads}; "
+        f"same top-1 as PyTorch, and the largest difference of a logit over the largest |logit|: on {kind}"
     )
     if data is None:
-        about += ", on which int8 was calibrated too: add --data for accuracies"
+        caption += ", which calibrated int8 too: add --data for accuracies"
     ours = next(row for row in figures["engines"] if "runs" in row)
-    return f"{about}. {ours['engine']} runs {ours['runs']}"
+    return f"{caption}. {ours['engine']} runs {ours['runs']}"
