@@ -1,9 +1,9 @@
-"""Times of the projections: zero_kmeans of a million values, and the exact global top-k over ResNet-34's factors.
+"""Measure the time of the projections: zero_kmeans of a million values, and the exact top-k of ResNet-34's factors.
 
     python benchmarks/projections.py --threads 2 --repeats 5
 
 Prints one JSON object: medians in seconds over `repeats` runs after one warm-up, with the machine they were taken on.
-The top-k is timed beside `torch.topk` over the concatenated magnitudes, both ending in one mask for each tensor.
+The top-k is compared with `torch.topk` over the concatenated magnitudes; both return one mask per tensor.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ LEVELS = 256
 
 
 def resnet34_matrices() -> Iterator[tuple[int, int]]:
-    """(out, in * kh * kw) of every conv and linear weight of ResNet-34, CIFAR form."""
+    """Yield (out, in * kh * kw) of every conv and linear weight of ResNet-34, CIFAR form."""
     yield 64, 27
     before = 64
     for width, blocks in ((64, 3), (128, 4), (256, 6), (512, 3)):
@@ -45,7 +45,7 @@ def resnet34_matrices() -> Iterator[tuple[int, int]]:
 
 
 def resnet34_factors(seed: int = 0) -> list[Tensor]:
-    """U, V and C of every weight, normal values at He's scale for V, a hundredth of that for U and C."""
+    """Draw U, V and C of every weight: normal values at He's scale for V, at a hundredth of it for U and C."""
     generator = torch.Generator().manual_seed(seed)
     factors = []
     for rows, columns in resnet34_matrices():
@@ -56,7 +56,7 @@ def resnet34_factors(seed: int = 0) -> list[Tensor]:
 
 
 def topk_masks(tensors: list[Tensor], k: int) -> list[Tensor]:
-    """The reference: torch.topk over everything at once."""
+    """Compute the masks by torch.topk over all tensors at once, as a reference."""
     magnitudes = torch.cat([tensor.abs().flatten() for tensor in tensors])
     mask = torch.zeros(len(magnitudes), dtype=torch.bool)
     mask[torch.topk(magnitudes, k, sorted=False).indices] = True
@@ -65,7 +65,7 @@ def topk_masks(tensors: list[Tensor], k: int) -> list[Tensor]:
 
 
 def median_seconds(function: Callable[[], object], repeats: int) -> float:
-    """Median wall-clock time of a call, after one warm-up."""
+    """Return the median wall-clock time of a call, after one warm-up."""
     function()
     times = []
     for _ in range(repeats):
@@ -76,7 +76,10 @@ def median_seconds(function: Callable[[], object], repeats: int) -> float:
 
 
 def bench_kmeans(repeats: int) -> dict[str, dict[str, float]]:
-    """Seconds on one thread for VALUES nonzeros to LEVELS levels; warm: after a drift of 1 % of the values' median."""
+    """Measure zero_kmeans on one thread: seconds for VALUES nonzeros and LEVELS levels.
+
+    A warm start has the centers of values that differ by 1 % of their median.
+    """
     torch.set_num_threads(1)
     generator = torch.Generator().manual_seed(0)
     normal = torch.randn(VALUES, generator=generator)
@@ -97,7 +100,7 @@ def bench_kmeans(repeats: int) -> dict[str, dict[str, float]]:
 
 
 def bench_topk(repeats: int, threads: int) -> dict[str, Any]:
-    """Seconds for exact masks of the k largest of all factors, k = 0.5 % and 1 % of the dense weights."""
+    """Measure exact masks of the k largest entries of all factors, in seconds, for k = 0.5 % and 1 % of the weights."""
     torch.set_num_threads(threads)
     factors = resnet34_factors()
     results: dict[str, Any] = {"entries": sum(factor.numel() for factor in factors), "tensors": len(factors)}
@@ -118,7 +121,7 @@ def bench_topk(repeats: int, threads: int) -> dict[str, Any]:
 
 
 def cpu_model() -> str:
-    """The processor's name where the system tells it."""
+    """Return the processor's name, if the system tells it."""
     info = Path("/proc/cpuinfo")
     lines = info.read_text().splitlines() if info.exists() else []
     names = [line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")]

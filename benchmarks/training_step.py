@@ -1,9 +1,9 @@
-"""What a step of ATMC costs over a plain PGD-AT step of the same dense model: time and peak memory.
+"""Compare a training step of ATMC with a plain PGD-AT step of the same dense model: time and peak memory.
 
-Same batch, same attack, same precision, same optimizer, in one run. The ATMC step has the factors, the projection on
-the nonzero budget, ADMM's penalty and, every tenth step, its refresh. Time: blocks of ten steps of either kind in
-turn, medians of --repeats blocks. Memory: each kind in a process of its own, peak resident set over what the
-interpreter with torch and the data held before the model was built.
+Both have the same batch size, attack, precision and optimizer. The ATMC step has the factors, the projection on the
+nonzero budget, ADMM's penalty and, every tenth step, its update. Time: blocks of ten steps of either kind in turn,
+medians of --repeats blocks. Memory: each kind in a process of its own, the increase of the peak resident set from the
+moment before the model is built.
 
     python benchmarks/training_step.py --models lenet resnet18 --threads 2 --repeats 5
 """
@@ -32,11 +32,11 @@ from atmc.robust.objectives import TrainingAttack, pgd_at
 from atmc.training.loop import Loop, StepDone, assign, cosine, fit
 from atmc.training.settings import default_recipe
 
-STEPS = 10  # one refresh of ADMM each
+STEPS = 10  # per block; one update of ADMM each
 
 
 def steps(kind: str, name: str, batch: int, attack_steps: int, bf16: bool) -> Iterator[StepDone]:
-    """An endless run of training steps of one kind on random images."""
+    """Yield training steps of one kind on random images, without end."""
     model = models.build(name, 10, seed=0).to(memory_format=torch.channels_last)  # type: ignore[call-overload]
     constraint, admm = None, None
     if kind == "atmc":
@@ -71,37 +71,37 @@ def steps(kind: str, name: str, batch: int, attack_steps: int, bf16: bool) -> It
     )
 
 
-def timed(run: Iterator[StepDone]) -> float:
-    """Seconds a step, over one block."""
+def time_block(run: Iterator[StepDone]) -> float:
+    """Return the seconds per step of one block."""
     began = time.perf_counter()
     for _ in range(STEPS):
         next(run)
     return (time.perf_counter() - began) / STEPS
 
 
-def memory(kind: str, arguments: list[str]) -> int:
-    """Peak bytes of one kind, in a process of its own."""
+def measure_memory(kind: str, arguments: list[str]) -> int:
+    """Return the peak bytes of one kind, measured in a process of its own."""
     command = [sys.executable, __file__, "--memory-of", kind, *arguments]
     return int(subprocess.run(command, check=True, capture_output=True, text=True).stdout)
 
 
-def peak() -> int:
-    """Peak resident set of this program so far, bytes (Linux; getrusage would count the parent's before the exec)."""
+def peak_memory() -> int:
+    """Return the peak resident set of this process in bytes (Linux; getrusage would include the parent)."""
     lines = Path("/proc/self/status").read_text().splitlines()
     return next(int(line.split()[1]) for line in lines if line.startswith("VmHWM")) * 1024
 
 
-def measure(name: str, options: argparse.Namespace) -> dict[str, Any]:
-    """Ratios for one model."""
+def compare(name: str, options: argparse.Namespace) -> dict[str, Any]:
+    """Compare both kinds of step for one model."""
     bf16 = options.precision == "bf16"
     runs = {kind: steps(kind, name, options.batch, options.attack_steps, bf16) for kind in ("dense", "atmc")}
     for run in runs.values():
-        timed(run)
-    blocks = [{kind: timed(run) for kind, run in runs.items()} for _ in range(options.repeats)]
+        time_block(run)
+    blocks = [{kind: time_block(run) for kind, run in runs.items()} for _ in range(options.repeats)]
     ratios = [block["atmc"] / block["dense"] for block in blocks]
     arguments = ["--models", name, "--batch", str(options.batch), "--attack-steps", str(options.attack_steps)]
     arguments += ["--threads", str(options.threads), "--precision", options.precision]
-    used = {kind: memory(kind, arguments) for kind in ("dense", "atmc")}
+    used = {kind: measure_memory(kind, arguments) for kind in ("dense", "atmc")}
     return {
         "model": name,
         "seconds_a_step": {k: round(statistics.median(b[k] for b in blocks), 4) for k in ("dense", "atmc")},
@@ -112,8 +112,8 @@ def measure(name: str, options: argparse.Namespace) -> dict[str, Any]:
     }
 
 
-def cpu() -> str:
-    """The processor's name."""
+def cpu_name() -> str:
+    """Return the processor's name."""
     lines = Path("/proc/cpuinfo").read_text().splitlines() if Path("/proc/cpuinfo").exists() else []
     return next((line.partition(":")[2].strip() for line in lines if line.startswith("model name")), platform.machine())
 
@@ -131,16 +131,21 @@ def main() -> None:
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
     if options.memory_of:
-        before = peak()
+        before = peak_memory()
         run = steps(
             options.memory_of, options.models[0], options.batch, options.attack_steps, options.precision == "bf16"
         )
         for _ in range(3):
             next(run)
-        print(peak() - before)
+        print(peak_memory() - before)
         return
-    machine = {"cpu": cpu(), "threads": options.threads, "torch": torch.__version__, "precision": options.precision}
-    results = [measure(name, options) for name in options.models]
+    machine = {
+        "cpu": cpu_name(),
+        "threads": options.threads,
+        "torch": torch.__version__,
+        "precision": options.precision,
+    }
+    results = [compare(name, options) for name in options.models]
     print(
         json.dumps(
             {"machine": machine, "batch": options.batch, "attack_steps": options.attack_steps, "results": results},

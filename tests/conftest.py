@@ -1,4 +1,4 @@
-"""Shared fixtures: one thread, so that results do not depend on the machine and helpers do not fight for cores."""
+"""Shared fixtures: one thread, so that results do not depend on the machine; data and a model."""
 
 import pytest
 import torch
@@ -22,7 +22,7 @@ def digits() -> Data:
 
 @pytest.fixture(scope="session")
 def few(digits) -> tuple[Images, Images]:
-    """A few digits to train and to validate on."""
+    """A few digits for training and validation."""
     return digits.train.take(slice(0, 256)), digits.val.take(slice(0, 100))
 
 

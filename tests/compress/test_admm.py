@@ -183,7 +183,7 @@ class TestAdmm:
         assert all(torch.equal(one.states[name].u, two.states[name].u) for name in moved)
 
     def test_least_squares_with_a_sparse_two_valued_truth_is_recovered(self):
-        """min |A w - A w*|^2 with 12 nonzeros among 60 that take two values: found exactly."""
+        """min |A w - A w*|^2 with 12 nonzeros among 60 that take two values: the solution is recovered."""
         generator = torch.Generator().manual_seed(1)
         design = torch.randn(200, 60, generator=generator)
         truth = torch.zeros(60)

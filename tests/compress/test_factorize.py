@@ -1,4 +1,4 @@
-"""W = U V + C: exact starts, plain copies, and weights that cannot be factored."""
+"""W = U V + C: exact starts, plain copies, and weights that cannot be factorized."""
 
 import copy
 
@@ -43,14 +43,14 @@ def test_start_is_exact_and_fold_gives_back_plain_modules(kind, start):
     model, x = zoo()[kind]
     model.eval()
     expected = model(x)
-    held = factorize(copy.deepcopy(model), start=start)
-    assert (held(x) - expected).abs().max() <= 1e-5
-    plain = fold(held)
+    factorized = factorize(copy.deepcopy(model), start=start)
+    assert (factorized(x) - expected).abs().max() <= 1e-5
+    plain = fold(factorized)
     assert (plain(x) - expected).abs().max() <= 1e-5
     assert [type(m) for m in plain.modules()] == [type(m) for m in model.modules()]
     assert plain.state_dict().keys() == model.state_dict().keys()
     assert not any(parametrize.is_parametrized(module) for module in plain.modules())
-    assert (held(x) - expected).abs().max() <= 1e-5  # the original still works
+    assert (factorized(x) - expected).abs().max() <= 1e-5  # the original still works
 
 
 def test_identity_start_needs_no_extra_nonzeros():
@@ -101,13 +101,13 @@ def test_weights_are_built_once_with_their_graph():
 
 def test_structure_and_state_rebuild_the_model():
     model, x = zoo()["conv2d"]
-    held = factorize(copy.deepcopy(model))
+    factorized = factorize(copy.deepcopy(model))
     with torch.no_grad():
-        for tensor in compressible_parameters(held).values():
+        for tensor in compressible_parameters(factorized).values():
             tensor.copy_(torch.randn_like(tensor))
-    other = apply_structure(copy.deepcopy(model), factor_structure(held))
-    other.load_state_dict(held.state_dict())
-    assert torch.equal(other(x), held(x))
+    other = apply_structure(copy.deepcopy(model), factor_structure(factorized))
+    other.load_state_dict(factorized.state_dict())
+    assert torch.equal(other(x), factorized(x))
     with pytest.raises(ValueError, match="unknown form 'up'"):
         apply_structure(copy.deepcopy(model), {"0.weight": ("up", 1)})
 
@@ -193,13 +193,13 @@ def test_attention_with_separate_projections_folds():
     model, query, key = nn.MultiheadAttention(8, 2, kdim=6, vdim=4), torch.randn(3, 1, 8), torch.randn(5, 1, 6)
     value = torch.randn(5, 1, 4)
     expected = model(query, key, value)[0]
-    held = factorize(copy.deepcopy(model))
-    assert torch.allclose(fold(held)(query, key, value)[0], expected, atol=1e-5)
-    assert type(fold(held)) is nn.MultiheadAttention
+    factorized = factorize(copy.deepcopy(model))
+    assert torch.allclose(fold(factorized)(query, key, value)[0], expected, atol=1e-5)
+    assert type(fold(factorized)) is nn.MultiheadAttention
 
 
 @pytest.mark.parametrize("wrap", [nn.utils.parametrizations.weight_norm, nn.utils.parametrizations.spectral_norm])
-def test_weights_that_somebody_else_computes_are_refused(wrap):
+def test_weights_of_other_parametrizations_are_refused(wrap):
     model = nn.Sequential(wrap(nn.Linear(4, 3)), nn.Linear(3, 2))
     with pytest.raises(ValueError, match=r"0\.weight is computed"):
         factorize(model)

@@ -85,7 +85,7 @@ def test_kmeans_is_feasible_and_idempotent(quantize: Quantizer, values: list[flo
     assert not quantized[x == 0].any()
     assert distinct_nonzeros(quantized) <= levels
     assert centers.dtype == torch.float32
-    assert torch.equal(centers, torch.unique(quantized[quantized != 0]))  # in order, once each, in use, exactly held
+    assert torch.equal(centers, torch.unique(quantized[quantized != 0]))  # in order, once each, in use, exact
     again, same = quantize(quantized, levels)
     assert torch.equal(again, quantized)
     assert torch.equal(same, centers)
@@ -189,9 +189,9 @@ def test_kmeans_is_near_the_exact_optimum() -> None:
     for seed in range(150):
         x = samples(20 + 3 * seed % 200, seed)
         levels = (1, 2, 3, 4, 8, 16)[seed % 6]
-        exact, found = (distance(x, quantize(x, levels)[0]) for quantize in (exact_zero_kmeans, zero_kmeans))
-        assert found >= exact * (1 - 1e-6)
-        ratios.append(found / exact if exact > 1e-9 else 1.0)
+        exact, near = (distance(x, quantize(x, levels)[0]) for quantize in (exact_zero_kmeans, zero_kmeans))
+        assert near >= exact * (1 - 1e-6)
+        ratios.append(near / exact if exact > 1e-9 else 1.0)
     assert statistics.median(ratios) <= 1.01
     assert sorted(ratios)[135] <= 1.1
     assert max(ratios) <= 1.6
@@ -200,8 +200,8 @@ def test_kmeans_is_near_the_exact_optimum() -> None:
 def test_many_levels_stay_near_the_exact_optimum() -> None:
     for seed in range(3):
         x = samples(3000, seed)
-        exact, found = (distance(x, quantize(x, 128)[0]) for quantize in (exact_zero_kmeans, zero_kmeans))
-        assert exact * (1 - 1e-6) <= found <= 1.06 * exact
+        exact, near = (distance(x, quantize(x, 128)[0]) for quantize in (exact_zero_kmeans, zero_kmeans))
+        assert exact * (1 - 1e-6) <= near <= 1.06 * exact
 
 
 def test_normal_values_reach_the_rate_of_panter_and_dite() -> None:

@@ -1,19 +1,26 @@
-"""Switches of torch: set within, as they were outside, also after an error. Nothing here computes on CUDA."""
+"""The contexts set torch's switches within and restore them after, also after an error. Nothing computes on CUDA."""
 
 import os
+from operator import attrgetter
 
 import pytest
 import torch
 from torch import nn
 
 import atmc
+from atmc import api
 from atmc.commands import run as runs
 from atmc.commands.config import parse
-from atmc.core.numerics import _backends, deterministic, full_float32
+from atmc.core.numerics import deterministic, full_float32
 from atmc.data import Images
 from atmc.evaluation.accuracy import clean_accuracy, robust_accuracy
 
 CUDA = torch.device("cuda")
+BACKENDS = [  # all that torch lets a user give a precision of their own (since 2.9)
+    backend
+    for name in ("cuda.matmul", "cudnn.conv", "cudnn.rnn", "mkldnn.matmul", "mkldnn.conv")
+    if hasattr(backend := attrgetter(name)(torch.backends), "fp32_precision")
+]
 
 
 def precisions() -> dict[str, object]:
@@ -22,7 +29,7 @@ def precisions() -> dict[str, object]:
         "products": torch.get_float32_matmul_precision(),
         "cuda products": torch.backends.cuda.matmul.allow_tf32,
         "convolutions": torch.backends.cudnn.allow_tf32,
-        "backends": [backend.fp32_precision for backend in _backends()],
+        "backends": [backend.fp32_precision for backend in BACKENDS],
     }
 
 
@@ -43,7 +50,7 @@ REPEATABLE = {"benchmark": False, "deterministic": True, "algorithms": True, "wa
 
 @pytest.fixture(params=["torch's own", "highest", "high", "medium"])
 def users(request):
-    """A user's precision, and torch's own again at the end."""
+    """Set a user's precision, and restore torch's own at the end."""
     own = precisions()
     if request.param != "torch's own":
         torch.set_float32_matmul_precision(request.param)
@@ -51,7 +58,7 @@ def users(request):
     yield precisions()
     torch.set_float32_matmul_precision(own["products"])
     torch.backends.cudnn.allow_tf32 = own["convolutions"]
-    for backend, precision in zip(_backends(), own["backends"], strict=True):
+    for backend, precision in zip(BACKENDS, own["backends"], strict=True):
         backend.fp32_precision = precision
     assert precisions() == own
 
@@ -77,18 +84,18 @@ def test_full_float32_ends_with_an_error(users):
 
 
 def test_a_precision_that_only_the_newer_interface_can_say():
-    before = [backend.fp32_precision for backend in _backends()]
+    before = [backend.fp32_precision for backend in BACKENDS]
     mixed = ["tf32", "ieee", "tf32", "ieee", "ieee"][: len(before)]
     try:
-        for backend, precision in zip(_backends(), mixed, strict=True):
+        for backend, precision in zip(BACKENDS, mixed, strict=True):
             backend.fp32_precision = precision
         with full_float32():
             assert is_full()
-        assert [backend.fp32_precision for backend in _backends()] == mixed
+        assert [backend.fp32_precision for backend in BACKENDS] == mixed
     finally:
         torch.set_float32_matmul_precision("highest")
         torch.backends.cudnn.allow_tf32 = True
-        for backend, precision in zip(_backends(), before, strict=True):
+        for backend, precision in zip(BACKENDS, before, strict=True):
             backend.fp32_precision = precision
 
 
@@ -120,7 +127,7 @@ def test_accuracies_are_measured_in_full_float32(attack):
         assert torch.get_float32_matmul_precision() == "high"
     finally:
         torch.set_float32_matmul_precision(own["products"])
-        for backend, precision in zip(_backends(), own["backends"], strict=True):
+        for backend, precision in zip(BACKENDS, own["backends"], strict=True):
             backend.fp32_precision = precision
     assert precisions() == own
 
@@ -159,7 +166,7 @@ class TestDeterministic:
             entered.append(device.type)
             return deterministic(CUDA)
 
-        for module in (runs, atmc.api):
+        for module in (runs, api):
             monkeypatch.setattr(module, "deterministic", watched)
         before, seen = algorithms(), []
         settings = {"model": "lenet", "data": "digits", "threat": "linf:0.1", "ratio": 0.1, "limit": 20, "eval_n": 5}

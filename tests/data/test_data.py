@@ -1,4 +1,4 @@
-"""Data sets: layouts, the fixed splits, keyed augmentation, every way to hand over images, every error."""
+"""Data sets: layouts, the fixed splits, keyed augmentation, every source of images, every error."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ PALETTE = [0, 0, 0, 255, 0, 0, 0, 255, 0]  # black, red, green
 
 
 def keys(images: Images) -> list[bytes]:
-    """What tells the images of a set apart: their bytes."""
+    """The bytes of each image, which tell the images of a set apart."""
     return [image.numpy().tobytes() for image in images.pixels]
 
 
@@ -101,13 +101,13 @@ class TestDigits:
 
     def test_splits_hold_each_of_scikit_learns_images_once_with_its_label(self, digits: Data) -> None:
         values, labels = load_digits(return_X_y=True)
-        wanted = {np.rint(v * 255 / 16).astype(np.uint8).tobytes(): y for v, y in zip(values, labels, strict=True)}
-        found = {}
+        expected = {np.rint(v * 255 / 16).astype(np.uint8).tobytes(): y for v, y in zip(values, labels, strict=True)}
+        served = {}
         for images in (digits.train, digits.val, digits.test):
             for image, label in zip(images.pixels[:, 0, 3:-2:3, 3:-2:3], images.labels.tolist(), strict=True):
-                found[image.numpy().tobytes()] = label
-        assert len(wanted) == 1797
-        assert found == wanted
+                served[image.numpy().tobytes()] = label
+        assert len(expected) == 1797
+        assert served == expected
         assert len(digits.train) + len(digits.val) + len(digits.test) == 1797
 
     def test_splits_are_stratified(self, digits: Data) -> None:
@@ -212,7 +212,7 @@ class TestParquet:
         assert (levels(data.val), levels(data.test)) == ([98], [99])
         assert data.class_names == ("0", "1")
 
-    def test_validation_takes_the_place_of_a_missing_test_split(self, tmp_path: Path) -> None:
+    def test_validation_is_used_for_a_missing_test_split(self, tmp_path: Path) -> None:
         write_parquet(tmp_path / "train" / "0000.parquet", gray(20), [0, 1] * 10)
         write_parquet(tmp_path / "validation" / "0000.parquet", gray(1, 99), [0])
         data = load_data(str(tmp_path))
@@ -442,7 +442,7 @@ class TestHub:
         load_data("someone/animals")
         assert calls[1] == ("someone/animals", None)
 
-    def test_images_that_lie_in_the_hubs_cache(self, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    def test_images_in_the_hubs_cache(self, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
         paths = []
         for i, image in enumerate(gray(4)):
             paths.append(str(tmp_path / f"{i}.png"))
@@ -462,7 +462,7 @@ class TestHub:
             ValueError("no route"),
         ],
     )
-    def test_what_the_hub_refuses_is_one_sentence(self, monkeypatch: pytest.MonkeyPatch, error: Exception) -> None:
+    def test_an_error_of_the_hub_is_one_sentence(self, monkeypatch: pytest.MonkeyPatch, error: Exception) -> None:
         def loader(*_: object) -> None:
             raise error
 
@@ -496,7 +496,7 @@ class TestHub:
         with pytest.raises(ValueError, match=f"did you mean {tmp_path / 'flowers'}"):
             load_data(str(tmp_path / "flower"))
 
-    def test_a_folder_goes_before_the_hub(self, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    def test_a_folder_takes_precedence_over_the_hub(self, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
         monkeypatch.setattr(datasets, "load_dataset", None)
         monkeypatch.chdir(tmp_path)
         write_pair(tmp_path / "ylecun" / "mnist")
