@@ -108,7 +108,7 @@ class TestExamples:
         assert torch.equal(held.adv[~held.fooled], images.pixels[~held.fooled])
         again = adversarial_file.replay(tmp_path / "e.npz", model)
         assert again.agreement.accuracy == 1.0
-        assert again.accuracy.accuracy == pytest.approx(again.attacked) == pytest.approx(0.8)
+        assert again.accuracy.accuracy == pytest.approx(again.attacked_accuracy) == pytest.approx(0.8)
 
     def test_another_engine(self, tmp_path):
         """A NumPy function that has the threshold a little higher disagrees where the images fall between."""

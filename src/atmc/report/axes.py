@@ -1,4 +1,4 @@
-"""Axes of charts: round numbers to mark, and where values stand."""
+"""Axes of charts: the round numbers that are marked, and the heights of values."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ Scale = Literal["percent", "linear", "log"]
 
 
 def short(value: float) -> str:
-    """A number in at most about five characters.
+    """Format a number in at most about five characters.
 
     >>> short(430_500), short(2000), short(0.25), short(-0.00025), short(0.0)
     ('430k', '2k', '0.25', '−2.5e−4', '0')
@@ -28,7 +28,7 @@ def short(value: float) -> str:
 
 
 def linear_ticks(low: float, high: float, count: int = 5) -> list[float]:
-    """About `count` round numbers from at most low to at least high; they are the axis.
+    """Return about `count` round numbers from at most low to at least high, which are the axis's ticks.
 
     >>> linear_ticks(0.1, 2.3)
     [0.0, 0.5, 1.0, 1.5, 2.0, 2.5]
@@ -43,7 +43,7 @@ def linear_ticks(low: float, high: float, count: int = 5) -> list[float]:
 
 
 def log_ticks(low: float, high: float) -> list[float]:
-    """Round numbers between low and high, both > 0: whole decades, or finer where there are fewer than 3 of them.
+    """Return round numbers between low and high, both > 0: decades, or finer ones if fewer than 3 decades fit.
 
     >>> log_ticks(900, 430_500)
     [1000.0, 10000.0, 100000.0]
@@ -57,12 +57,13 @@ def log_ticks(low: float, high: float) -> list[float]:
     return ticks[:: math.ceil(len(ticks) / 7)] if ticks else [low]
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Axis:
-    """A vertical axis between two heights on the page: where a value stands, and the values marked.
+    """A vertical axis between two heights on the page.
 
     Args:
         low, high: its ends, as logarithms on a log scale.
+        ticks: the values that are marked.
         top, bottom: the heights of high and low; heights grow downwards.
     """
 
@@ -75,28 +76,31 @@ class Axis:
 
     @classmethod
     def of(cls, values: Sequence[float], scale: Scale, top: float, bottom: float) -> Axis:
-        """The axis that shows these values (at least one, all `usable`): from 0 if linear, 0 to 100 % if percent."""
+        """Return the axis for these values (at least one, all `usable`): from 0 if linear, 0 to 100 % if percent."""
         if scale == "percent":
-            return cls(0.0, 1.0, [i / 5 for i in range(6)], scale, top, bottom)
-        if scale == "linear":
+            low, high, ticks = 0.0, 1.0, [i / 5 for i in range(6)]
+        elif scale == "linear":
             ticks = linear_ticks(min(0.0, *values), max(values))
-            return cls(ticks[0], ticks[-1], ticks, scale, top, bottom)
-        low, high = min(values), max(values)
-        low, high = (low / 1.3, high * 1.3) if high / low > 4 else (low / 3, high * 3)
-        return cls(math.log10(low), math.log10(high), log_ticks(low, high), scale, top, bottom)
+            low, high = ticks[0], ticks[-1]
+        else:
+            low, high = min(values), max(values)
+            low, high = (low / 1.3, high * 1.3) if high / low > 4 else (low / 3, high * 3)
+            ticks = log_ticks(low, high)
+            low, high = math.log10(low), math.log10(high)
+        return cls(low=low, high=high, ticks=ticks, scale=scale, top=top, bottom=bottom)
 
     def height(self, value: float) -> float:
-        """Where a value stands."""
+        """Return the height of a value."""
         at = math.log10(value) if self.scale == "log" else value
         return self.top + (self.high - at) / (self.high - self.low) * (self.bottom - self.top)
 
-    def say(self, value: float) -> str:
-        """A mark's label."""
+    def label(self, value: float) -> str:
+        """Return the label of a tick."""
         return f"{value * 100:.0f} %" if self.scale == "percent" else short(value)
 
 
 def usable(value: float | None, scale: Scale) -> float | None:
-    """The value, or None where it is missing, beyond 1e100 or no number, or below 1e-100 on a log scale."""
+    """Return the value, or None if it is missing, not a number, beyond 1e100, or below 1e-100 on a log scale."""
     if value is None or not abs(value) < 1e100 or (scale == "log" and value < 1e-100):
         return None
     return value

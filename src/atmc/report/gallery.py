@@ -1,4 +1,4 @@
-"""A PNG of adversarial examples: clean, perturbation enlarged, adversarial, with what the model says."""
+"""A PNG of adversarial examples: clean image, enlarged change and attacked image, with the model's answers."""
 
 from __future__ import annotations
 
@@ -10,21 +10,21 @@ import torch.nn.functional as F
 from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor, nn
 
-from atmc.report.pictures import Example, change_picture, change_scale, predicted
+from atmc.report.pictures import Example, change_picture, change_scale, predicted_class
 from atmc.robust.attacks import attack_mode
 from atmc.robust.threats import Threat
 
-SIDE, MARGIN, LINE = 112, 8, 14  # pixels: of a picture's longer side at least, between pictures, of a line of text
+SIDE, MARGIN, LINE = 112, 8, 14  # pixels: least longer side of a picture, gap between pictures, height of a text line
 HEADS = ("clean", "change", "attacked")
 
 
 @torch.no_grad()
-def chosen(model: nn.Module, clean: Tensor, adv: Tensor, labels: Tensor, *, count: int = 8) -> list[Example]:
-    """The first examples that were right and then fooled, as far as there are.
+def select_fooled(model: nn.Module, clean: Tensor, adv: Tensor, labels: Tensor, *, count: int = 8) -> list[Example]:
+    """Return the first `count` examples that the attack changed, or fewer if there are fewer.
 
     Args:
-        clean, adv: (n, c, h, w) in [0, 1], on the CPU; adv is clean where nothing fooled it.
-        labels: (n,).
+        clean, adv: (n, c, h, w) in [0, 1], on the CPU; adv equals clean for an image that no attack changed.
+        labels: (n,) true classes.
     """
     changed = (clean != adv).flatten(1).any(1).nonzero()[:count, 0].tolist()
     if not changed:
@@ -36,11 +36,11 @@ def chosen(model: nn.Module, clean: Tensor, adv: Tensor, labels: Tensor, *, coun
     return [Example(i, int(labels[i]), clean[i], adv[i], before[j], after[j]) for j, i in rows]
 
 
-def gallery(examples: Sequence[Example], threat: Threat, *, class_names: Sequence[str] = ()) -> bytes:
-    """One row an example, three pictures a row, as PNG.
+def draw_gallery(examples: Sequence[Example], threat: Threat, *, class_names: Sequence[str] = ()) -> bytes:
+    """Draw one row of three pictures per example, as PNG.
 
     Raises:
-        ValueError: no examples.
+        ValueError: there are no examples.
     """
     if not examples:
         raise ValueError("no image was fooled, so there is nothing to draw")
@@ -56,10 +56,11 @@ def gallery(examples: Sequence[Example], threat: Threat, *, class_names: Sequenc
     for i, example in enumerate(examples):
         top, enlarged = LINE + MARGIN + i * row, change_scale(example, threat)
         pictures = (example.clean, change_picture(example, enlarged), example.adv)
-        said = (_said(example.before, class_names), f"full = {enlarged:.3g}", _said(example.after, class_names))
-        for column, (picture, text) in enumerate(zip(pictures, said, strict=True)):
+        answers = [_describe(outputs, class_names) for outputs in (example.before, example.after)]
+        captions = (answers[0], f"full = {enlarged:.3g}", answers[1])
+        for column, (picture, text) in enumerate(zip(pictures, captions, strict=True)):
             left = MARGIN + column * (wide + MARGIN)
-            sheet.paste(_enlarged(picture, scale), (left, top))
+            sheet.paste(_enlarge(picture, scale), (left, top))
             wrong = column == 2 and example.fooled
             draw.text((left, top + tall + 1), text, fill="#b00020" if wrong else "black", font=font)
         draw.text((MARGIN, top + tall + LINE), f"image {example.index}", fill="gray", font=font)
@@ -68,15 +69,17 @@ def gallery(examples: Sequence[Example], threat: Threat, *, class_names: Sequenc
     return buffer.getvalue()
 
 
-def _said(outputs: Tensor, names: Sequence[str]) -> str:
-    label = predicted(outputs)
+def _describe(outputs: Tensor, names: Sequence[str]) -> str:
+    """Return the predicted class and its softmax output."""
+    label = predicted_class(outputs)
     if label < 0:
         return "no class"
     name = names[label] if label < len(names) else str(label)
     return f"{name[:14]} {float(outputs[label]):.0%}"
 
 
-def _enlarged(picture: Tensor, scale: int) -> Image.Image:
+def _enlarge(picture: Tensor, scale: int) -> Image.Image:
+    """Return a picture (c, h, w) in [0, 1] with every pixel as scale x scale pixels, in RGB."""
     shown = picture[:3] if len(picture) >= 3 else picture[:1].expand(3, -1, -1)
     whole = F.interpolate(shown[None], scale_factor=scale, mode="nearest")[0]
     return Image.fromarray((whole.clamp(0, 1) * 255).round().to(torch.uint8).permute(1, 2, 0).contiguous().numpy())

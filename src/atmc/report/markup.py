@@ -1,11 +1,11 @@
-"""HTML by small functions: elements, tables, and a page that stands alone in light and dark."""
+"""Functions that build HTML: elements, tables, and a page that needs no other file, with light and dark colors."""
 
 from __future__ import annotations
 
 import html
 from collections.abc import Sequence
 
-POLICY = "default-src 'none'; style-src 'unsafe-inline'; img-src data:"  # nothing is fetched, nothing is run
+POLICY = "default-src 'none'; style-src 'unsafe-inline'; img-src data:"  # forbids scripts, and parts from elsewhere
 
 STYLE = """
 :root { color-scheme: light dark; --ink: #1b1f24; --soft: #59636e; --line: #d8dee4; --page: #fff; --card: #f6f8fa;
@@ -57,12 +57,16 @@ summary { cursor: pointer }
 
 
 def escape(text: str) -> str:
-    """Text for an element's content or a quoted attribute."""
+    """Escape text for an element's content or a quoted attribute."""
     return html.escape(text, quote=True)
 
 
 def element(name: str, *content: str, **attributes: object) -> str:
-    """Markup of one element; content is markup, attributes are escaped here (class_ is class, a_b is a-b).
+    """Return the markup of one element.
+
+    Args:
+        content: markup.
+        attributes: their names are written without a trailing "_" and with "-" for "_"; their values are escaped.
 
     >>> element("p", escape("1 < 2"), class_="a")
     '<p class="a">1 &lt; 2</p>'
@@ -75,7 +79,7 @@ def element(name: str, *content: str, **attributes: object) -> str:
 
 
 def cut(text: str, length: int) -> str:
-    """Text with its middle left out where it is longer.
+    """Shorten a text to a length by leaving out its middle.
 
     >>> cut("layer1.0.conv1.very_long_name", 12)
     'layer1…_name'
@@ -86,13 +90,14 @@ def cut(text: str, length: int) -> str:
 
 
 def table(header: Sequence[str], rows: Sequence[Sequence[str]], kinds: Sequence[str], *, foot: int = 0) -> str:
-    """A table that scrolls sideways where it is too wide.
+    """Return a table, which scrolls sideways if it is too wide.
 
     Args:
-        header: texts, all empty for none.
-        rows: cells as markup; the last `foot` of them are sums.
-        kinds: each column's class: "name", "path" (a long name), "label" (a short one), "num", "text",
-            "drawn" (left out on a phone) or none.
+        header: texts; all empty for a table without a header.
+        rows: cells as markup.
+        kinds: each column's class: "name", "path" (a long name), "label" (a short one), "num", "text", "drawn" (hidden
+            on a phone), or "".
+        foot: number of rows at the end that are sums.
     """
     lines = [
         element("tr", *(element("td", cell, class_=kind) for cell, kind in zip(row, kinds, strict=True)))
@@ -106,12 +111,12 @@ def table(header: Sequence[str], rows: Sequence[Sequence[str]], kinds: Sequence[
 
 
 def section(title: str, *content: str) -> str:
-    """A part of a page under its heading."""
+    """Return a part of a page with its heading."""
     return element("section", element("h2", escape(title)), *content)
 
 
 def page(title: str, *content: str, style: str = "") -> str:
-    """A whole page, which needs nothing but itself."""
+    """Return a whole page, which needs no other file."""
     head = (
         '<meta charset="utf-8"><meta name="viewport" content="width=device-width,initial-scale=1">'
         f'<meta http-equiv="Content-Security-Policy" content="{POLICY}">'

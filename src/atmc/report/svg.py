@@ -1,8 +1,8 @@
 """Small static charts as inline SVG: a line chart over the epochs of phases, stacked bars, an interval.
 
-Each chart is a `<figure>` that stands alone in an HTML page with `STYLE` in its head: no script, no fonts, no
-external parts; colours follow the reader's light or dark preference, and hovering a mark tells its figures. Charts
-are `WIDTH` units wide, which a phone shows at about 5/6 size: text stays readable.
+Each chart is a `<figure>` for an HTML page that has `STYLE` in its head. It needs no script, font or other file; its
+colors follow the reader's light or dark preference, and hovering over a mark shows its value. Charts are `WIDTH` units
+wide, which a phone shows at about 5/6 size, so that text stays readable.
 """
 
 from __future__ import annotations
@@ -17,11 +17,11 @@ from atmc.report.markup import cut, element, escape
 WIDTH, LINE_HEIGHT = 430, 235
 LEFT, RIGHT, TOP, BOTTOM = 50, 8, 24, 40  # margins of a line chart
 NAMES, TOTALS, ROW = 140, 56, 22  # bar chart: name column, total column, height of a bar with its gap
-BESIDE, ABOVE = 18, 58  # letters of a name that fit
-DOTTED = 40  # epochs of a phase up to which each has its dot
-NARROWEST = 0.1  # least share of the width that a phase is given
+BESIDE, ABOVE = 18, 58  # letters of a name that fit beside a bar, and above it
+DOTTED = 40  # most epochs of a phase for which each epoch has a dot
+NARROWEST = 0.1  # least fraction of the width that a phase gets
 
-# Okabe and Ito (2008), "Color universal design", lightened for dark pages; lines differ in dashes as well
+# Okabe and Ito (2008), "Color universal design", lightened for dark pages; lines also differ in dashes
 STYLE = """
 :root { --s0: #0072b2; --s1: #d55e00; --s2: #009e73; --s3: #b4568f; --s4: #e69f00; --s5: #7a7a7a }
 @media (prefers-color-scheme: dark) { :root { --s0: #56b4e9; --s1: #f08a4b; --s2: #2bc49a; --s3: #dd93bd;
@@ -45,7 +45,7 @@ svg text.name { fill: var(--ink) }
 
 @dataclass(frozen=True)
 class Band:
-    """A phase on the horizontal axis: its name and the epochs of its records, in order."""
+    """A phase on the horizontal axis: its name, and the epoch numbers of its records in order."""
 
     name: str
     epochs: Sequence[int]
@@ -53,7 +53,7 @@ class Band:
 
 @dataclass(frozen=True)
 class Bar:
-    """A stacked bar: part -> length >= 0."""
+    """A stacked bar: its name, and part -> length >= 0."""
 
     name: str
     parts: Mapping[str, float]
@@ -62,13 +62,13 @@ class Bar:
 def line_chart(
     title: str, bands: Sequence[Band], lines: Mapping[str, Sequence[float | None]], *, scale: Scale = "linear"
 ) -> str:
-    """Lines over the epochs of consecutive phases, each phase a band with its own epoch numbers.
+    """Draw lines over the epochs of consecutive phases; each phase is a band with its own epoch numbers.
 
-    Lines are interrupted between phases, since each starts from another's best epoch, and at values that are missing,
-    not finite, or not positive on a log scale. A chart without any value is an empty text.
+    Lines are interrupted between phases, since each phase starts from the best epoch of the one before, and at values
+    that are missing, not finite, or not positive on a log scale. Without any value the result is "".
 
     Args:
-        lines: name -> one value for each epoch of all bands in order; at most 6.
+        lines: name -> one value per epoch of all bands in order; at most 6 lines.
         scale: `percent` takes fractions and shows 0 to 100 %.
     """
     slots = sum(len(band.epochs) for band in bands)
@@ -92,16 +92,17 @@ def line_chart(
 
 
 def _grid(axis: Axis) -> list[str]:
+    """Return a horizontal line and a label for each tick."""
     parts = []
     for tick in axis.ticks:
         y = axis.height(tick)
         parts.append(element("line", class_="grid", x1=LEFT, x2=WIDTH - RIGHT, y1=y, y2=y))
-        parts.append(element("text", axis.say(tick), x=LEFT - 6, y=y + 4, text_anchor="end"))
+        parts.append(element("text", axis.label(tick), x=LEFT - 6, y=y + 4, text_anchor="end"))
     return parts
 
 
 def _edges(bands: Sequence[Band]) -> list[tuple[float, float]]:
-    """Left and right end of each band: widths by number of epochs, none too narrow to be read."""
+    """Return the left and right end of each band: widths by number of epochs, none too narrow to read."""
     weights = [float(len(band.epochs)) for band in bands]
     weights = [max(weight, NARROWEST * sum(weights)) for weight in weights]
     unit, at, edges = (WIDTH - LEFT - RIGHT) / sum(weights), float(LEFT), []
@@ -112,7 +113,7 @@ def _edges(bands: Sequence[Band]) -> list[tuple[float, float]]:
 
 
 def _places(bands: Sequence[Band]) -> list[list[float]]:
-    """Horizontal position of every epoch of every band."""
+    """Return the horizontal position of every epoch of every band."""
     return [
         [left + (i + 0.5) / len(band.epochs) * (right - left) for i in range(len(band.epochs))]
         for band, (left, right) in zip(bands, _edges(bands), strict=True)
@@ -120,7 +121,8 @@ def _places(bands: Sequence[Band]) -> list[list[float]]:
 
 
 def _bands(bands: Sequence[Band]) -> list[str]:
-    parts, taken = [], 0.0  # right end of the last epoch number
+    """Return the background, name and epoch numbers of each band."""
+    parts, right_end = [], 0.0  # of the last epoch number, so that the next one does not overlap it
     floor = LINE_HEIGHT - BOTTOM
     for number, (band, (left, right), places) in enumerate(zip(bands, _edges(bands), _places(bands), strict=True)):
         count = len(band.epochs)
@@ -135,20 +137,21 @@ def _bands(bands: Sequence[Band]) -> list[str]:
         marked = [i for i, epoch in enumerate(band.epochs) if epoch % step == 0] or [count - 1]
         for i in marked:
             half = 3.6 * len(str(band.epochs[i]))
-            if places[i] - half > taken + 5:
+            if places[i] - half > right_end + 5:
                 parts.append(element("text", str(band.epochs[i]), x=places[i], y=floor + 15, text_anchor="middle"))
-                taken = places[i] + half
+                right_end = places[i] + half
     return parts
 
 
 def _line(
     name: str, epochs: Sequence[int], places: list[float], values: Sequence[float | None], axis: Axis, number: int
 ) -> list[str]:
+    """Return the line of one band's values, and a mark with its value for each epoch."""
     path, marks, few = "", [], len(values) <= DOTTED
     points = list(zip(epochs, places, values, strict=True))
-    for there, run in groupby(points, key=lambda point: point[2] is not None):
+    for present, run in groupby(points, key=lambda point: point[2] is not None):
         spots = [(epoch, x, axis.height(value), value) for epoch, x, value in run if value is not None]
-        if there:  # h0 makes a dot of a single point
+        if present:  # h0 makes a single point visible
             path += "M" + "L".join(f"{x:.1f} {y:.1f}" for _, x, y, _ in spots) + "h0"
         for epoch, x, y, value in spots:
             exact = f"{value * 100:.2f} %" if axis.scale == "percent" else f"{value:,.6g}"
@@ -160,9 +163,9 @@ def _line(
 
 
 def bar_chart(title: str, bars: Sequence[Bar], *, unit: str, most: int = 60) -> str:
-    """Horizontal stacked bars with their totals, in the order given; beyond `most`, the longest of them.
+    """Draw horizontal stacked bars with their totals, in the order given; only the longest if there are over `most`.
 
-    Names stand beside the bars, or above them where one is too long for that.
+    Names stand beside the bars, or above them if one is too long for that.
     """
     every = dict.fromkeys(part for bar in bars for part in bar.parts)
     named = [part for part in every if any(bar.parts.get(part) for bar in bars)]
@@ -184,6 +187,7 @@ def bar_chart(title: str, bars: Sequence[Bar], *, unit: str, most: int = 60) -> 
 
 
 def _bar(bar: Bar, left: int, top: int, unit_length: float, named: list[str], unit: str) -> list[str]:
+    """Return the parts of one bar and its total."""
     markup, x = [], float(left)
     for part, value in bar.parts.items():
         if value > 0:
@@ -195,7 +199,7 @@ def _bar(bar: Bar, left: int, top: int, unit_length: float, named: list[str], un
 
 
 def interval(accuracy: float, low: float, high: float) -> str:
-    """A point and its interval on a line from 0 to 1."""
+    """Draw an accuracy and its interval on a line from 0 to 1."""
     tip = element("title", f"{accuracy * 100:.2f} %, 95 % interval {low * 100:.2f} to {high * 100:.2f} %")
     x = [5 + 120 * value for value in (low, high, accuracy)]
     return element(
@@ -212,12 +216,13 @@ def interval(accuracy: float, low: float, high: float) -> str:
 
 
 def _figure(title: str, key: Sequence[str], parts: Sequence[str], height: int, *, dashes: bool) -> str:
+    """Return a figure with its caption and legend."""
     drawing = element("svg", *parts, viewBox=f"0 0 {WIDTH} {height}", role="img", aria_label=title)
     return element("figure", element("figcaption", escape(title)), _key(key, dashes), drawing)
 
 
 def _key(names: Sequence[str], dashes: bool) -> str:
-    """What the colours mean."""
+    """Return the legend: one swatch per name, with dashes for a line chart."""
     entries = []
     for number, name in enumerate(names):
         dash = " dash" if number % 2 else ""
