@@ -1,6 +1,7 @@
 """Set for a while how torch computes: float32 at full precision, or repeatable; then restore the user's settings.
 
-Written for CUDA devices; no release has been run on one yet, only the switching itself is tested.
+Meant for CUDA devices. The tests, which run on the CPU, cover the switching itself; results/cifar10 states what was tried
+on a GPU.
 """
 
 from __future__ import annotations
