@@ -1,4 +1,4 @@
-"""``python -m atmc`` is the ``atmc`` command."""
+"""Run the ``atmc`` command, for ``python -m atmc``."""
 
 from atmc.cli.main import main
 

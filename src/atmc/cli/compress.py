@@ -42,7 +42,7 @@ def compress(
         str | None, typer.Option(help="Start from the weights in this .atmc, .safetensors or .pt file.")
     ] = None,
     epochs: Annotated[
-        str | None, typer.Option(help="Epochs of every phase (20), or by phase (dense=20,l0=10,admm=10,tune=5).")
+        str | None, typer.Option(help="Epochs of every phase (20), or by phase (dense=20,admm=10).")
     ] = None,
     objective: Annotated[
         str | None, typer.Option(help="Training loss, with its options if they are to differ: {objectives}.")

@@ -163,9 +163,11 @@ def evaluation_tables(figures: Mapping[str, Any], *, per_class: bool = False) ->
 def summary_table(results: Sequence[Mapping[str, Any]]) -> Table:
     """Return a table with one row per model: clean accuracy, accuracy under each attack, and the checks."""
     attacks = list(dict.fromkeys(name for figures in results for name in figures["attacks"]))
-    table = new_table("all models", ["model"], ["clean", *attacks, "worst case", "checks"])
+    worst = ["worst case"] if len(attacks) > 1 else []
+    table = new_table("all models", ["model"], ["clean", *attacks, *worst, "checks"])
     for figures in results:
-        accuracies = [figures["clean"], *map(figures["attacks"].get, attacks), figures.get("worst_case")]
+        accuracies = [figures["clean"], *map(figures["attacks"].get, attacks)]
+        accuracies += [figures.get("worst_case")] if worst else []
         cells = [f"{accuracy['accuracy']:.2%}" if accuracy else "" for accuracy in accuracies]
         failed = len(failed_checks(figures))
         verdict = f"{failed} FAILED" if failed else "none failed" if figures["checks"] else "not run"

@@ -16,8 +16,8 @@ from atmc.cli.options import Command
 from atmc.cli.table import table
 from atmc.core.version import __version__
 
-# Nothing that loads torch is imported when this module is: the modules of cli import the rest of atmc inside their
-# functions, so that help, --version and wrong arguments answer at once. tests/cli/test_start.py checks it.
+# The modules that are imported here do not load torch: each command imports what it needs of atmc inside its functions,
+# so that help, --version and wrong arguments are answered at once. tests/cli/test_start.py checks it.
 app = typer.Typer(add_completion=False, no_args_is_help=True, pretty_exceptions_enable=False)
 UsageError: Any = typer.BadParameter.__bases__[0]  # click's, of whichever click typer brings along
 _TYPER_INTERRUPTED = 130  # the status typer returns after Ctrl-C; older versions raise Abort
