@@ -300,8 +300,8 @@ class TestConfig:
         with pytest.raises(ValueError, match=r"run\.toml") as caught:
             parse(values, "run.toml")
         text = str(caught.value)
-        assert "unknown key 'thread' (did you mean 'thread" in text
-        assert "unknown key 'training.epoch' (did you mean 'epochs'?)" in text
+        assert "unknown key 'thread'; did you mean 'thread" in text
+        assert "unknown key 'training.epoch'; did you mean 'epochs'?" in text
         assert "seed:" in text
         assert "training.gradual:" in text
 

@@ -1,14 +1,13 @@
-"""A run's configuration, read from TOML: unknown keys are errors, and all errors are reported at once.
+"""The configuration of a run, read from TOML: unknown keys are errors, and one message reports all errors.
 
-Values left open (``"auto"``, or a missing number) are chosen by `RunConfig.resolved` before the first step and written
-to the run folder's config.toml, which therefore runs again to the same result.
+`RunConfig.resolved` and `RunConfig.completed` choose the values that are left open (``"auto"``, or missing) before the
+first step. They are written to the run folder's config.toml, which therefore gives the same result again.
 """
 
 from __future__ import annotations
 
 import tomllib
 from collections.abc import Mapping
-from difflib import get_close_matches
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self, get_type_hints
 
@@ -17,7 +16,9 @@ import torch
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError, create_model, model_validator
 from torch import nn
 
+from atmc.commands.outputs import CONFIG
 from atmc.compress.budget import Budget, parse_size
+from atmc.core.errors import did_you_mean
 from atmc.core.rng import MAX_SEED
 from atmc.evaluation.attacks import check_attacks, check_norm
 from atmc.robust.objectives import OBJECTIVES, parse_objective
@@ -25,7 +26,7 @@ from atmc.robust.threats import Threat, parse_threat
 from atmc.training.methods import check_method
 from atmc.training.settings import SETTINGS, Recipe, check_setting, default_recipe
 
-MAX_THREADS = 1024  # torch crashes where the system gives it no more
+MAX_THREADS = 1024  # torch crashes if the system refuses it a thread
 
 
 def _training_field(name: str, hint: Any) -> tuple[Any, Any]:
@@ -47,7 +48,7 @@ def _training_field(name: str, hint: Any) -> tuple[Any, Any]:
 
 
 class _Section(BaseModel):
-    """The section [training]: every setting of `Recipe`; what is missing is chosen by `default_recipe`."""
+    """The section [training]: the settings of `Recipe`; `default_recipe` chooses those that are missing."""
 
     model_config = ConfigDict(extra="forbid", strict=True, allow_inf_nan=False)
 
@@ -56,7 +57,7 @@ class _Section(BaseModel):
         """Write the objective's options out, so that a resumed run is compared with all of them."""
         values: Any = self
         if values.objective is None and values.objective_options is not None:
-            raise ValueError("objective_options are given without an objective")
+            raise ValueError("objective_options are given without an objective: name it too")
         if values.objective is not None:
             options = OBJECTIVES[values.objective].fill_options(values.objective, values.objective_options)
             values.objective_options = options or None
@@ -72,7 +73,7 @@ Training: Any = create_model("Training", __base__=_Section, **_FIELDS)
 
 
 class RunConfig(BaseModel):
-    """One run: what to compress, against what, how small, and how it is judged."""
+    """One run: the model, the data, the threat, the budget, and how to train and to evaluate."""
 
     model_config = ConfigDict(extra="forbid", strict=True, allow_inf_nan=False)
 
@@ -99,10 +100,11 @@ class RunConfig(BaseModel):
     steps: int | None = Field(default=None, ge=1)
     eval_n: int | dict[str, int] | None = None
     checks: bool = True
-    training: Training = Training()  # a model that is made at run time, which mypy sees as Any
+    training: Training = Training()  # a class made at run time, which mypy sees as Any
 
     @model_validator(mode="after")
     def _check(self) -> RunConfig:
+        """Check the values that depend on each other, or on tables of names."""
         parse_threat(self.threat)
         check_attacks(self.attacks)
         for name in self.attacks:
@@ -119,7 +121,7 @@ class RunConfig(BaseModel):
         return self
 
     def budget(self) -> Budget:
-        """The budget; `da` has none and keeps every weight."""
+        """Return the budget; `da` has none and keeps every weight."""
         if self.method == "da":
             if (self.ratio, self.nonzeros, self.max_bytes, self.bits) != (None, None, None, None):
                 raise ValueError("method 'da' keeps every weight: leave out ratio, nonzeros, max_bytes and bits")
@@ -130,14 +132,14 @@ class RunConfig(BaseModel):
         return Budget(ratio=self.ratio, nonzeros=self.nonzeros, max_bytes=size, bits=self.bits)
 
     def parsed_threat(self) -> Threat:
-        """The threat."""
+        """Return the threat."""
         return parse_threat(self.threat)
 
     def resolved(self) -> RunConfig:
-        """With device, precision and thread count chosen for this machine.
+        """Return the configuration with device, precision and thread count chosen for this machine.
 
         Raises:
-            ValueError: CUDA asked for and absent.
+            ValueError: CUDA is asked for, and this machine has none.
         """
         cuda = torch.cuda.is_available()
         if self.device == "cuda" and not cuda:
@@ -148,17 +150,17 @@ class RunConfig(BaseModel):
         return self.model_copy(update={"device": device, "precision": precision, "threads": threads})
 
     def recipe(self, model: nn.Module) -> Recipe:
-        """The training recipe, for a model whose kind chooses the optimizer."""
+        """Return the training recipe; defaults depend on the model, see `default_recipe`."""
         given = {key: value for key, value in self.training.model_dump().items() if value is not None}
         if "exclude" in given:
             given["exclude"] = tuple(given["exclude"])
-        if self.checkpoint and not isinstance(given.get("epochs"), int):  # trained already, unless told otherwise
+        if self.checkpoint and not isinstance(given.get("epochs"), int):  # the weights are trained already
             given["epochs"] = {"dense": 0, **given.get("epochs", {})}
         given["channels_last"] = self.layout != "contiguous"
         return default_recipe(model, **given, bf16=self.precision == "bf16", seed=self.seed)
 
     def completed(self, recipe: Recipe) -> RunConfig:
-        """With every training setting written out as the recipe has it."""
+        """Return the configuration with every training setting as the recipe has it."""
         fields = {name: getattr(recipe, name) for name in Training.model_fields}
         fields |= {
             "epochs": dict(recipe.epochs),
@@ -170,27 +172,29 @@ class RunConfig(BaseModel):
         return self.model_copy(update={"training": Training(**fields), "layout": layout})
 
     def to_toml(self) -> str:
-        """The text of a config file that gives this configuration."""
+        """Return the text of a config file that gives this configuration."""
         return tomli_w.dumps(_without_none(self.model_dump()))
 
 
 def _fast_bf16(device: str) -> bool:
+    """Return whether a device has instructions for bfloat16."""
     if device == "cuda":
         return bool(torch.cuda.is_bf16_supported())
     return bool(torch.cpu._is_avx512_bf16_supported())
 
 
 def _without_none(value: Any) -> Any:
+    """Remove the None values of nested dicts: TOML has none."""
     if isinstance(value, dict):
         return {key: _without_none(item) for key, item in value.items() if item is not None}
     return value
 
 
 def read_toml(path: str | Path) -> dict[str, Any]:
-    """A TOML file as a dict.
+    """Read a TOML file into a dict.
 
     Raises:
-        ValueError: the file is missing or is not TOML.
+        ValueError: the file cannot be read or is not TOML.
     """
     try:
         return tomllib.loads(Path(path).read_text(encoding="utf-8"))
@@ -201,10 +205,14 @@ def read_toml(path: str | Path) -> dict[str, Any]:
 
 
 def parse(values: Mapping[str, Any], source: str = "configuration") -> RunConfig:
-    """A checked configuration.
+    """Check values and return the configuration.
+
+    Args:
+        values: keys of `RunConfig`.
+        source: where they come from, for the error.
 
     Raises:
-        ValueError: one message that names every unknown key (with the nearest known one) and every bad value.
+        ValueError: one message that names every unknown key (with the nearest known one) and every wrong value.
     """
     try:
         return RunConfig(**values)
@@ -230,9 +238,9 @@ def configure(
     values = read_toml(file) if file else {}
     if resume and not values and options.get("model") is None:
         assert folder is not None
-        if not (folder / "config.toml").exists():
+        if not (folder / CONFIG).exists():
             raise ValueError(f"there is no run in {folder} to resume")
-        values = read_toml(folder / "config.toml")
+        values = read_toml(folder / CONFIG)
     return parse(merge_options(values, options), str(file) if file else "options")
 
 
@@ -280,12 +288,12 @@ def check_same(asked: RunConfig, stored: RunConfig, name: str) -> None:
 
 
 def _describe(problem: dict[str, Any]) -> str:
-    where = ".".join(str(part) for part in problem["loc"])
+    """Return one of pydantic's errors in words."""
+    key = ".".join(str(part) for part in problem["loc"])
     if problem["type"] == "extra_forbidden":
         known = Training.model_fields if problem["loc"][0] == "training" else RunConfig.model_fields
-        near = get_close_matches(str(problem["loc"][-1]), list(known), n=1)
-        return f"unknown key {where!r}" + (f" (did you mean {near[0]!r}?)" if near else "")
+        return f"unknown key {key!r}{did_you_mean(problem['loc'][-1], known)}"
     if problem["type"] == "missing":
-        return f"{where} is missing"
+        return f"{key} is missing"
     message = problem["msg"].removeprefix("Value error, ")
-    return f"{where}: {message}" if where else message
+    return f"{key}: {message}" if key else message
