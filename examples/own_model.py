@@ -4,7 +4,7 @@
     atmc compress --model examples.own_model:vision_transformer --data digits --threat linf:0.1 --ratio 0.1 --bits 4 \
         --out runs/vit                                            # the same through the command line
 
-Any module that maps images in [0, 1] to logits will do. Its attention weights are factored like any other matrix.
+Any module that maps images in [0, 1] to logits can be compressed. Attention weights are factored like other matrices.
 """
 
 from __future__ import annotations
@@ -17,15 +17,14 @@ import torch
 from torch import Tensor, nn
 
 import atmc
-from atmc.data import load_data
 from atmc.training.loop import StepDone
 from atmc.training.runner import EpochDone
 
 
 class VisionTransformer(nn.Module):
-    """Patches of 7 x 7 pixels, learned positions, pre-norm encoder layers, the mean token classified.
+    """A vision transformer (Dosovitskiy et al. 2021) at 1/1000 of the size, for 28 x 28 x 1 images.
 
-    Dosovitskiy et al. 2021, at 1/1000 of the size; 28 x 28 x 1 images.
+    It has patches of 7 x 7 pixels, learned positions, and pre-norm encoder layers, and classifies the mean token.
     """
 
     def __init__(self, num_classes: int, width: int = 48, depth: int = 2, heads: int = 4) -> None:
@@ -38,18 +37,18 @@ class VisionTransformer(nn.Module):
         self.head = nn.Linear(width, num_classes)
 
     def forward(self, x: Tensor) -> Tensor:
-        """Images (n, 1, 28, 28) in [0, 1] to logits (n, classes)."""
+        """Return logits (n, classes) for images (n, 1, 28, 28) in [0, 1]."""
         tokens = self.patches(2 * x - 1).flatten(2).transpose(1, 2) + self.positions
         return cast(Tensor, self.head(self.norm(self.encoder(tokens)).mean(1)))
 
 
 def vision_transformer(num_classes: int) -> nn.Module:
-    """What ``--model examples.own_model:vision_transformer`` calls."""
+    """Build the model that ``--model examples.own_model:vision_transformer`` names."""
     return VisionTransformer(num_classes)
 
 
 def show(event: StepDone | EpochDone) -> None:
-    """One line an epoch."""
+    """Print one line per epoch."""
     if isinstance(event, EpochDone):
         record = event.record
         print(
@@ -59,13 +58,13 @@ def show(event: StepDone | EpochDone) -> None:
 
 
 def main() -> None:
-    """Train, compress, write, read back, evaluate."""
+    """Train and compress the model, write its file, read it back and evaluate it."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, default=Path("vit.atmc"))
     parser.add_argument("--epochs", type=int, default=0, help="in every phase; by default 30, 15, 10 and 3")
     options = parser.parse_args()
     torch.manual_seed(0)
-    data, model = load_data("digits"), VisionTransformer(10)
+    data, model = atmc.load_data("digits"), VisionTransformer(10)
     threat = atmc.Linf(0.1)
     result = atmc.compress(
         model,

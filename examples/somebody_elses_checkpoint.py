@@ -1,15 +1,16 @@
 """Make somebody else's naturally trained network robust and small: AutoAttack's own example, a CIFAR-10 ResNet-18.
 
 The package pyautoattack ships the checkpoint as examples/model_test.pt (`pip install pyautoattack==0.2.0`). It was
-trained without an adversary: 85.6 % clean on JPEG'd CIFAR-10 (10,000 test images), 0 % under `pgd` (500). A short
-adversarial fine-tuning while it is being compressed repairs a little of that; a real one takes many more epochs.
+trained without an adversary: its accuracy on JPEG-compressed CIFAR-10 is 85.6 % clean (10,000 test images) and 0 %
+under `pgd` (500). A short adversarial fine-tuning during the compression repairs a little of that; a full one takes
+many more epochs.
 
     python examples/somebody_elses_checkpoint.py --data ../shared/data/cifar10-jpeg --limit 2000 --out runs/checkpoint
 
-That command gave a file of 489,646 bytes (of 44.7 MB), 62.5 % clean, 10.4 % under `pgd` and 6.6 % under `pgd-strong`
-(500 images each, seed 0): results/cifar10/README.md. On one busy core of two it took 29 minutes.
+That command gave a file of 489,646 bytes (of 44.7 MB) with 62.5 % clean accuracy, 10.4 % under `pgd` and 6.6 % under
+`pgd-strong` (500 images each, seed 0), see results/cifar10/README.md. It took 29 minutes on one busy core.
 
-The checkpoint may have been trained on the validation images; the test split it has not seen.
+The checkpoint may have been trained on the validation images, but not on the test split.
 """
 
 from __future__ import annotations
@@ -22,7 +23,7 @@ from pathlib import Path
 
 
 def checkpoint() -> Path:
-    """Where the package keeps the file; relative where that is below the current folder, as .venv usually is."""
+    """Return the path of the package's file, relative if it is below the current folder, as .venv usually is."""
     for file in distribution("pyautoattack").files or []:
         if file.name == "model_test.pt":
             path = Path(str(file.locate()))
@@ -31,10 +32,10 @@ def checkpoint() -> Path:
 
 
 def main() -> None:
-    """Run `atmc compress` on it, and print the command."""
+    """Print and run the `atmc compress` command for the checkpoint."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--data", default="uoft-cs/cifar10")
-    parser.add_argument("--limit", type=int, help="train on so many images only")
+    parser.add_argument("--limit", type=int, help="number of images to train on")
     parser.add_argument("--out", default="runs/checkpoint")
     options = parser.parse_args()
     command = [sys.executable, "-m", "atmc", "compress", "--config", str(Path(__file__).with_suffix(".toml"))]

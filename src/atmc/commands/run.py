@@ -98,9 +98,8 @@ def run(config: RunConfig, folder: Path, *, resume: bool = False, overwrite: boo
     if resuming:
         check_same(config, parse(read_toml(folder / CONFIG), str(folder / CONFIG)), str(folder))
         if (folder / METRICS).exists():
-            shutil.rmtree(
-                folder / CHECKPOINT, ignore_errors=True
-            )  # the process may have been killed before it did this
+            # the process may have been killed between writing the metrics and this
+            shutil.rmtree(folder / CHECKPOINT, ignore_errors=True)
             yield Finished(json.loads((folder / METRICS).read_text()))
             return
     with lock_run_folder(folder), deterministic(torch.device(config.device)):
