@@ -23,7 +23,7 @@ import torch
 from torch import nn
 
 import atmc
-from atmc.commands.bench.bench import Benched, Request, bench
+from atmc.commands.bench.bench import Benched, BenchRequest, bench
 from atmc.core.files import write_beside
 
 ROOT = Path(__file__).parents[1]
@@ -98,7 +98,9 @@ def measured(case: Case, *, reps: int, n: int) -> dict[str, Any]:
         if not case.file:
             atmc.save(sparse(case), file)
         data = str(case.data) if case.data else None
-        request = Request(file, data, threads=(1,), batches=BATCHES, reps=reps, n=n, unsimplified=bool(case.file))
+        request = BenchRequest(
+            file=file, data=data, threads=(1,), batches=BATCHES, reps=reps, n=n, unsimplified=bool(case.file)
+        )
         for event in bench(request):
             if isinstance(event, Benched):
                 figures = event.figures

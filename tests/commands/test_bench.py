@@ -18,8 +18,14 @@ import atmc
 from atmc.cli.bench_tables import bench_tables
 from atmc.cli.main import main
 from atmc.commands.bench import bench, inputs, worker
-from atmc.commands.bench.figures import comparison, milliseconds, summary, times_as, verdict
-from atmc.commands.bench.worker import KINDS, TINY_SHAPE, Files, Kind, Worker, tiny
+from atmc.commands.bench.figures import (
+    compare_logits,
+    describe_fastest,
+    format_factor,
+    format_milliseconds,
+    summarize_times,
+)
+from atmc.commands.bench.worker import KINDS, TINY_SHAPE, EngineKind, ModelFiles, Worker, build_tiny
 from atmc.deploy.engine import dense
 from atmc.deploy.export import onnx_export
 from atmc.deploy.graph.graph import run_graph
@@ -92,7 +98,7 @@ def test_best_dense_is_onnxruntime_where_it_is_installed_else_torch(pruned, expe
 
 
 def test_summary_of_calls():
-    found = summary([0.004, 0.001, 0.002, 0.003, 0.005], 6)
+    found = summarize_times([0.004, 0.001, 0.002, 0.003, 0.005], 6)
     assert found == {
         "median_ms": pytest.approx(3),
         "q1_ms": pytest.approx(2),
@@ -104,9 +110,9 @@ def test_summary_of_calls():
 
 def test_comparison_with_labels_and_with_pytorch():
     logits = np.array([[1, 2], [5, 3], [0, 1]], np.float32)
-    found = comparison(logits, np.array([[1, 2], [3, 10], [0, 1]], np.float32), np.array([1, 0, 0]))
+    found = compare_logits(logits, np.array([[1, 2], [3, 10], [0, 1]], np.float32), np.array([1, 0, 0]))
     assert found == {"accuracy": pytest.approx(2 / 3), "same_top1": 2, "difference": pytest.approx(0.7)}
-    assert comparison(logits, None, None) == {"accuracy": None}
+    assert compare_logits(logits, None, None) == {"accuracy": None}
 
 
 def row(engine, precision, low, median, high, accuracy=None):
@@ -115,7 +121,7 @@ def row(engine, precision, low, median, high, accuracy=None):
 
 
 def said(*rows):
-    return verdict({"threads": [1], "batches": [8], "engines": [row("atmc", "float32", 1.9, 2, 2.1), *rows]})
+    return describe_fastest({"threads": [1], "batches": [8], "engines": [row("atmc", "float32", 1.9, 2, 2.1), *rows]})
 
 
 def test_the_verdict_says_who_wins_and_by_how_much():
@@ -170,13 +176,18 @@ def test_a_narrow_terminal_gets_whole_words():
 
 
 def test_numbers_have_three_digits():
-    assert [milliseconds(value) for value in (0.01234, 1.234, 12.34, 1234.5)] == ["0.0123", "1.23", "12.3", "1,234"]
-    assert [times_as(value) for value in (1.234, 12.34, 123.4)] == ["1.23", "12.3", "123"]
+    assert [format_milliseconds(value) for value in (0.01234, 1.234, 12.34, 1234.5)] == [
+        "0.0123",
+        "1.23",
+        "12.3",
+        "1,234",
+    ]
+    assert [format_factor(value) for value in (1.234, 12.34, 123.4)] == ["1.23", "12.3", "123"]
 
 
 def test_what_is_not_installed_is_named(monkeypatch):
     monkeypatch.setattr(inputs, "find_spec", lambda name: None if name == "openvino" else name)
-    found = inputs.missing()
+    found = inputs.find_missing_packages()
     assert set(found) == {kind.name for kind in KINDS if kind.name.startswith("OpenVINO")}
     assert set(found.values()) == {"not installed: openvino; pip install 'atmc[bench]'"}
 
@@ -185,7 +196,7 @@ def test_an_onnx_model_that_cannot_be_made_leaves_its_engines_out(pruned, tmp_pa
     def refused(*arguments):
         raise ValueError("no such operator")
 
-    monkeypatch.setattr(inputs.dense, "quantized", refused)
+    monkeypatch.setattr(inputs.dense, "quantize_int8", refused)
     write = inputs.write_forms
     files, left_out = write(tmp_path, tmp_path / "m", pruned, simplify(pruned), calibration=IMAGES)
     assert files.module.exists()
@@ -205,10 +216,10 @@ def test_a_worker_weighs_what_its_engine_takes(monkeypatch, tmp_path):
         weights = np.ones(100 * megabytes if files.factory is None else 1, np.float32)
         return lambda images: images * weights[0] + np.ones(50 * megabytes, np.float32)[:1], {}
 
-    monkeypatch.setattr(worker, "KINDS", (Kind("heavy", "float32", (), "model", load),))
-    files = Files(*[tmp_path] * 5, TINY_SHAPE)
+    monkeypatch.setattr(worker, "KINDS", (EngineKind("heavy", "float32", (), "model", load),))
+    files = ModelFiles(*[tmp_path] * 5, TINY_SHAPE)
     heavy = Worker("heavy", files, replace(files, factory="tiny"))
-    loaded, run = heavy.load(1)["load_bytes"], heavy.warm(IMAGES)["run_bytes"]
+    loaded, run = heavy.load(1)["load_bytes"], heavy.warm_up(IMAGES)["run_bytes"]
     if not Path("/proc/self/clear_refs").exists():  # elsewhere than on Linux
         assert (loaded, run) == (None, None)
         return
@@ -220,11 +231,11 @@ def test_a_worker_says_why_it_cannot(monkeypatch, tmp_path):
     def load(files, threads):
         raise KeyError("Conv")
 
-    monkeypatch.setattr(worker, "KINDS", (Kind("broken", "float32", (), "model", load),))
-    files = Files(*[tmp_path] * 5, TINY_SHAPE)
+    monkeypatch.setattr(worker, "KINDS", (EngineKind("broken", "float32", (), "model", load),))
+    files = ModelFiles(*[tmp_path] * 5, TINY_SHAPE)
     here, there = Pipe()
     here.send(("load", (1,)))
-    thread = threading.Thread(target=worker.work, args=(there, "broken", files, files))
+    thread = threading.Thread(target=worker.serve, args=(there, "broken", files, files))
     thread.start()
     assert here.recv() == (False, "KeyError: 'Conv'")
     here.close()
@@ -239,12 +250,12 @@ def test_an_error_of_nobody_ends_a_worker(monkeypatch, tmp_path):
     def load(files, threads):
         raise Unheard
 
-    monkeypatch.setattr(worker, "KINDS", (Kind("broken", "float32", (), "model", load),))
-    files = Files(*[tmp_path] * 5, TINY_SHAPE)
+    monkeypatch.setattr(worker, "KINDS", (EngineKind("broken", "float32", (), "model", load),))
+    files = ModelFiles(*[tmp_path] * 5, TINY_SHAPE)
     here, there = Pipe()
     here.send(("load", (1,)))
     with pytest.raises(Unheard):
-        worker.work(there, "broken", files, files)
+        worker.serve(there, "broken", files, files)
 
 
 def test_a_failing_onnxruntime_is_a_sentence():
@@ -253,7 +264,7 @@ def test_a_failing_onnxruntime_is_a_sentence():
 
 
 def test_a_tiny_network_needs_the_whole_decoder():
-    model = tiny()
+    model = build_tiny()
     assert model(torch.zeros(2, *TINY_SHAPE)).shape == (2, 64)
     weight = model[3].weight
     assert weight.count_nonzero() < weight.numel()
@@ -265,28 +276,28 @@ def in_threads(monkeypatch):
     """Workers are threads: no time goes into starting processes."""
 
     @contextmanager
-    def threaded_worker(kind, files, smallest):
+    def threaded_worker(kind, files, tiny_files):
         here, there = Pipe()
-        thread = threading.Thread(target=worker.work, args=(there, kind.name, files, smallest))
+        thread = threading.Thread(target=worker.serve, args=(there, kind.name, files, tiny_files))
         thread.start()
         yield here
         here.close()
         thread.join(timeout=10)
 
-    monkeypatch.setattr(bench, "_worker", threaded_worker)
+    monkeypatch.setattr(bench, "start_worker", threaded_worker)
     monkeypatch.setattr(bench, "ROUND_SECONDS", 0.0)
 
 
 def run(request):
     *progress, last = bench.bench(request)
-    assert all(isinstance(event, bench.Progress) for event in progress)
+    assert all(isinstance(event, bench.BenchStatus) for event in progress)
     return last.figures
 
 
 def test_every_engine_is_timed_on_the_same_images(file, in_threads, tmp_path):
     path = tmp_path / "figures.json"
-    request = bench.Request(
-        file, "digits", threads=(1,), batches=(1, 3), reps=2, n=50, json_path=path, unsimplified=True
+    request = bench.BenchRequest(
+        file=file, data="digits", threads=(1,), batches=(1, 3), reps=2, n=50, json_path=path, unsimplified=True
     )
     found = run(request)
     assert json.loads(path.read_text()) == found
@@ -304,7 +315,7 @@ def test_every_engine_is_timed_on_the_same_images(file, in_threads, tmp_path):
 
 def test_engines_that_are_missing_are_left_out(file, in_threads, monkeypatch):
     monkeypatch.setattr(inputs, "find_spec", lambda name: None)
-    found = run(bench.Request(file, threads=(1,), batches=(1,), reps=1))
+    found = run(bench.BenchRequest(file=file, threads=(1,), batches=(1,), reps=1))
     assert [row["engine"] for row in found["engines"]] == ["atmc", "PyTorch", "PyTorch, channels_last"]
     assert set(found["left_out"]) == {kind.name for kind in KINDS[3:] if kind.form != worker.PLAIN}
     assert found["left_out"]["ONNX Runtime"] == "not installed: onnx, onnxruntime; pip install 'atmc[bench]'"
@@ -318,7 +329,7 @@ def test_an_engine_that_fails_is_left_out_but_not_ours(file, in_threads, monkeyp
         kinds = tuple(replace(kind, load=load) if kind.name == name else kind for kind in KINDS[:3])
         for module in (bench, inputs, worker):
             monkeypatch.setattr(module, "KINDS", kinds)
-        return bench.Request(file, threads=(1, 2), batches=(1,), reps=1)
+        return bench.BenchRequest(file=file, threads=(1, 2), batches=(1,), reps=1)
 
     found = run(failing("PyTorch"))
     assert found["left_out"] == {"PyTorch": "failed: ValueError: no such network"}

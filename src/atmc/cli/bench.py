@@ -35,11 +35,11 @@ def bench(
     from atmc.cli.bench_tables import bench_tables
     from atmc.commands.bench import bench as benches
 
-    request = benches.Request(
+    request = benches.BenchRequest(
         file=file,
         data=data,
-        threads=benches.numbers(threads, "threads") if threads else (),
-        batches=benches.numbers(batch, "batch"),
+        threads=benches.parse_numbers(threads, "threads") if threads else (),
+        batches=benches.parse_numbers(batch, "batch"),
         reps=reps,
         n=n,
         model=model,

@@ -9,7 +9,7 @@ from rich.console import RenderableType
 from rich.table import Table
 from rich.text import Text
 
-from atmc.commands.bench.figures import milliseconds, thread_count
+from atmc.commands.bench.figures import format_milliseconds, format_threads
 
 
 def bench_tables(figures: Mapping[str, Any], *, narrow: bool = False) -> list[RenderableType]:
@@ -36,7 +36,7 @@ def _table(title: str, columns: Sequence[str]) -> Table:
 def _times(figures: Mapping[str, Any], threads: int, narrow: bool) -> Table:
     batches = figures["batches"]
     kind = "median" if narrow else "median [quartiles]"
-    title = f"{figures['model']}, {thread_count(threads)}: milliseconds per call, {kind}"
+    title = f"{figures['model']}, {format_threads(threads)}: milliseconds per call, {kind}"
     table = _table(title, ("precision", *(f"batch {batch}" for batch in batches), f"images/s at {batches[-1]}"))
     for row in figures["engines"]:
         by_batch = {times["batch"]: times for times in row["times"] if times["threads"] == threads}
@@ -46,7 +46,7 @@ def _times(figures: Mapping[str, Any], threads: int, narrow: bool) -> Table:
 
 
 def _quartiles(times: Mapping[str, Any], narrow: bool) -> str:
-    median, low, high = (milliseconds(times[key]) for key in ("median_ms", "q1_ms", "q3_ms"))
+    median, low, high = (format_milliseconds(times[key]) for key in ("median_ms", "q1_ms", "q3_ms"))
     return median if narrow else f"{median} [{low}, {high}]"
 
 
@@ -74,7 +74,7 @@ def _sizes(figures: Mapping[str, Any], narrow: bool) -> Table:
 def _caption(figures: Mapping[str, Any]) -> str:
     images, data = figures["images"], figures["data"]
     kind = f"{images:,} random images" if data is None else f"the first {images:,} test images of {data}"
-    threads = thread_count(figures["threads"][0])
+    threads = format_threads(figures["threads"][0])
     caption = (
         f"memory: peak of the engine's own process beyond its imported packages, {threads}; "
         f"same top-1 as PyTorch, and the largest difference of a logit over the largest |logit|: on {kind}"

@@ -33,7 +33,7 @@ def export(
     from atmc.commands import export as exports
     from atmc.robust.threats import parse_threat
 
-    request = exports.Request(
+    request = exports.ExportRequest(
         file=file,
         to=to,
         out=out,

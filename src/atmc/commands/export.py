@@ -1,4 +1,4 @@
-"""`atmc export`: a model file -> ONNX, safetensors or C; what they compute is compared with PyTorch first."""
+"""`atmc export`: write a model file as ONNX, safetensors or C, after a comparison of its logits with PyTorch's."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import re
 import shutil
 import subprocess
 import tempfile
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -17,14 +17,16 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from atmc import models
-from atmc.commands.model_files import check_image_shape, require_image_shape
+from atmc.commands.model_files import check_image_shape, open_model_file, require_image_shape
+from atmc.commands.outputs import check_absent, check_parent
+from atmc.core.errors import unknown
 from atmc.core.files import write_beside
 from atmc.data import Data, Images, load_data
 from atmc.deploy.export import onnx_export, safetensors_export
+from atmc.deploy.graph.graph import LogitsFunction
 from atmc.deploy.graph.simplify import simplify
+from atmc.deploy.graph.trace import UnsupportedModel
 from atmc.evaluation.evaluate import check_model
-from atmc.pack import artifact
 from atmc.pack.artifact import LoadedModel
 from atmc.robust.attacks import PgdSettings
 from atmc.robust.threats import Threat, check_threat, parse_threat
@@ -33,12 +35,13 @@ if TYPE_CHECKING:
     from atmc.deploy.export.c.source import CSource
 
 FORMATS = ("onnx", "safetensors", "c")
-TOLERANCE = 1e-4  # largest difference of a logit over the largest |logit|
+TOLERANCE = 1e-4  # largest difference of a logit that is accepted, over the largest |logit|
 PGD_STEPS = 10
+BATCH = 64
 
 
-@dataclass(frozen=True)
-class Request:
+@dataclass(frozen=True, kw_only=True)
+class ExportRequest:
     """What `atmc export` was asked for; the fields are its options."""
 
     file: Path
@@ -58,11 +61,11 @@ class Agreement:
     """How an export's logits differ from PyTorch's.
 
     Args:
-        images: which images they are of.
-        n: how many.
+        images: a name for the images.
+        n: number of images.
         difference: the largest |difference| of a logit.
         largest: the largest |logit| of PyTorch.
-        same: images with the same largest logit.
+        same: number of images with the same top-1 class.
     """
 
     images: str
@@ -72,10 +75,10 @@ class Agreement:
     same: int
 
     @classmethod
-    def of(cls, images: str, expected: np.ndarray, found: np.ndarray) -> Agreement:
-        """Of logits (n, classes) by PyTorch and by the export."""
-        same = int((expected.argmax(1) == found.argmax(1)).sum())
-        return cls(images, len(expected), float(np.abs(expected - found).max()), float(np.abs(expected).max()), same)
+    def of(cls, images: str, expected: np.ndarray, logits: np.ndarray) -> Agreement:
+        """Compare logits (n, classes) of an export with those expected, by PyTorch."""
+        same = int((expected.argmax(1) == logits.argmax(1)).sum())
+        return cls(images, len(expected), float(np.abs(expected - logits).max()), float(np.abs(expected).max()), same)
 
     def __str__(self) -> str:
         return (
@@ -86,44 +89,45 @@ class Agreement:
 
 @dataclass(frozen=True)
 class Exported:
-    """Files written, with their sizes, and what is to be said of them."""
+    """The files written with their sizes, notes about them for the user, and the comparisons with PyTorch."""
 
     files: dict[Path, int]
     notes: list[str]
     agreements: list[Agreement] = field(default_factory=list)
 
 
-def export(request: Request) -> Exported:
-    """Carry a request out.
+def export(request: ExportRequest) -> Exported:
+    """Write a model file in another format, and compare what was written with PyTorch.
 
     Raises:
-        ValueError: something asked for makes no sense, an operation that cannot be exported among it.
-        RuntimeError: a package is missing, or the export does not compute what PyTorch does. Nothing was written.
+        ValueError: the request makes no sense, or the format cannot hold the model.
+        RuntimeError: a package is missing, or the export does not compute what PyTorch does; nothing was written.
     """
     _check_request(request)
-    factory = models.import_factory(request.model) if request.model and ":" in request.model else None
-    loaded = artifact.open(request.file, factory=factory)
+    loaded = open_model_file(request.file, request.model)
     if request.to == "safetensors":
         return _write_safetensors(request, loaded)
     data = None
     if request.data is not None:
         data = load_data(request.data, image_column=request.image_column, label_column=request.label_column)
         check_image_shape(loaded, data)
-    images = _images(request, loaded, data)
-    if request.to == "onnx":
-        return _write_onnx(request, loaded, images)
-    return _write_c(request, loaded, images, data.class_names if data else ())
+    images = _make_images(request, loaded, data)
+    try:
+        if request.to == "onnx":
+            return _write_onnx(request, loaded, images)
+        return _write_c(request, loaded, images, data.class_names if data else ())
+    except UnsupportedModel as error:
+        raise ValueError(f"cannot export {request.file} to {request.to}: {error}") from None
 
 
-def _check_request(request: Request) -> None:
+def _check_request(request: ExportRequest) -> None:
     if request.to not in FORMATS:
-        raise ValueError(f"cannot export to {request.to!r}: expected one of {', '.join(FORMATS)}")
+        raise unknown("format", request.to, FORMATS)
     if request.n < 1:
         raise ValueError(f"expected n >= 1, got {request.n}")
     if request.to == "safetensors" and (request.data or request.threat):
         raise ValueError("an export to safetensors holds the decoded weights themselves: leave out --data and --threat")
-    if not request.out.parent.is_dir():
-        raise ValueError(f"there is no folder {request.out.parent} to write {request.out.name} into")
+    check_parent(request.out)
     if request.to == "c":
         if request.out.exists() and not request.out.is_dir():
             raise ValueError(f"{request.out} is a file: C sources are written into a folder")
@@ -133,16 +137,15 @@ def _check_request(request: Request) -> None:
         if request.out.is_dir():
             raise ValueError(f"{request.out} is a folder: expected the name of the file to write")
     for path in outputs:
-        if path.exists() and not request.overwrite:
-            raise ValueError(f"{path} exists: add --overwrite to replace it")
+        check_absent(path, overwrite=request.overwrite)
         if path.exists() and path.samefile(request.file):
             raise ValueError(f"{path} is the model file itself")
     if request.to == "onnx":
         onnx_export.import_extra("onnx")
 
 
-def _images(request: Request, loaded: LoadedModel, data: Data | None) -> dict[str, Tensor]:
-    """Images (n, c, h, w) to compare on, by what they are: test or random images, and PGD examples of them."""
+def _make_images(request: ExportRequest, loaded: LoadedModel, data: Data | None) -> dict[str, Tensor]:
+    """Return images (n, c, h, w) to compare on, by name: test or random images, and PGD examples of them."""
     model = loaded.model
     if data is not None:
         kind, test = f"test images of {data.name}", data.test.take(slice(0, request.n))
@@ -158,13 +161,13 @@ def _images(request: Request, loaded: LoadedModel, data: Data | None) -> dict[st
         return {kind: x}
     check_threat(threat, x[0].numel())
     settings = PgdSettings.from_image(threat, PGD_STEPS, best_of_steps=False)
-    parts = zip(torch.split(x, 64), torch.split(labels, 64), strict=True)
-    adv = torch.cat([settings.attack(model, a, b, threat) for a, b in parts])
-    return {kind: x, f"PGD-{PGD_STEPS} examples of these under {threat}": adv}
+    batches = zip(torch.split(x, BATCH), torch.split(labels, BATCH), strict=True)
+    adversarial = torch.cat([settings.attack(model, x, y, threat) for x, y in batches])
+    return {kind: x, f"PGD-{PGD_STEPS} examples of these under {threat}": adversarial}
 
 
 def _stored_threat(loaded: LoadedModel) -> Threat | None:
-    """What the model was trained for; None where the file does not say it in a form that is known."""
+    """Return the threat that the file says it was trained for, or None if it names no known one."""
     try:
         return parse_threat(str(loaded.metadata.get("threat")))
     except ValueError:
@@ -173,15 +176,15 @@ def _stored_threat(loaded: LoadedModel) -> Threat | None:
 
 @torch.no_grad()
 def _logits(model: nn.Module, x: Tensor) -> Tensor:
-    """(n, classes)."""
-    return torch.cat([model(part) for part in torch.split(x, 64)])
+    """Return (n, classes)."""
+    return torch.cat([model(batch) for batch in torch.split(x, BATCH)])
 
 
-def _about(metadata: Mapping[str, Any]) -> dict[str, str]:
-    """What an exported file says of its model: strings."""
+def _describe_model(metadata: Mapping[str, Any]) -> dict[str, str]:
+    """Return what an exported file says of its model, as strings."""
     spec = metadata["model"]
     shape = metadata.get("input_shape")
-    found = {
+    entries = {
         "model": spec.get("name") or "own class",
         "classes": metadata.get("classes") or spec.get("num_classes"),
         "input_shape": json.dumps(shape) if shape else None,
@@ -190,19 +193,19 @@ def _about(metadata: Mapping[str, Any]) -> dict[str, str]:
         "method": metadata.get("method"),
         "tool": metadata.get("tool"),
     }
-    return {key: str(value) for key, value in found.items() if value is not None}
+    return {key: str(value) for key, value in entries.items() if value is not None}
 
 
-def _write_safetensors(request: Request, loaded: LoadedModel) -> Exported:
-    about = _about(loaded.metadata)
+def _write_safetensors(request: ExportRequest, loaded: LoadedModel) -> Exported:
+    about = _describe_model(loaded.metadata)
     size = safetensors_export.to_safetensors(loaded.model, request.out, about=about)
     tensors = len(loaded.model.state_dict())
     return Exported({request.out: size}, [f"the state dict of {about['model']}: {tensors} tensors"])
 
 
-def _write_onnx(request: Request, loaded: LoadedModel, images: Mapping[str, Tensor]) -> Exported:
+def _write_onnx(request: ExportRequest, loaded: LoadedModel, images: Mapping[str, Tensor]) -> Exported:
     model = loaded.model
-    data = onnx_export.to_bytes(simplify(model, _shape(images)), about=_about(loaded.metadata))
+    data = onnx_export.to_bytes(simplify(model, _image_shape(images)), about=_describe_model(loaded.metadata))
     notes, agreements = [f"opset {onnx_export.OPSET}, IR version {onnx_export.IR_VERSION}"], []
     try:
         onnx_export.import_extra("onnxruntime")
@@ -210,31 +213,32 @@ def _write_onnx(request: Request, loaded: LoadedModel, images: Mapping[str, Tens
         notes.append(f"not compared with PyTorch: {error}")
     else:
         run = onnx_export.open_runtime(data)
-        agreements = [_compared(kind, model, x, run) for kind, x in images.items()]
+        agreements = [_compare(kind, model, x, run) for kind, x in images.items()]
     return Exported({request.out: write_beside(request.out, data)}, notes, agreements)
 
 
-def _shape(images: Mapping[str, Tensor]) -> tuple[int, int, int]:
+def _image_shape(images: Mapping[str, Tensor]) -> tuple[int, int, int]:
     _, c, h, w = next(iter(images.values())).shape
     return c, h, w
 
 
-def _compared(kind: str, model: nn.Module, x: Tensor, run: Callable[[np.ndarray], np.ndarray]) -> Agreement:
-    """One image alone, then batches, through both. RuntimeError where they differ."""
-    parts = [x[:1], *torch.split(x[1:], 64)] if len(x) > 1 else [x]
-    found = Agreement.of(kind, _logits(model, x).numpy(), np.concatenate([run(part.numpy()) for part in parts]))
-    if not found.difference <= TOLERANCE * found.largest:
-        raise RuntimeError(f"the export does not compute what PyTorch does: {found}; nothing was written")
-    return found
+def _compare(kind: str, model: nn.Module, x: Tensor, run: LogitsFunction) -> Agreement:
+    """Run one image alone and then batches through both. RuntimeError if the logits differ."""
+    batches = [x[:1], *torch.split(x[1:], BATCH)] if len(x) > 1 else [x]
+    logits = np.concatenate([run(batch.numpy()) for batch in batches])
+    agreement = Agreement.of(kind, _logits(model, x).numpy(), logits)
+    if not agreement.difference <= TOLERANCE * agreement.largest:
+        raise RuntimeError(f"the export does not compute what PyTorch does: {agreement}; nothing was written")
+    return agreement
 
 
-def _c_name(request: Request) -> str:
-    """A C identifier from the model file's name."""
+def _c_name(request: ExportRequest) -> str:
+    """Return a C identifier from the model file's name."""
     name = re.sub(r"\W", "_", request.file.stem, flags=re.ASCII)
     return name if name[:1].isalpha() else f"model_{name}"
 
 
-def _c_paths(request: Request) -> dict[str, Path]:
+def _c_paths(request: ExportRequest) -> dict[str, Path]:
     name = _c_name(request)
     return {
         "header": request.out / f"{name}.h",
@@ -244,43 +248,40 @@ def _c_paths(request: Request) -> dict[str, Path]:
 
 
 def _write_c(
-    request: Request,
-    loaded: LoadedModel,
-    images: Mapping[str, Tensor],
-    class_names: Sequence[str],
+    request: ExportRequest, loaded: LoadedModel, images: Mapping[str, Tensor], class_names: Sequence[str]
 ) -> Exported:
     from atmc.deploy.export.c.model import model_to_c
 
-    model, shape = loaded.model, _shape(images)
+    model, shape = loaded.model, _image_shape(images)
     classes = _logits(model, torch.zeros(1, *shape)).shape[1]
     labels = class_names if len(class_names) == classes else None
-    made = model_to_c(model, shape, loaded.factors, name=_c_name(request), labels=labels)
-    notes, agreements = [f"{made.table_bytes:,} bytes of tables, an arena of {made.arena_bytes:,} bytes"], []
+    c = model_to_c(model, shape, loaded.factors, name=_c_name(request), labels=labels)
+    notes, agreements = [f"{c.table_bytes:,} bytes of tables, an arena of {c.arena_bytes:,} bytes"], []
     with tempfile.TemporaryDirectory() as folder:
-        run = _compiled(made, Path(folder), classes)
+        run = _compile(c, Path(folder), classes)
         if run is None:
             notes.append("not compared with PyTorch: there is no C compiler (cc) here")
         else:
-            agreements = [_compared(kind, model, x, run) for kind, x in images.items()]
+            agreements = [_compare(kind, model, x, run) for kind, x in images.items()]
     request.out.mkdir(exist_ok=True)
-    texts = {"header": made.header, "source": made.source, "test": made.test_source}
+    texts = {"header": c.header, "source": c.source, "test": c.test_source}
     files = {path: write_beside(path, texts[kind].encode()) for kind, path in _c_paths(request).items()}
     return Exported(files, notes, agreements)
 
 
-def _compiled(made: CSource, folder: Path, classes: int) -> Callable[[np.ndarray], np.ndarray] | None:
-    """The function images (n, c, h, w) -> logits (n, classes) of a C source; None where there is no compiler."""
+def _compile(c: CSource, folder: Path, classes: int) -> LogitsFunction | None:
+    """Compile a C source and return the function that runs it, or None if there is no compiler."""
     compiler = shutil.which("cc")
     if compiler is None:
         return None
-    (folder / f"{made.name}.h").write_text(made.header, encoding="utf-8")
-    (folder / f"{made.name}.c").write_text(made.source, encoding="utf-8")
+    (folder / f"{c.name}.h").write_text(c.header, encoding="utf-8")
+    (folder / f"{c.name}.c").write_text(c.source, encoding="utf-8")
     library = folder / "model.so"
-    command = [compiler, "-std=c99", "-O2", "-shared", "-fPIC", f"{made.name}.c", "-o", library.name]
+    command = [compiler, "-std=c99", "-O2", "-shared", "-fPIC", f"{c.name}.c", "-o", library.name]
     done = subprocess.run(command, cwd=folder, capture_output=True, text=True, check=False)
     if done.returncode:
         raise RuntimeError(f"cc does not compile the C source: {done.stderr.strip()[:200]}")
-    function = getattr(ctypes.CDLL(str(library)), f"{made.name}_run")
+    function = getattr(ctypes.CDLL(str(library)), f"{c.name}_run")
     pointer = ctypes.POINTER(ctypes.c_float)
 
     def run(images: np.ndarray) -> np.ndarray:

@@ -19,6 +19,15 @@ def check_named(path: Path, model: str | None) -> None:
         raise ValueError(f"{path} holds weights only: name their model with --model")
 
 
+def open_model_file(path: Path, model: str | None) -> LoadedModel:
+    """Open a model file; model: package.module:factory that builds a user's own class.
+
+    Raises:
+        ValueError: the file is missing, damaged, or needs another factory.
+    """
+    return artifact.open(path, factory=models.import_factory(model) if model and ":" in model else None)
+
+
 def open_model(path: Path, model: str | None, data: Data | None = None) -> LoadedModel:
     """Open a model file, or build a model of the zoo or of the user's own class with the weights of a checkpoint.
 
@@ -30,7 +39,7 @@ def open_model(path: Path, model: str | None, data: Data | None = None) -> Loade
         ValueError: the file is missing, damaged or of another model, or a checkpoint came without a model's name.
     """
     if path.suffix not in WEIGHTS:
-        return artifact.open(path, factory=models.import_factory(model) if model and ":" in model else None)
+        return open_model_file(path, model)
     check_named(path, model)
     assert model is not None
     assert data is not None

@@ -1,12 +1,11 @@
-"""`atmc bench`: a model file -> latency, memory and accuracy of our engine and of the dense ones installed here.
+"""`atmc bench`: measure latency, memory and accuracy of a model file on the sparse and the installed dense engines.
 
-Every engine runs in a process of its own (`bench_worker`). They take turns, a round of calls each, so that what else
-the machine does hits all alike.
+Every engine runs in a process of its own (`worker`). The engines take turns, with one round of calls each, so that
+other work on the machine affects all of them alike.
 """
 
 from __future__ import annotations
 
-import json
 import os
 import platform
 import tempfile
@@ -23,21 +22,35 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from atmc.commands.bench.figures import comparison, processor, summary, thread_count, verdict
-from atmc.commands.bench.inputs import BATCH, Inputs, file_bytes, load_inputs, missing, write_forms, write_tiny
-from atmc.commands.bench.worker import KINDS, OURS, PLAIN, Files, Kind, work
-from atmc.commands.model_files import open_model
-from atmc.core.files import write_beside
+from atmc.commands.bench.figures import (
+    compare_logits,
+    describe_fastest,
+    format_threads,
+    processor_name,
+    summarize_times,
+)
+from atmc.commands.bench.inputs import (
+    BATCH,
+    Inputs,
+    file_bytes,
+    find_missing_packages,
+    load_inputs,
+    write_forms,
+    write_tiny,
+)
+from atmc.commands.bench.worker import KINDS, OURS, PLAIN, EngineKind, ModelFiles, serve
+from atmc.commands.model_files import open_model_file
+from atmc.commands.outputs import check_file, write_json
 from atmc.deploy.graph.graph import FloatArray
-from atmc.deploy.graph.trace import trace
+from atmc.deploy.graph.trace import UnsupportedModel, trace
 
-REFERENCE = "PyTorch"
-ROUND_SECONDS, MOST_CALLS = 0.05, 500
+REFERENCE = "PyTorch"  # the engine whose logits the others are compared with
+ROUND_SECONDS, MAX_CALLS = 0.05, 500  # of one engine in one round
 VERSIONS = ("atmc", "torch", "onnxruntime", "openvino")
 
 
-@dataclass(frozen=True)
-class Request:
+@dataclass(frozen=True, kw_only=True)
+class BenchRequest:
     """What `atmc bench` was asked for; the fields are its options."""
 
     file: Path
@@ -55,30 +68,30 @@ class Request:
 
     @property
     def thread_counts(self) -> tuple[int, ...]:
-        """What was asked for, or one thread and as many as there are processors for this process."""
-        every = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-        return tuple(dict.fromkeys(self.threads or (1, every)))
+        """The numbers of threads: as asked for, or 1 and the number of processors that this process may use."""
+        processors = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+        return tuple(dict.fromkeys(self.threads or (1, processors)))
 
 
 @dataclass(frozen=True)
-class Progress:
-    """What is being done now."""
+class BenchStatus:
+    """Event: what is being done now."""
 
     text: str
 
 
 @dataclass(frozen=True)
 class Benched:
-    """The measurement is done: its figures, as in --json."""
+    """Event: the measurement is done; figures: as --json writes them."""
 
     figures: dict[str, Any]
 
 
 @dataclass
 class _Engine:
-    """A worker, and what was measured of it."""
+    """A worker and its figures; pipe: to its process."""
 
-    kind: Kind
+    kind: EngineKind
     pipe: Any
     figures: dict[str, Any] = field(default_factory=dict)
     run_bytes: dict[str, int | None] = field(default_factory=dict)
@@ -86,32 +99,33 @@ class _Engine:
     logits: FloatArray | None = None
 
     def ask(self, method: str, *arguments: Any) -> Any:
-        """What a method of its `Worker` returns. RuntimeError: why it has nothing to return."""
+        """Call a method of the engine's `Worker` and return its result. RuntimeError says why there is none."""
         try:
             self.pipe.send((method, arguments))
-            done, found = self.pipe.recv()
+            succeeded, result = self.pipe.recv()
         except (EOFError, OSError):
             raise RuntimeError("its process ended") from None
-        if not done:
-            raise RuntimeError(found)
-        return found
+        if not succeeded:
+            raise RuntimeError(result)
+        return result
 
     def row(self, expected: FloatArray | None, labels: NDArray[np.int64] | None) -> dict[str, Any]:
-        """All its figures; expected: PyTorch's logits (n, classes)."""
+        """Return all figures of the engine; expected: PyTorch's logits (n, classes)."""
         assert self.logits is not None
-        compared = comparison(self.logits, expected, labels)
+        compared = compare_logits(self.logits, expected, labels)
         return {"engine": self.kind.name, **self.figures, "run_bytes": self.run_bytes, **compared, "times": self.times}
 
 
-def bench(request: Request) -> Iterator[Progress | Benched]:
-    """Carry a request out; yields what happens, and at last `Benched`.
+def bench(request: BenchRequest) -> Iterator[BenchStatus | Benched]:
+    """Measure a model file on every engine; the last event is `Benched`.
 
     Raises:
-        ValueError: something asked for makes no sense, or the model cannot be run. RuntimeError: our engine failed.
+        ValueError: the request makes no sense, or the model cannot be run.
+        RuntimeError: the sparse engine failed.
     """
-    _check(request)
-    yield Progress("reading the model")
-    loaded = open_model(request.file, request.model)
+    _check_request(request)
+    yield BenchStatus("reading the model")
+    loaded = open_model_file(request.file, request.model)
     model = loaded.model
     inputs = load_inputs(
         loaded,
@@ -121,116 +135,116 @@ def bench(request: Request) -> Iterator[Progress | Benched]:
         image_column=request.image_column,
         label_column=request.label_column,
     )
-    raw = trace(model, inputs.images.shape[1:])
+    try:
+        graph = trace(model, inputs.images.shape[1:]).graph
+    except UnsupportedModel as error:
+        raise ValueError(f"cannot bench {request.file}: {error}") from None
     factory = request.model if request.model and ":" in request.model else None
-    with tempfile.TemporaryDirectory() as folder, ExitStack() as workers:
-        yield Progress("making the dense models")
-        place = Path(folder)
+    with tempfile.TemporaryDirectory() as name, ExitStack() as workers:
+        yield BenchStatus("making the dense models")
+        folder = Path(name)
         files, left_out = write_forms(
-            place, request.file, model, raw.graph, calibration=inputs.calibration, factory=factory
+            folder, request.file, model, graph, calibration=inputs.calibration, factory=factory
         )
-        smallest = write_tiny(place / "tiny")
-        wanted = [kind for kind in KINDS if request.unsimplified or kind.form != PLAIN]
-        left_out |= missing()
-        left_out = {kind.name: left_out[kind.name] for kind in wanted if kind.name in left_out}
-        kinds = [kind for kind in wanted if kind.name not in left_out]
-        engines = [_Engine(kind, workers.enter_context(_worker(kind, files, smallest))) for kind in kinds]
+        tiny_files = write_tiny(folder / "tiny")
+        asked_for = [kind for kind in KINDS if request.unsimplified or kind.form != PLAIN]
+        left_out |= find_missing_packages()
+        left_out = {kind.name: left_out[kind.name] for kind in asked_for if kind.name in left_out}
+        kinds = [kind for kind in asked_for if kind.name not in left_out]
+        engines = [_Engine(kind, workers.enter_context(start_worker(kind, files, tiny_files))) for kind in kinds]
         yield from _measure(request, engines, left_out, inputs)
         for engine in engines:
             engine.figures["file_bytes"] = file_bytes(engine.kind, files, model)
-    macs = {"dense": raw.graph.macs(dense=True), "left": engines[0].figures.pop("macs")}
+    macs = {"dense": graph.macs(dense=True), "left": engines[0].figures.pop("macs")}
     expected = next((engine.logits for engine in engines if engine.kind.name == REFERENCE), None)
-    rows = [engine.row(expected, inputs.labels) for engine in _left(engines, left_out)]
-    figures = _about(request, len(inputs.images)) | {"macs": macs, "engines": rows, "left_out": left_out}
-    figures["verdict"] = verdict(figures)
+    rows = [engine.row(expected, inputs.labels) for engine in _remaining(engines, left_out)]
+    figures = _describe_run(request, len(inputs.images)) | {"macs": macs, "engines": rows, "left_out": left_out}
+    figures["verdict"] = describe_fastest(figures)
     if request.json_path:
-        write_beside(request.json_path, (json.dumps(figures, indent=1) + "\n").encode())
+        write_json(request.json_path, figures)
     yield Benched(figures)
 
 
-def numbers(text: str, option: str) -> tuple[int, ...]:
-    """'1,8' -> (1, 8). ValueError for anything else."""
+def parse_numbers(text: str, option: str) -> tuple[int, ...]:
+    """Parse numbers separated by commas, "1,8", and drop repeated ones. ValueError names the option."""
     try:
         return tuple(dict.fromkeys(int(part) for part in text.split(",")))
     except ValueError:
         raise ValueError(f"expected --{option} as numbers separated by commas, got {text!r}") from None
 
 
-def _check(request: Request) -> None:
-    for what, values in (("threads", request.thread_counts), ("batch", request.batches), ("reps", (request.reps,))):
+def _check_request(request: BenchRequest) -> None:
+    for name, values in (("threads", request.thread_counts), ("batch", request.batches), ("reps", (request.reps,))):
         if not values or min(values) < 1:
-            raise ValueError(f"expected {what} >= 1, got {','.join(map(str, values))}")
+            raise ValueError(f"expected {name} >= 1, got {','.join(map(str, values))}")
     if request.n < 1:
         raise ValueError(f"expected n >= 1, got {request.n}")
-    path = request.json_path
-    if path and not path.parent.is_dir():
-        raise ValueError(f"there is no folder {path.parent} to write {path.name} into")
-    if path and path.exists() and not request.overwrite:
-        raise ValueError(f"{path} exists: add --overwrite to replace it")
+    if request.json_path:
+        check_file(request.json_path, overwrite=request.overwrite)
 
 
 @contextmanager
-def _worker(kind: Kind, files: Files, smallest: Files) -> Iterator[Any]:
-    """The pipe to a new process that runs an engine."""
+def start_worker(kind: EngineKind, files: ModelFiles, tiny_files: ModelFiles) -> Iterator[Any]:
+    """Start a process that runs an engine, and yield the pipe to it; the process ends with the context."""
     context = get_context("spawn")
-    here, there = context.Pipe()
-    process = context.Process(target=work, args=(there, kind.name, files, smallest), daemon=True)
+    pipe, worker_pipe = context.Pipe()
+    process = context.Process(target=serve, args=(worker_pipe, kind.name, files, tiny_files), daemon=True)
     process.start()
-    there.close()
+    worker_pipe.close()
     try:
-        yield here
+        yield pipe
     finally:
-        here.close()
+        pipe.close()
         process.terminate()
         process.join()
 
 
 def _measure(
-    request: Request, engines: Sequence[_Engine], left_out: dict[str, str], inputs: Inputs
-) -> Iterator[Progress]:
-    """Fill the engines' figures; those that fail are added to those left out."""
+    request: BenchRequest, engines: Sequence[_Engine], left_out: dict[str, str], inputs: Inputs
+) -> Iterator[BenchStatus]:
+    """Fill the engines' figures, and add engines that fail to those left out."""
     for threads in request.thread_counts:
-        for engine in _left(engines, left_out):
-            yield Progress(f"loading {engine.kind.name}, {thread_count(threads)}")
-            with _failing(engine, left_out):
-                found = engine.ask("load", threads)
-                engine.figures = engine.figures or found
+        for engine in _remaining(engines, left_out):
+            yield BenchStatus(f"loading {engine.kind.name}, {format_threads(threads)}")
+            with _leaving_out(engine, left_out):
+                loaded = engine.ask("load", threads)
+                engine.figures = engine.figures or loaded
         for size in request.batches:
-            yield from _rounds(request, _left(engines, left_out), left_out, threads, inputs.batch(size))
+            yield from _time_rounds(request, _remaining(engines, left_out), left_out, threads, inputs.batch(size))
         if threads == request.thread_counts[0]:
-            for engine in _left(engines, left_out):
-                yield Progress(f"{len(inputs.images)} images through {engine.kind.name}")
-                with _failing(engine, left_out):
+            for engine in _remaining(engines, left_out):
+                yield BenchStatus(f"{len(inputs.images)} images through {engine.kind.name}")
+                with _leaving_out(engine, left_out):
                     engine.logits = engine.ask("logits", inputs.images, BATCH)
 
 
-def _rounds(
-    request: Request, engines: Sequence[_Engine], left_out: dict[str, str], threads: int, images: FloatArray
-) -> Iterator[Progress]:
-    """Time a batch: every engine in turn, as often as asked for."""
+def _time_rounds(
+    request: BenchRequest, engines: Sequence[_Engine], left_out: dict[str, str], threads: int, images: FloatArray
+) -> Iterator[BenchStatus]:
+    """Time one batch size: in each round every engine has its turn."""
     size, seconds, calls = len(images), {}, {}
     for engine in engines:
-        with _failing(engine, left_out):
-            found = engine.ask("warm", images)
-            calls[engine.kind.name] = int(min(max(ROUND_SECONDS / found["seconds"], 1), MOST_CALLS))
+        with _leaving_out(engine, left_out):
+            warm_up = engine.ask("warm_up", images)
+            calls[engine.kind.name] = int(min(max(ROUND_SECONDS / warm_up["seconds"], 1), MAX_CALLS))
             seconds[engine.kind.name] = list[float]()
-            engine.run_bytes.setdefault(str(size), found["run_bytes"])
+            engine.run_bytes.setdefault(str(size), warm_up["run_bytes"])
     for number in range(request.reps):
-        yield Progress(f"batch {size}, {thread_count(threads)}: round {number + 1} of {request.reps}")
-        for engine in _left(engines, left_out):
-            with _failing(engine, left_out):
+        yield BenchStatus(f"batch {size}, {format_threads(threads)}: round {number + 1} of {request.reps}")
+        for engine in _remaining(engines, left_out):
+            with _leaving_out(engine, left_out):
                 seconds[engine.kind.name] += engine.ask("time", images, calls[engine.kind.name])
-    for engine in _left(engines, left_out):
-        engine.times.append({"threads": threads, "batch": size} | summary(seconds[engine.kind.name], size))
+    for engine in _remaining(engines, left_out):
+        engine.times.append({"threads": threads, "batch": size} | summarize_times(seconds[engine.kind.name], size))
 
 
-def _left(engines: Sequence[_Engine], left_out: dict[str, str]) -> list[_Engine]:
+def _remaining(engines: Sequence[_Engine], left_out: dict[str, str]) -> list[_Engine]:
     return [engine for engine in engines if engine.kind.name not in left_out]
 
 
 @contextmanager
-def _failing(engine: _Engine, left_out: dict[str, str]) -> Iterator[None]:
-    """A dense engine that fails is left out of the rest; RuntimeError where it is ours."""
+def _leaving_out(engine: _Engine, left_out: dict[str, str]) -> Iterator[None]:
+    """Leave a dense engine that fails out of the rest; RuntimeError if it is the sparse engine."""
     try:
         yield
     except RuntimeError as error:
@@ -239,7 +253,7 @@ def _failing(engine: _Engine, left_out: dict[str, str]) -> Iterator[None]:
         left_out[engine.kind.name] = f"failed: {error}"
 
 
-def _about(request: Request, images: int) -> dict[str, Any]:
+def _describe_run(request: BenchRequest, images: int) -> dict[str, Any]:
     return {
         "model": str(request.file),
         "data": request.data,
@@ -247,7 +261,7 @@ def _about(request: Request, images: int) -> dict[str, Any]:
         "batches": list(request.batches),
         "threads": list(request.thread_counts),
         "rounds": request.reps,
-        "machine": {"processor": processor(), "processors": os.cpu_count(), "system": platform.platform()},
+        "machine": {"processor": processor_name(), "processors": os.cpu_count(), "system": platform.platform()},
         "versions": {name: metadata.version(name) for name in VERSIONS if find_spec(name)},
         "date": datetime.now(UTC).date().isoformat(),
     }

@@ -1,4 +1,4 @@
-"""What `atmc bench` gives to the engines: images, and the model in the form that each of them reads."""
+"""The inputs of the engines of `atmc bench`: images, and the model in the form that each engine reads."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ import torch
 from numpy.typing import NDArray
 from torch import nn
 
-from atmc.commands.bench.worker import KINDS, PLAIN, TINY_SHAPE, Files, Kind, tiny
+from atmc.commands.bench.worker import KINDS, PLAIN, TINY_SHAPE, EngineKind, ModelFiles, build_tiny
 from atmc.commands.model_files import check_image_shape, require_image_shape
 from atmc.core.rng import permutation
 from atmc.data import Images, load_data
@@ -29,19 +29,25 @@ from atmc.pack import artifact
 from atmc.pack.artifact import LoadedModel
 
 EXTRA = "pip install 'atmc[bench]'"
-CALIBRATION, BATCH, SEED = 256, 64, 0
+CALIBRATION, BATCH, SEED = 256, 64, 0  # images for int8; images at once; of the images drawn
 
 
 @dataclass(frozen=True)
 class Inputs:
-    """Images (n, c, h, w) to time and to compare on, their labels (n,) where there is data, and others to calibrate."""
+    """Images for the engines.
+
+    Args:
+        images: (n, c, h, w), to time and to compare on.
+        labels: (n,) of the images; None for random images.
+        calibration: (m, c, h, w), on which int8 is calibrated.
+    """
 
     images: FloatArray
     labels: NDArray[np.int64] | None
     calibration: FloatArray
 
     def batch(self, size: int) -> FloatArray:
-        """So many images, the first ones again where there are fewer."""
+        """Return `size` images; the first ones are repeated if there are fewer."""
         return np.ascontiguousarray(self.images[np.arange(size) % len(self.images)])
 
 
@@ -54,29 +60,39 @@ def load_inputs(
     image_column: str | None = None,
     label_column: str | None = None,
 ) -> Inputs:
-    """Test images and training images of the data; random ones where there is none. ValueError: they do not fit."""
+    """Return test images and training images of a data set, or random images if none is given.
+
+    Args:
+        loaded: the model.
+        data: name of the data set.
+        n: number of test images.
+        largest: the largest batch size.
+
+    Raises:
+        ValueError: the model does not take the images, or its file does not say what images it takes.
+    """
     if data is None:
         shape = require_image_shape(loaded)
         pixels = torch.rand(max(BATCH, largest), *shape, generator=torch.Generator().manual_seed(SEED))
         check_model(loaded.model, Images(pixels, torch.zeros(len(pixels), dtype=torch.int64)), None, probabilities=True)
         return Inputs(pixels.numpy(), None, pixels.numpy())
-    found = load_data(data, image_column=image_column, label_column=label_column)
-    check_image_shape(loaded, found)
-    check_model(loaded.model, found.test, found.num_classes, probabilities=True)
-    chosen = permutation(len(found.train), seed=SEED, purpose="calibration")[:CALIBRATION]
-    some = slice(0, n)
-    labels = cast(NDArray[np.int64], found.test.labels[some].numpy())
-    return Inputs(found.test.float_pixels(some).numpy(), labels, found.train.float_pixels(chosen).numpy())
+    splits = load_data(data, image_column=image_column, label_column=label_column)
+    check_image_shape(loaded, splits)
+    check_model(loaded.model, splits.test, splits.num_classes, probabilities=True)
+    calibration = permutation(len(splits.train), seed=SEED, purpose="calibration")[:CALIBRATION]
+    first = slice(0, n)
+    labels = cast(NDArray[np.int64], splits.test.labels[first].numpy())
+    return Inputs(splits.test.float_pixels(first).numpy(), labels, splits.train.float_pixels(calibration).numpy())
 
 
-def missing() -> dict[str, str]:
-    """Engines whose packages are not installed, and what to do about it."""
-    found = {}
+def find_missing_packages() -> dict[str, str]:
+    """Map the name of every engine whose packages are not installed to a clause that names them and the extra."""
+    reasons = {}
     for kind in KINDS:
         absent = [package for package in kind.packages if find_spec(package) is None]
         if absent:
-            found[kind.name] = f"not installed: {', '.join(absent)}; {EXTRA}"
-    return found
+            reasons[kind.name] = f"not installed: {', '.join(absent)}; {EXTRA}"
+    return reasons
 
 
 def write_forms(
@@ -87,19 +103,31 @@ def write_forms(
     *,
     calibration: FloatArray,
     factory: str | None = None,
-) -> tuple[Files, dict[str, str]]:
-    """Write the model for PyTorch and, as far as the packages for it are there, as ONNX in its three forms.
+) -> tuple[ModelFiles, dict[str, str]]:
+    """Write the model as a pickled module and, if the packages are installed, as three ONNX models.
 
     Args:
-        plain: the model as it was traced.
+        folder: to write into.
+        file: the model file.
+        model: its module.
+        plain: the module's graph, not simplified.
         calibration: images (n, c, h, w) for int8.
+        factory: package.module:factory of a user's own class.
 
     Returns:
-        the files, and the engines that go without theirs, and why.
+        the paths, and for every engine whose form could not be written the reason.
     """
     dense_file, int8_file, plain_file = (folder / f"{form}.onnx" for form in ("dense", "int8", PLAIN))
-    files = Files(file, folder / "module.pt", dense_file, int8_file, plain_file, plain.input_shape, factory)
-    with suppress(AttributeError, TypeError, pickle.PicklingError):  # a class that its name does not lead to
+    files = ModelFiles(
+        model=file,
+        module=folder / "module.pt",
+        dense=dense_file,
+        int8=int8_file,
+        plain=plain_file,
+        input_shape=plain.input_shape,
+        factory=factory,
+    )
+    with suppress(AttributeError, TypeError, pickle.PicklingError):  # a class that cannot be imported by its name
         torch.save(model, files.module)
     if find_spec("onnx") is None:
         return files, {}
@@ -113,23 +141,23 @@ def write_forms(
         return files, {}
     try:
         files.int8.write_bytes(dense.quantize_int8(data, calibration))
-    except onnx_export.runtime_errors() as error:  # the quantizer has its own ideas of what a model may hold
+    except onnx_export.runtime_errors() as error:  # the quantizer refuses some valid models
         return files, {kind.name: f"not quantized: {first_line(error)}" for kind in KINDS if kind.form == "int8"}
     return files, {}
 
 
-def write_tiny(folder: Path) -> Files:
-    """The network that workers run first, in every form."""
+def write_tiny(folder: Path) -> ModelFiles:
+    """Write the network that workers run first in every form."""
     folder.mkdir()
-    model, file = tiny(), folder / "tiny.atmc"
+    model, file = build_tiny(), folder / "tiny.atmc"
     artifact.save(model, file, input_shape=TINY_SHAPE)
     images = np.zeros((1, *TINY_SHAPE), np.float32)
     plain = trace(model, TINY_SHAPE).graph
-    return write_forms(folder, file, model, plain, calibration=images, factory=factory_name(tiny))[0]
+    return write_forms(folder, file, model, plain, calibration=images, factory=factory_name(build_tiny))[0]
 
 
-def file_bytes(kind: Kind, files: Files, model: nn.Module) -> int:
-    """Bytes of what an engine loads; of PyTorch, those of the state dict."""
+def file_bytes(kind: EngineKind, files: ModelFiles, model: nn.Module) -> int:
+    """Return the size of the file that an engine loads; for PyTorch the bytes of the state dict."""
     if kind.form != "module":
         return Path(getattr(files, kind.form)).stat().st_size
     return sum(value.numel() * value.element_size() for value in model.state_dict().values())

@@ -1,6 +1,6 @@
-"""One engine of `atmc bench` in a process of its own: loads the model, times calls, weighs its memory.
+"""One engine of `atmc bench` in a process of its own: it loads the model, times calls and measures its memory.
 
-Engines that shared a process would share thread pools and memory; here one that waits costs the others nothing.
+Engines in one process would share thread pools and memory; a process that waits for its turn costs the others nothing.
 """
 
 from __future__ import annotations
@@ -26,15 +26,20 @@ from atmc.deploy.graph.graph import FloatArray, LogitsFunction
 from atmc.models.factory import USER_CODE_ERRORS, first_line
 from atmc.pack import artifact
 
-WARM_SECONDS, WARM_CALLS = 0.1, 3
+WARM_UP_SECONDS, WARM_UP_CALLS = 0.1, 3  # calls before the timing stop after the first of both
 TINY_SHAPE = (1, 8, 8)
 
 
 @dataclass(frozen=True)
-class Files:
-    """Where the model lies: our file, a pickled module, and ONNX: simplified, in int8, and as the module is.
+class ModelFiles:
+    """Paths of the model in every form that an engine loads.
 
-    factory: of a user's own class.
+    Args:
+        model: the model file.
+        module: the pickled module.
+        dense, int8, plain: ONNX models: simplified, simplified and quantized, and not simplified.
+        input_shape: (c, h, w) of the images.
+        factory: package.module:factory of a user's own class.
     """
 
     model: Path
@@ -46,18 +51,19 @@ class Files:
     factory: str | None = None
 
 
-Load = Callable[[Files, int], tuple[LogitsFunction, dict[str, Any]]]
+Load = Callable[[ModelFiles, int], tuple[LogitsFunction, dict[str, Any]]]
 PRECISIONS = {"f32": "float32", "bf16": "bfloat16", "f16": "float16"}  # as OpenVINO calls them
 
 
 @dataclass(frozen=True)
-class Kind:
-    """An engine.
+class EngineKind:
+    """An engine that `atmc bench` can measure.
 
     Args:
-        precision: of its arithmetic; None where the engine says.
-        packages: beyond the package's own dependencies, that it needs.
-        form: the field of `Files` that it loads.
+        name: in the tables.
+        precision: of its arithmetic; None if it is known only once the engine is loaded.
+        packages: that it needs beyond the dependencies of atmc.
+        form: the field of `ModelFiles` that it loads.
         load: (files, threads) -> the function to run, and what the engine says of itself.
     """
 
@@ -68,17 +74,17 @@ class Kind:
     load: Load
 
 
-def _ours(files: Files, threads: int) -> tuple[LogitsFunction, dict[str, Any]]:
+def _load_ours(files: ModelFiles, threads: int) -> tuple[LogitsFunction, dict[str, Any]]:
     factory = models.import_factory(files.factory) if files.factory else None
     engine = Engine(files.model, threads=threads, factory=factory, input_shape=files.input_shape)
     return engine, {"runs": engine.describe(), "macs": engine.graph.macs()}
 
 
-def _torch(channels_last: bool) -> Load:
-    def load(files: Files, threads: int) -> tuple[LogitsFunction, dict[str, Any]]:
+def _torch_loader(channels_last: bool) -> Load:
+    def load(files: ModelFiles, threads: int) -> tuple[LogitsFunction, dict[str, Any]]:
         factory = models.import_factory(files.factory) if files.factory else None
         if files.module.exists():
-            model = torch.load(files.module, weights_only=False)  # which this program has just written
+            model = torch.load(files.module, weights_only=False)  # the file was written by this program
         else:
             model = artifact.load(files.model, factory=factory)
         return dense.open_torch(model, threads, channels_last=channels_last), {}
@@ -86,18 +92,18 @@ def _torch(channels_last: bool) -> Load:
     return load
 
 
-def _onnxruntime(form: str) -> Load:
+def _onnxruntime_loader(form: str) -> Load:
     return lambda files, threads: (onnx_export.open_runtime(getattr(files, form).read_bytes(), threads), {})
 
 
-def _openvino(form: str, precision: str | None = None) -> Load:
-    def load(files: Files, threads: int) -> tuple[LogitsFunction, dict[str, Any]]:
+def _openvino_loader(form: str, precision: str | None = None) -> Load:
+    def load(files: ModelFiles, threads: int) -> tuple[LogitsFunction, dict[str, Any]]:
         return dense.open_openvino(getattr(files, form).read_bytes(), threads, precision=precision), {}
 
     return load
 
 
-def _openvino_default(files: Files, threads: int) -> tuple[LogitsFunction, dict[str, Any]]:
+def _load_openvino_default(files: ModelFiles, threads: int) -> tuple[LogitsFunction, dict[str, Any]]:
     precision = dense.openvino_precision()
     return dense.open_openvino(files.dense.read_bytes(), threads), {"precision": PRECISIONS.get(precision, precision)}
 
@@ -105,23 +111,23 @@ def _openvino_default(files: Files, threads: int) -> tuple[LogitsFunction, dict[
 OURS, PLAIN = "atmc", "plain"
 _RUNTIME, _VINO = ("onnx", "onnxruntime"), ("onnx", "openvino")
 KINDS = (
-    Kind(OURS, "float32", (), "model", _ours),
-    Kind("PyTorch", "float32", (), "module", _torch(False)),
-    Kind("PyTorch, channels_last", "float32", (), "module", _torch(True)),
-    Kind("ONNX Runtime", "float32", _RUNTIME, "dense", _onnxruntime("dense")),
-    Kind("OpenVINO", "float32", _VINO, "dense", _openvino("dense", "f32")),
-    Kind("OpenVINO, its default", None, _VINO, "dense", _openvino_default),
-    Kind("ONNX Runtime, unsimplified", "float32", _RUNTIME, PLAIN, _onnxruntime(PLAIN)),
-    Kind("OpenVINO, unsimplified", "float32", _VINO, PLAIN, _openvino(PLAIN, "f32")),
-    Kind("ONNX Runtime int8", "int8", _RUNTIME, "int8", _onnxruntime("int8")),
-    Kind("OpenVINO int8", "int8", (*_VINO, "onnxruntime"), "int8", _openvino("int8")),
+    EngineKind(OURS, "float32", (), "model", _load_ours),
+    EngineKind("PyTorch", "float32", (), "module", _torch_loader(False)),
+    EngineKind("PyTorch, channels_last", "float32", (), "module", _torch_loader(True)),
+    EngineKind("ONNX Runtime", "float32", _RUNTIME, "dense", _onnxruntime_loader("dense")),
+    EngineKind("OpenVINO", "float32", _VINO, "dense", _openvino_loader("dense", "f32")),
+    EngineKind("OpenVINO, its default", None, _VINO, "dense", _load_openvino_default),
+    EngineKind("ONNX Runtime, unsimplified", "float32", _RUNTIME, PLAIN, _onnxruntime_loader(PLAIN)),
+    EngineKind("OpenVINO, unsimplified", "float32", _VINO, PLAIN, _openvino_loader(PLAIN, "f32")),
+    EngineKind("ONNX Runtime int8", "int8", _RUNTIME, "int8", _onnxruntime_loader("int8")),
+    EngineKind("OpenVINO int8", "int8", (*_VINO, "onnxruntime"), "int8", _openvino_loader("int8")),
 )
 
 
-def work(pipe: Connection, name: str, files: Files, smallest: Files) -> None:
-    """Answer (method of `Worker`, arguments) with (True, what it returns) or (False, why not), until the pipe ends.
+def serve(pipe: Connection, name: str, files: ModelFiles, tiny_files: ModelFiles) -> None:
+    """Answer calls (method of `Worker`, arguments) with (True, result) or (False, why there is none) until the end.
 
-    An error of any other class ends this process, which is what the report says then.
+    An error outside `USER_CODE_ERRORS` ends the process; the report then says that the process ended.
     """
     worker = None
     while True:
@@ -130,14 +136,14 @@ def work(pipe: Connection, name: str, files: Files, smallest: Files) -> None:
         except EOFError:
             return
         try:
-            worker = worker or Worker(name, files, smallest)
+            worker = worker or Worker(name, files, tiny_files)
             pipe.send((True, getattr(worker, method)(*arguments)))
-        except USER_CODE_ERRORS as error:  # it stands in the report in place of the engine's figures
+        except USER_CODE_ERRORS as error:  # the report shows it in place of the engine's figures
             pipe.send((False, first_line(error)))
 
 
-def tiny(num_classes: int = 64) -> nn.Module:
-    """A network for images of `TINY_SHAPE` with many zeros and few values, so that its file needs the whole decoder."""
+def build_tiny(num_classes: int = 64) -> nn.Module:
+    """Build a network for images of `TINY_SHAPE` with many zeros and few values, whose file uses the whole decoder."""
     c, h, w = TINY_SHAPE
     layers = nn.Conv2d(c, 8, 3, padding=1), nn.Linear(8 * h * w, num_classes)
     with torch.no_grad():
@@ -147,38 +153,41 @@ def tiny(num_classes: int = 64) -> nn.Module:
 
 
 class Worker:
-    """An engine that has run a tiny network, so that what its packages take is known; `load` comes first."""
+    """An engine; `load` is to be called first.
 
-    def __init__(self, name: str, files: Files, smallest: Files) -> None:
+    It has run a tiny network, so that the memory of its packages is known and can be subtracted.
+    """
+
+    def __init__(self, name: str, files: ModelFiles, tiny_files: ModelFiles) -> None:
         self._kind, self._files = next(kind for kind in KINDS if kind.name == name), files
-        self._run, _ = self._kind.load(smallest, 1)
+        self._run, _ = self._kind.load(tiny_files, 1)
         self._run(np.zeros((1, *TINY_SHAPE), np.float32))
         self._forget()
-        self._baseline = memory("VmRSS") if reset_peak() else None
+        self._package_bytes = read_memory("VmRSS") if reset_peak() else None
 
     def load(self, threads: int) -> dict[str, Any]:
-        """Load the model, in place of the one before; what the engine says, and bytes of memory at the peak."""
+        """Load the model in place of the one before; return what the engine says of itself, and its peak memory."""
         self._forget()
         reset_peak()
-        self._run, about = self._kind.load(self._files, threads)
-        peak = self._above(memory("VmHWM"))
-        trim()
-        return {"precision": self._kind.precision} | about | {"load_bytes": peak}
+        self._run, figures = self._kind.load(self._files, threads)
+        peak = self._without_packages(read_memory("VmHWM"))
+        release_memory()
+        return {"precision": self._kind.precision} | figures | {"load_bytes": peak}
 
     def _forget(self) -> None:
         self._run = lambda images: images
-        trim()
+        release_memory()
 
-    def warm(self, images: FloatArray) -> dict[str, Any]:
-        """Run images (n, c, h, w) a few times: seconds a call takes, and bytes of memory at the peak of these calls."""
+    def warm_up(self, images: FloatArray) -> dict[str, Any]:
+        """Run images (n, c, h, w) a few times; return the seconds per call and the peak memory in bytes."""
         reset_peak()
         times: list[float] = []
-        while len(times) < 2 or (len(times) < WARM_CALLS and sum(times) < WARM_SECONDS):
+        while len(times) < 2 or (len(times) < WARM_UP_CALLS and sum(times) < WARM_UP_SECONDS):
             times += self.time(images, 1)
-        return {"seconds": times[-1], "run_bytes": self._above(memory("VmHWM"))}
+        return {"seconds": times[-1], "run_bytes": self._without_packages(read_memory("VmHWM"))}
 
     def time(self, images: FloatArray, calls: int) -> list[float]:
-        """Seconds of each of some calls."""
+        """Return the seconds of each of a number of calls."""
         times = []
         for _ in range(calls):
             start = time.perf_counter()
@@ -187,24 +196,24 @@ class Worker:
         return times
 
     def logits(self, images: FloatArray, batch: int) -> FloatArray:
-        """(n, classes), in batches."""
+        """Return the logits (n, classes), computed in batches."""
         return np.concatenate([self._run(images[at : at + batch]) for at in range(0, len(images), batch)])
 
-    def _above(self, found: int | None) -> int | None:
-        return None if found is None or self._baseline is None else max(0, found - self._baseline)
+    def _without_packages(self, size: int | None) -> int | None:
+        return None if size is None or self._package_bytes is None else max(0, size - self._package_bytes)
 
 
-def memory(what: str) -> int | None:
-    """VmRSS, the memory that this process holds, or VmHWM, its peak, in bytes; None where there is no /proc."""
+def read_memory(field: str) -> int | None:
+    """Return a size of this process in bytes: VmRSS, its memory now, or VmHWM, its peak; None without /proc."""
     try:
         lines = Path("/proc/self/status").read_text().splitlines()
     except OSError:
         return None
-    return next((1024 * int(line.split()[1]) for line in lines if line.startswith(f"{what}:")), None)
+    return next((1024 * int(line.split()[1]) for line in lines if line.startswith(f"{field}:")), None)
 
 
 def reset_peak() -> bool:
-    """Whether VmHWM is VmRSS now, as it can be on Linux."""
+    """Set the peak VmHWM to the memory now, and return whether that is possible, as on Linux."""
     try:
         Path("/proc/self/clear_refs").write_text("5")
     except OSError:
@@ -212,8 +221,8 @@ def reset_peak() -> bool:
     return True
 
 
-def trim() -> None:
-    """Give memory that is free back to the system, as far as it can be."""
+def release_memory() -> None:
+    """Give free memory back to the system if the C library can."""
     gc.collect()
     try:
         ctypes.CDLL(None).malloc_trim(0)
