@@ -28,7 +28,7 @@ from atmc.pack.artifact import LoadedModel
 from atmc.report.gallery import draw_gallery, select_fooled
 from atmc.robust.threats import Threat
 
-ATTACKS, AGAINST, PARTS = "", ".against", ".parts"  # states: attacks, the other model's, curves and certificate
+OWN, AGAINST, PARTS = "", ".against", ".parts"  # states: of the model, of --against, of curves and certificate
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -108,7 +108,7 @@ class _Output:
         return self.json_path.with_name(f"{self.json_path.name}{state}.state") if self.json_path else None
 
     def existing_states(self) -> dict[str, Path]:
-        paths = {state: self.state_path(state) for state in (ATTACKS, AGAINST, PARTS)}
+        paths = {state: self.state_path(state) for state in (OWN, AGAINST, PARTS)}
         return {state: path for state, path in paths.items() if path and path.exists()}
 
     def remove_states(self) -> None:
@@ -291,7 +291,7 @@ def _evaluate_file(
         output.remove_states()
     results = _open_partial_results(request, output, model, test)
     keep = request.save_examples is not None or request.gallery is not None
-    options = replace(request.options, state=output.state_path(ATTACKS), keep=keep)
+    options = replace(request.options, state=output.state_path(OWN), keep=keep)
     figures: dict[str, Any] = {"model": str(file), "data": request.data, "threat": str(request.threat)}
     figures["seed"] = options.seed
     report = None
