@@ -1,10 +1,10 @@
-"""Time to write and to read a ResNet-34 of which 99.5 % of the weights are zero, on one core.
+"""Measure the time to write and to read a ResNet-34 of which 99.5 % of the weights are zero, on one core.
 
     python benchmarks/file_time.py --out results/files
 
-Writes time.json: medians of 5 processes, of the first call in each (Numba's start from its cache among it) and of the
-second. The weights are random, seed 0: `file_size.random_tensor`, density log-normal over rows and input channels, 16
-values a tensor; batch norm is random float32. Imports and reading the file from disk are not timed.
+Writes time.json: medians over 5 processes of the first call in each (which includes Numba's start from its cache) and
+of the second. The weights are random, seed 0: `file_size.random_tensor`, density log-normal over rows and input
+channels, 16 values per tensor; batch norm is random float32. Imports and reading the file from disk are not timed.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ REPEATS, TARGET = 5, 1.0
 
 @torch.no_grad()
 def sparse_resnet34() -> nn.Module:
-    """The network to write."""
+    """Build the network to write."""
     from file_size import random_tensor
 
     model = models.build("resnet34", 10, seed=0).eval()
@@ -48,11 +48,11 @@ def sparse_resnet34() -> nn.Module:
     return make_affine(model)
 
 
-def worker(what: str, folder: Path) -> list[float]:
-    """Seconds of the first and of the second call, in this process."""
+def time_calls(direction: str, folder: Path) -> list[float]:
+    """Return the seconds of the first and of the second call in this process; direction: encode or decode."""
     torch.set_num_threads(1)
     times = []
-    if what == "encode":
+    if direction == "encode":
         model = models.build("resnet34", 10).eval()
         model.load_state_dict(torch.load(folder / "state.pt", weights_only=True))
         for _ in range(2):
@@ -70,29 +70,29 @@ def worker(what: str, folder: Path) -> list[float]:
 
 
 def measure(folder: Path) -> dict[str, Any]:
-    """Medians, after one process of each kind that fills Numba's cache."""
-    found: dict[str, Any] = {}
-    for what in ("encode", "decode"):
-        command = [sys.executable, __file__, "--worker", what, str(folder)]
+    """Return the medians, after one process of each direction that fills Numba's cache."""
+    medians: dict[str, Any] = {}
+    for direction in ("encode", "decode"):
+        command = [sys.executable, __file__, "--worker", direction, str(folder)]
         runs = []
         for _ in range(REPEATS + 1):
             output = subprocess.run(command, check=True, capture_output=True, text=True).stdout
             runs.append(json.loads(output))
         for name, times in zip(("first call", "second call"), zip(*runs[1:], strict=True), strict=True):
-            found[f"{what}, {name}"] = {
+            medians[f"{direction}, {name}"] = {
                 "median": round(statistics.median(times), 3),
                 "all": [round(seconds, 3) for seconds in times],
             }
-    return found
+    return medians
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description="Time to write and to read a sparse ResNet-34.")
+    parser = argparse.ArgumentParser(description="Measure the time to write and to read a sparse ResNet-34.")
     parser.add_argument("--worker", nargs=2, help=argparse.SUPPRESS)
     parser.add_argument("--out", type=Path, default=ROOT / "results" / "files")
     arguments = parser.parse_args()
     if arguments.worker:
-        print(json.dumps(worker(arguments.worker[0], Path(arguments.worker[1]))))
+        print(json.dumps(time_calls(arguments.worker[0], Path(arguments.worker[1]))))
         return
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)

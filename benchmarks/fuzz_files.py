@@ -1,18 +1,18 @@
-"""Damaged model files by the hundred thousand: none may crash, hang, take memory, or be taken for what it is not.
+"""Load damaged model files by the hundred thousand: none may crash, hang, take memory or pass as another model.
 
     python benchmarks/fuzz_files.py --count 200000 --out results/files/fuzz.json
 
 Each case damages a file of a small model: flipped bits, bytes set, cut off, inserted, moved or filled blocks, two files
-spliced, heads and numbers changed. Half of them, as a malicious author would, inside a part, with lengths and the chain
-of checksums made right again; of the metadata either the deflated bytes or the JSON below. Then the file is loaded, or
-for every fourth taken apart as `atmc inspect` does, without the model. It must end
+spliced, heads and numbers changed. Half of the damage is done inside a part, as a malicious author would, and lengths
+and the chain of checksums are repaired; in the metadata it hits either the deflated bytes or the JSON. Then the file is
+loaded, or every fourth one decoded without its model, as `atmc inspect` does. It must end
 
 - in an `ArtifactError` or a model of finite values, and nothing else, within 2 seconds of the processor,
 - under a limit of address space (RLIMIT_AS),
-- and, where checksums were not repaired, never in a model whose values differ from those of the file before.
+- and, if checksums were not repaired, never in a model whose values differ from those of the file before.
 
-Prints and writes one JSON object with counts; exit status 1 if a case failed, each with its number, which with the
-seed makes it again. Any other error than an `ArtifactError` ends the program.
+Prints and writes one JSON object with counts, and the number of each case that failed, which with the seed repeats it;
+the exit status is 1 then. Any other error than an `ArtifactError` ends the program.
 """
 
 from __future__ import annotations
@@ -50,7 +50,7 @@ ROOM = 512 << 20  # address space beyond what is taken before the first case
 
 
 class Net(nn.Module):
-    """A user's own class: every kind of tensor, 200 values."""
+    """A user's own class with every kind of tensor, 200 values."""
 
     def __init__(self, num_classes: int) -> None:
         super().__init__()
@@ -61,7 +61,7 @@ class Net(nn.Module):
 
 @dataclass(frozen=True)
 class Base:
-    """A whole file, the values that it holds, and what its class is built by."""
+    """A whole file, the values that it holds, its factory, and its share of the cases."""
 
     name: str
     data: bytes
@@ -72,7 +72,7 @@ class Base:
 
 @dataclass
 class Counts:
-    """What came of the cases."""
+    """Numbers of cases by outcome, by mutation and by file, the failures, and the longest time in seconds."""
 
     outcomes: Counter[str] = field(default_factory=Counter)
     mutations: Counter[str] = field(default_factory=Counter)
@@ -81,8 +81,8 @@ class Counts:
     slowest: float = 0.0
 
 
-def squeezed(model: nn.Module, nonzeros: int, bits: int | None) -> nn.Module:
-    """Random values under a budget, with a codebook or exact in float16."""
+def compress(model: nn.Module, nonzeros: int, bits: int | None) -> nn.Module:
+    """Give a model random values under a budget, with a codebook or exact in float16; in place, and returned."""
     tensors = compressible_parameters(model)
     values = {name: torch.randn_like(tensor) for name, tensor in tensors.items()}
     values = NonzeroBudget(nonzeros).project(values)
@@ -92,23 +92,23 @@ def squeezed(model: nn.Module, nonzeros: int, bits: int | None) -> nn.Module:
 
 
 def bases() -> list[Base]:
-    """The files that are damaged."""
+    """Make the files that are damaged."""
     torch.manual_seed(0)
     ranks = {"conv.weight": 2, "head.weight": 3}
-    made: list[tuple[str, nn.Module, Callable[..., nn.Module] | None, float]] = [
-        ("zoo LeNet, sparse", squeezed(models.build("lenet", 10, seed=0), 800, 3), None, 0.01),
-        ("own class, codebook", squeezed(Net(4), 50, 2), Net, 0.3),
-        ("own class, factorized", squeezed(factorize(Net(4)), 60, 3), Net, 0.25),
-        ("own class, low rank", squeezed(cut_ranks(Net(4), ranks), 70, None), Net, 0.15),
-        ("own class, scale and shift", squeezed(make_affine(Net(4)), 40, None), Net, 0.25),
+    models_with_factories: list[tuple[str, nn.Module, Callable[..., nn.Module] | None, float]] = [
+        ("zoo LeNet, sparse", compress(models.build("lenet", 10, seed=0), 800, 3), None, 0.01),
+        ("own class, codebook", compress(Net(4), 50, 2), Net, 0.3),
+        ("own class, factorized", compress(factorize(Net(4)), 60, 3), Net, 0.25),
+        ("own class, low rank", compress(cut_ranks(Net(4), ranks), 70, None), Net, 0.15),
+        ("own class, scale and shift", compress(make_affine(Net(4)), 40, None), Net, 0.25),
         ("own class, dense float32", Net(4), Net, 0.04),
     ]
-    found = []
-    for name, model, factory, share in made:
+    files = []
+    for name, model, factory, share in models_with_factories:
         data = artifact.to_bytes(model, input_shape=(1, 4, 4), classes=4, threat="linf:0.1", method="atmc")
         state = dict(artifact.from_bytes(data, factory=factory).state_dict())
-        found.append(Base(name, data, state, factory, share))
-    return found
+        files.append(Base(name, data, state, factory, share))
+    return files
 
 
 def flip_bits(data: bytearray, rng: Random, other: bytes) -> None:
@@ -155,15 +155,15 @@ def splice(data: bytearray, rng: Random, other: bytes) -> None:
 
 
 def set_head(data: bytearray, rng: Random, other: bytes) -> None:
-    """In a part: form, rank and lengths."""
+    """Change the form, rank or a length of a part."""
     data[rng.randrange(min(4, len(data)))] = rng.choice((rng.randrange(8), rng.randrange(256)))
 
 
 def change_number(data: bytearray, rng: Random, other: bytes) -> None:
-    """In JSON: sizes and options."""
-    found = list(re.finditer(rb"\d+|true|false|null", data))
-    if found:
-        match = rng.choice(found)
+    """Change a size or an option in JSON."""
+    matches = list(re.finditer(rb"\d+|true|false|null", data))
+    if matches:
+        match = rng.choice(matches)
         data[match.start() : match.end()] = rng.choice(NUMBERS)
 
 
@@ -172,7 +172,7 @@ MUTATIONS = (flip_bits, set_bytes, truncate, insert, cut_out, fill, move_block, 
 
 
 def parts_of(data: bytes) -> list[bytes]:
-    """The parts of a whole file, metadata first."""
+    """Return the parts of a whole file, metadata first."""
     reader, parts = Reader(data[6:], "file"), []
     while not reader.done:
         parts.append(reader.take(reader.varint()))
@@ -180,8 +180,8 @@ def parts_of(data: bytes) -> list[bytes]:
     return parts
 
 
-def sealed(parts: Sequence[bytes]) -> bytes:
-    """A file of these parts, whatever they hold, with lengths and checksums that are right."""
+def seal(parts: Sequence[bytes]) -> bytes:
+    """Return a file of these parts, whatever they hold, with valid lengths and checksums."""
     empty = pack_parts({}, [])[:6]
     data, check = empty, zlib.crc32(empty)
     for part in parts:
@@ -190,17 +190,17 @@ def sealed(parts: Sequence[bytes]) -> bytes:
     return data
 
 
-def inflated(part: bytes) -> bytes:
+def inflate(part: bytes) -> bytes:
     return zlib.decompressobj(-15, DICTIONARY).decompress(part)
 
 
-def deflated(text: bytes) -> bytes:
+def deflate(text: bytes) -> bytes:
     packer = zlib.compressobj(9, zlib.DEFLATED, -15, 9, zlib.Z_DEFAULT_STRATEGY, DICTIONARY)
     return packer.compress(text) + packer.flush()
 
 
-def damaged(base: Base, other: Base, rng: Random) -> tuple[bytes, str, bool]:
-    """(the file, what was done to it, whether its checksums were repaired)."""
+def damage(base: Base, other: Base, rng: Random) -> tuple[bytes, str, bool]:
+    """Return (the damaged file, the name of the mutation, whether its checksums were repaired)."""
     mutate = rng.choice(MUTATIONS)
     if rng.random() < 0.5:
         data = bytearray(base.data)
@@ -216,19 +216,19 @@ def damaged(base: Base, other: Base, rng: Random) -> tuple[bytes, str, bool]:
                 parts.insert(to, parts[at])
             case _:
                 del parts[at]
-        return sealed(parts), "parts changed", True
+        return seal(parts), "parts changed", True
     at = rng.randrange(len(parts))
     text = at == 0 and rng.random() < 0.7
-    part = bytearray(inflated(parts[0]) if text else parts[at])
+    part = bytearray(inflate(parts[0]) if text else parts[at])
     if not part:
         part = bytearray(1)
     mutate(part, rng, rng.choice(parts_of(other.data)))
-    parts[at] = deflated(bytes(part)) if text else bytes(part)
-    return sealed(parts), f"{mutate.__name__} in {'JSON' if text else 'a part'}", True
+    parts[at] = deflate(bytes(part)) if text else bytes(part)
+    return seal(parts), f"{mutate.__name__} in {'JSON' if text else 'a part'}", True
 
 
-def outcome(base: Base, data: bytes, repaired: bool, *, inspecting: bool) -> tuple[str, bool]:
-    """What came of a file, and whether that is allowed."""
+def try_file(base: Base, data: bytes, repaired: bool, *, inspecting: bool) -> tuple[str, bool]:
+    """Load or decode a file; return the outcome, and whether it is allowed."""
     try:
         if inspecting:
             artifact.decode(artifact.unpack(data), max_values=MAX_VALUES)
@@ -243,18 +243,18 @@ def outcome(base: Base, data: bytes, repaired: bool, *, inspecting: bool) -> tup
 
 
 def fuzz(count: int, seed: int) -> Counts:
-    """Damage and load so many files."""
+    """Damage and load `count` files."""
     files, counts = bases(), Counts()
     for case in range(count):
         rng = Random(seed * 1_000_003 + case)
         base, other = rng.choices(files, [file.share for file in files])[0], rng.choice(files)
-        data, mutation, repaired = damaged(base, other, rng)
+        data, mutation, repaired = damage(base, other, rng)
         if any(data == file.data for file in files):  # a splice of nothing, say
             counts.outcomes["a whole file"] += 1
             continue
         began, result = time.process_time(), ""
         try:
-            result, allowed = outcome(base, data, repaired, inspecting=case % 4 == 3)
+            result, allowed = try_file(base, data, repaired, inspecting=case % 4 == 3)
         finally:
             if not result:
                 print(f"seed {seed}, case {case}, {base.name}, {mutation}: crashed", file=sys.stderr)
@@ -269,7 +269,7 @@ def fuzz(count: int, seed: int) -> Counts:
 
 
 def limit_memory(room: int) -> int:
-    """From here on the process may take so many bytes of address space more; what it has taken."""
+    """Limit the address space of the process to `room` bytes more than it has, and return what it has."""
     used = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
     resource.setrlimit(resource.RLIMIT_AS, (used + room, resource.getrlimit(resource.RLIMIT_AS)[1]))
     return used
@@ -283,13 +283,13 @@ def main() -> int:
     parser.add_argument("--out", type=Path)
     options = parser.parse_args()
     torch.set_num_threads(1)
-    fuzz(200, options.seed + 1)  # what is compiled or imported on first use
+    fuzz(200, options.seed + 1)  # compiles and imports what is needed on first use
     artifact.from_bytes(bases()[0].data)
     limit_memory(ROOM)
     before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     began = time.monotonic()
     counts = fuzz(options.count, options.seed)
-    found: dict[str, Any] = {
+    report: dict[str, Any] = {
         "command": f"python benchmarks/fuzz_files.py --count {options.count} --seed {options.seed}",
         "files": options.count,
         "failures": counts.failures,
@@ -305,7 +305,7 @@ def main() -> int:
         "machine": f"{platform.machine()}, {os.cpu_count()} cores, {platform.system()}",
         "versions": {"python": platform.python_version(), "torch": torch.__version__},
     }
-    text = json.dumps(found, indent=1)
+    text = json.dumps(report, indent=1)
     print(text)
     if options.out:
         options.out.parent.mkdir(parents=True, exist_ok=True)

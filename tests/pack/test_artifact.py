@@ -20,7 +20,7 @@ from atmc.core import files
 from atmc.models import batch_norm
 from atmc.pack import artifact, weight_coder
 from atmc.pack.container import DICTIONARY, MAX_METADATA, Reader, pack_parts, varint
-from atmc.pack.inspect import inspection
+from atmc.pack.inspect import inspect_file
 from atmc.training.loop import assign
 
 
@@ -81,10 +81,10 @@ def test_round_trip_is_bit_for_bit(kind, bits, tmp_path):
     assert torch.equal(loaded(x), fold(model).eval()(x))
     content = artifact.read(tmp_path / "m.atmc")
     assert content.metadata["threat"] == "linf:0.1"
-    decoded = artifact.decode(content).weights
-    held = {f"{name}.{part}": x for name, (weight, _) in decoded.items() for part, x in weight.parts.items()}
+    weights = artifact.decode(content).weights
+    matrices = {f"{name}.{part}": x for name, (weight, _) in weights.items() for part, x in weight.parts.items()}
     for name, tensor in compressible_parameters(model).items():
-        stored = held[name if name in held else f"{name}.W"]
+        stored = matrices[name if name in matrices else f"{name}.W"]
         assert np.array_equal(stored.reshape(-1), tensor.detach().numpy().reshape(-1))
     assert same(artifact.from_bytes(artifact.to_bytes(loaded)), loaded)
     assert artifact.to_bytes(model, threat="linf:0.1", method="atmc") == (tmp_path / "m.atmc").read_bytes()
@@ -101,7 +101,7 @@ def test_models_with_batch_norm(name, affine):
     assign(tensors, NonzeroBudget(2_000).project({key: value.detach() for key, value in tensors.items()}))
     unfolded = len(artifact.to_bytes(model))
     if affine:
-        batch_norm.to_affine(model)
+        batch_norm.make_affine(model)
     data = artifact.to_bytes(model)
     assert same(artifact.from_bytes(data), model)
     assert (len(data) < unfolded) == affine
@@ -150,8 +150,8 @@ def test_the_example_of_the_documentation(capsys):
     size, *octets = capsys.readouterr().out.split()
     assert f"{size} bytes:" in section
     rows = [line.split("|")[1:3] for line in section.splitlines() if line.startswith("| ") and "`" in line]
-    for start, held in rows:
-        pieces = [piece.split() for piece in held.strip().strip("`").replace("` `", " ").split("...")]
+    for start, column in rows:
+        pieces = [piece.split() for piece in column.strip().strip("`").replace("` `", " ").split("...")]
         if start.strip().isdigit():
             at = int(start)
             assert octets[at : at + len(pieces[0])] == pieces[0]
@@ -287,14 +287,14 @@ class TestWrongFiles:
         [
             (None, artifact.Malformed, "does not list its tensors"),
             ([["a", [1], "float32"]] * 20_000, artifact.Malformed, "does not list its tensors"),
-            ([["a", [1], "float32"]] * 2, artifact.Malformed, "tensor a stands twice"),
-            ([["a", [-1], "float32"]], artifact.Malformed, "makes no sense"),
-            ([["a", [True], "float32"]], artifact.Malformed, "makes no sense"),
-            ([["a", [2**32], "float32"]], artifact.Malformed, "makes no sense"),
-            ([["a", [1] * 9, "float32"]], artifact.Malformed, "makes no sense"),
-            ([["a", [1], "complex64"]], artifact.Malformed, "makes no sense"),
-            ([["a", [1]]], artifact.Malformed, "makes no sense"),
-            ([3], artifact.Malformed, "makes no sense"),
+            ([["a", [1], "float32"]] * 2, artifact.Malformed, "tensor a twice"),
+            ([["a", [-1], "float32"]], artifact.Malformed, "without a valid name, shape and type"),
+            ([["a", [True], "float32"]], artifact.Malformed, "without a valid name, shape and type"),
+            ([["a", [2**32], "float32"]], artifact.Malformed, "without a valid name, shape and type"),
+            ([["a", [1] * 9, "float32"]], artifact.Malformed, "without a valid name, shape and type"),
+            ([["a", [1], "complex64"]], artifact.Malformed, "without a valid name, shape and type"),
+            ([["a", [1]]], artifact.Malformed, "without a valid name, shape and type"),
+            ([3], artifact.Malformed, "without a valid name, shape and type"),
             ([["a", [2**20, 2**20], "float32"]], artifact.TooLarge, "1,099,511,627,776 values; at most 67,108,864"),
             ([["a", [1, 2**23], "float32"]], artifact.TooLarge, "8,388,608 columns; at most 4,194,304 together"),
             ([["a", [2**25], "int64"]], artifact.Malformed, "the code is cut off"),
@@ -305,7 +305,7 @@ class TestWrongFiles:
         weights = [b"\0"] if "2" in str(tensors) and "float32" in str(tensors) else []
         (tmp_path / "m.atmc").write_bytes(pack_parts(metadata, [*weights, b"\x13\x57" * 9]))
         with pytest.raises(error, match=message):
-            inspection(tmp_path / "m.atmc")
+            inspect_file(tmp_path / "m.atmc")
 
     def test_models_that_are_larger_than_the_caller_allows(self):
         values = sum(value.numel() for value in models.build("lenet", 10).state_dict().values())
@@ -375,7 +375,7 @@ def test_a_users_class_needs_its_factory(tmp_path):
     assert artifact.read(tmp_path / "m.atmc").metadata["input_shape"] == [1, 2, 2]
     parts, metadata = parts_of((tmp_path / "m.atmc").read_bytes()), artifact.read(tmp_path / "m.atmc").metadata
     for classes in (None, 0, "3", 2.0, True, 100_001):
-        with pytest.raises(artifact.Malformed, match="does not say how many classes"):
+        with pytest.raises(artifact.Malformed, match=r"expected 1 to 100,000 classes of its model"):
             artifact.from_bytes(pack_parts({**metadata, "classes": classes}, parts[1:]), factory=Own)
 
 
@@ -462,21 +462,21 @@ def test_an_interrupted_save_leaves_the_old_file(tmp_path, monkeypatch):
 def test_inspection_accounts_for_every_byte(tmp_path, kind):
     model = squeezed(kind)
     size = artifact.save(model, tmp_path / "m.atmc")
-    found = inspection(tmp_path / "m.atmc")
-    assert found["file_bytes"] == size
-    totals = found["totals"]
+    inspection = inspect_file(tmp_path / "m.atmc")
+    assert inspection["file_bytes"] == size
+    totals = inspection["totals"]
     parts = ("positions", "codebook", "codes", "header", "metadata and checksums")
     assert sum(totals[key] for key in parts) == pytest.approx(size, abs=0.01)
     assert totals["metadata and checksums"] < 250
-    rows = {row["name"]: row for row in found["tensors"]}
+    rows = {row["name"]: row for row in inspection["tensors"]}
     for name, tensor in compressible_parameters(model).items():
         assert rows[name]["nonzeros"] == int(tensor.count_nonzero())
         assert kind != "identity" or rows[name]["levels"] <= 4
         floor = rows[name]["bytes"]["positions"] + rows[name]["bytes"]["codes"] - rows[name]["bytes"]["excess"]
         assert floor == pytest.approx(rows[name]["bytes"]["floor"], abs=0.01)
     form = {"identity": "left", "ranks": "rank", "dense": None}[kind]
-    assert found["factorized"].get("fc1.weight", {}).get("form") == form
-    assert json.loads(json.dumps(found)) == found
+    assert inspection["factorized"].get("fc1.weight", {}).get("form") == form
+    assert json.loads(json.dumps(inspection)) == inspection
 
 
 def test_inspection_finds_dead_channels(tmp_path):
@@ -486,7 +486,7 @@ def test_inspection_finds_dead_channels(tmp_path):
         model[0].weight[:, 0] = 0
         model[2].weight[:, 4:8] = 0
     artifact.save(model, tmp_path / "m.atmc")
-    found = inspection(tmp_path / "m.atmc")
-    assert found["dead_channels"]["0.weight"] == {"outputs": 1, "inputs": 1}
-    assert found["dead_channels"]["2.weight"] == {"outputs": 0, "inputs": 4}
-    assert (found["totals"]["dead_outputs"], found["totals"]["dead_inputs"]) == (1, 5)
+    inspection = inspect_file(tmp_path / "m.atmc")
+    assert inspection["dead_channels"]["0.weight"] == {"outputs": 1, "inputs": 1}
+    assert inspection["dead_channels"]["2.weight"] == {"outputs": 0, "inputs": 4}
+    assert (inspection["totals"]["dead_outputs"], inspection["totals"]["dead_inputs"]) == (1, 5)

@@ -32,19 +32,19 @@ def test_damaged_files_are_errors_or_finite_models(fuzzer):
 
 
 def test_a_wrong_model_would_be_noticed(fuzzer):
-    """Where checksums hold over damage, the fuzzer tells another model from the same one."""
+    """If checksums are repaired over damage, the fuzzer tells another model from the same one."""
     base = fuzzer.bases()[1]
     parts = fuzzer.parts_of(base.data)
-    other = fuzzer.sealed([*parts[:-1], parts[-1][:-1] + bytes([parts[-1][-1] ^ 1])])
-    assert fuzzer.outcome(base, other, False, inspecting=False) == ("another model", False)
-    assert fuzzer.outcome(base, other, True, inspecting=False) == ("another model", True)
-    assert fuzzer.outcome(base, base.data, False, inspecting=False) == ("the same model", True)
+    other = fuzzer.seal([*parts[:-1], parts[-1][:-1] + bytes([parts[-1][-1] ^ 1])])
+    assert fuzzer.try_file(base, other, False, inspecting=False) == ("another model", False)
+    assert fuzzer.try_file(base, other, True, inspecting=False) == ("another model", True)
+    assert fuzzer.try_file(base, base.data, False, inspecting=False) == ("the same model", True)
 
 
 def test_the_committed_runs_found_nothing():
-    found = [json.loads(path.read_text()) for path in sorted((ROOT / "results" / "files").glob("fuzz*.json"))]
-    assert sum(run["files"] - run["outcomes"]["a whole file"] for run in found) >= 200_000
-    for run in found:
+    runs = [json.loads(path.read_text()) for path in sorted((ROOT / "results" / "files").glob("fuzz*.json"))]
+    assert sum(run["files"] - run["outcomes"]["a whole file"] for run in runs) >= 200_000
+    for run in runs:
         assert run["failures"] == []
         assert run["slowest_s"] < run["limit_s"]
         assert not any(name.startswith("damaged") and "model" in name for name in run["outcomes"])

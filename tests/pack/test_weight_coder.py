@@ -1,96 +1,70 @@
 """The coder of tensors: bit-for-bit round trips, code lengths near what theory allows, no trust in bytes."""
 
 import math
+import sys
 
 import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from matrices import SHAPES, random_counts, same_bits, weights
 
 from atmc.pack import coder_run, other_tensors, weight_coder
 from atmc.pack.arithmetic import DECODE, ENCODE
 from atmc.pack.coder_run import Stream
-from atmc.pack.other_tensors import read_small, write_small
-from atmc.pack.weight_coder import CodingError, Matrix, Spent, entropy_bits, log2_binomial
-
-SHAPES = [(1, 1), (1, 40), (40, 1), (7, 30), (30, 45), (4, 3, 3, 3), (5, 4, 1, 5), (3, 2, 7), (2, 3, 20, 20), (60,)]
-KINDS = {
-    "codebook": np.array([1.5, -2.0, 0.25, 0.1, -0.1], np.float32),
-    "one value": np.array([-0.75], np.float32),
-    "far apart": np.array([1e-45, -1e-45, 1e-38, 3.4e38, -3.4e38, 65504, 65536, 6e-8, 1.0], np.float32),
-    "signed zeros": np.array([0.0, -0.0, -0.0, 1.0], np.float32),
-}
+from atmc.pack.other_tensors import decode_other_tensors, encode_other_tensors
+from atmc.pack.weight_coder import CodeLengths, CodingError, Layout, entropy_bits, log2_binomial
 
 
-@st.composite
-def weights(draw) -> tuple[np.ndarray, tuple[int, ...]]:
-    """Values of a weight: some share zero, the others a few values, float16, any float32, or all of one magnitude."""
-    shape = draw(st.sampled_from(SHAPES))
-    rng = np.random.default_rng(draw(st.integers(0, 2**32 - 1)))
-    kind = draw(st.sampled_from([*KINDS, "fp16", "fp32", "any bits"]))
-    if kind in KINDS:
-        values = rng.choice(KINDS[kind], shape)
-    elif kind == "any bits":
-        values = rng.integers(0, 2**32, shape, np.uint32).view(np.float32)
-        values[~np.isfinite(values)] = 0
-    else:
-        values = rng.standard_normal(shape).astype(np.float16 if kind == "fp16" else np.float32).astype(np.float32)
-    density = draw(st.sampled_from([0.0, 0.02, 0.3, 0.9, 1.0]))
-    return np.where(rng.random(shape) < density, values, np.float32(0)), shape
-
-
-def hints(rows: int, seed: int) -> np.ndarray:
-    return np.random.default_rng(seed).integers(0, 20, rows).astype(np.int64)
-
-
-def same_bits(one: np.ndarray, two: np.ndarray) -> bool:
-    """Equal float32 values, bit for bit, but for the sign of a zero."""
-    plain = [(values.reshape(-1) + np.float32(0)).view(np.uint32) for values in (one, two)]
-    return np.array_equal(*plain)
-
-
-def close(length: int, spent: float) -> bool:
+def close(length: int, bits: float) -> bool:
     """Whether so many bytes are what an ideal code of so many bits takes: zeros may be cut off, an end be added."""
-    return -9 - 1e-4 * spent / 8 <= length - spent / 8 <= 4 + 1e-4 * spent / 8
+    return -9 - 1e-4 * bits / 8 <= length - bits / 8 <= 4 + 1e-4 * bits / 8
 
 
 @given(weights(), st.booleans(), st.integers(0, 99))
 @settings(max_examples=100, deadline=None)
 def test_a_weight_round_trips_bit_for_bit(weight, hinted, seed):
     values, shape = weight
-    matrix = Matrix.of(shape)
-    hint = hints(shape[1] if len(shape) > 1 else 1, seed) if hinted else None
-    data, spent = weight_coder.write_weight(values, matrix, hint)
-    decoded, found = weight_coder.read_weight(data, matrix, hint)
+    layout = Layout.of(shape)
+    counts = random_counts(shape[1] if len(shape) > 1 else 1, seed) if hinted else None
+    data, lengths = weight_coder.encode_matrix(values, layout, counts)
+    decoded, decoded_lengths = weight_coder.decode_matrix(data, layout, counts)
     assert same_bits(decoded, values)
-    assert found == spent
-    assert close(len(data), spent.total)
-    assert weight_coder.write_weight(decoded, matrix, hint)[0] == data
+    assert decoded_lengths == lengths
+    assert close(len(data), lengths.total)
+    assert weight_coder.encode_matrix(decoded, layout, counts)[0] == data
+
+
+def encode_and_decode(values: np.ndarray, shape: tuple[int, ...], seed: int) -> tuple[object, ...]:
+    """Return all that coding a weight and other tensors gives: bytes, code lengths, and the decoded values' bytes."""
+    layout, counts = Layout.of(shape), random_counts(shape[1] if len(shape) > 1 else 1, seed)
+    others = [("bias", values.reshape(-1)[:50]), ("steps", np.array([seed, -1]))]
+    kinds = [(role, array.dtype, len(array)) for role, array in others]
+    matrix, packed = weight_coder.encode_matrix(values, layout, counts), encode_other_tensors(others)
+    decoded = weight_coder.decode_matrix(matrix[0], layout, counts)[0].tobytes()
+    return matrix, packed, decoded, [array.tobytes() for array in decode_other_tensors(packed[0], kinds)[0]]
 
 
 @given(weights(), st.integers(0, 99))
 @settings(max_examples=20, deadline=None)
-def test_compiled_and_plain_bits_are_the_same(weight, seed):
-    values, shape = weight
-    matrix, hint = Matrix.of(shape), hints(shape[1] if len(shape) > 1 else 1, seed)
-    small = [("bias", values.reshape(-1)[:50]), ("steps", np.array([seed, -1]))]
-    kinds = [(role, array.dtype, len(array)) for role, array in small]
-    found = []
-    for name, value in (("WORTH_COMPILING", -1), ("_compiled", coder_run._plain)):
+def test_compiled_and_plain_functions_give_the_same_bits(weight, seed):
+    results = []
+    for functions in (coder_run.compiled_functions(), coder_run.plain_functions()):
         with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(coder_run, name, value)
-            data, packed = weight_coder.write_weight(values, matrix, hint), write_small(small)
-            decoded = weight_coder.read_weight(data[0], matrix, hint)[0].tobytes()
-            again = [array.tobytes() for array in read_small(packed[0], kinds)[0]]
-            found.append((data, packed, decoded, again))
-    assert found[0] == found[1]
+            patch.setattr(coder_run, "select_functions", lambda decisions, chosen=functions: chosen)
+            results.append(encode_and_decode(*weight, seed))
+    assert results[0] == results[1]
 
 
 def test_without_numba_the_plain_functions_serve(monkeypatch):
-    monkeypatch.setitem(__import__("sys").modules, "numba", None)
-    coder_run._compiled.cache_clear()
-    assert coder_run._compiled() is coder_run._plain()
-    coder_run._compiled.cache_clear()
+    values = uniform((50, 80), 500, 4, seed=0)
+    coder_run.compiled_functions.cache_clear()
+    with_numba = encode_and_decode(values, (50, 80), 0)
+    monkeypatch.setitem(sys.modules, "numba", None)
+    coder_run.compiled_functions.cache_clear()
+    assert coder_run.select_functions(10**9) is coder_run.plain_functions()
+    assert encode_and_decode(values, (50, 80), 0) == with_numba
+    coder_run.compiled_functions.cache_clear()
 
 
 TYPES = [np.float32, np.float64, np.int64, np.int32, np.uint8, np.bool_]
@@ -111,29 +85,31 @@ def test_small_tensors_round_trip_bit_for_bit(drawn):
                 values.astype(np.int64 if kind is np.uint8 else np.float64).astype(kind),
             )
         )
-    data, lengths = write_small(tensors)
-    found, again = read_small(data, [(role, values.dtype, len(values)) for role, values in tensors])
-    assert lengths == again
+    data, lengths = encode_other_tensors(tensors)
+    arrays, decoded_lengths = decode_other_tensors(
+        data, [(role, values.dtype, len(values)) for role, values in tensors]
+    )
+    assert decoded_lengths == lengths
     assert close(len(data), sum(lengths))
-    for (_, values), decoded in zip(tensors, found, strict=True):
+    for (_, values), decoded in zip(tensors, arrays, strict=True):
         assert decoded.dtype == values.dtype
         expected = values + np.float32(0) if values.dtype == np.float32 else values
         assert decoded.tobytes() == expected.tobytes()
 
 
 def test_small_tensors_of_more_roles_than_have_statistics_of_their_own(monkeypatch):
-    monkeypatch.setattr(other_tensors, "MAX_ROLES", 3)
+    monkeypatch.setattr(other_tensors, "MAX_SETS", 3)
     tensors = [(f"role{i}", np.array([i, 0, 0.1], np.float32)) for i in range(9)]
-    data, _ = write_small(tensors)
-    found, _ = read_small(data, [(role, values.dtype, 3) for role, values in tensors])
-    assert all(np.array_equal(a, b) for a, (_, b) in zip(found, tensors, strict=True))
+    data, _ = encode_other_tensors(tensors)
+    arrays, _ = decode_other_tensors(data, [(role, values.dtype, 3) for role, values in tensors])
+    assert all(np.array_equal(a, b) for a, (_, b) in zip(arrays, tensors, strict=True))
 
 
 def test_constants_and_zeros_cost_next_to_nothing():
-    assert len(write_small([("bias", np.full(10_000, 0.5, np.float32))])[0]) <= 3
-    assert len(write_small([("bias", np.zeros(10_000, np.float32))])[0]) <= 3
-    assert weight_coder.write_weight(np.zeros((100, 100), np.float32), Matrix.of((100, 100))) == (b"", Spent())
-    assert len(weight_coder.write_weight(np.full((100, 100), -3, np.float32), Matrix.of((100, 100)))[0]) <= 8
+    assert len(encode_other_tensors([("bias", np.full(10_000, 0.5, np.float32))])[0]) <= 3
+    assert len(encode_other_tensors([("bias", np.zeros(10_000, np.float32))])[0]) <= 3
+    assert weight_coder.encode_matrix(np.zeros((100, 100), np.float32), Layout.of((100, 100))) == (b"", CodeLengths())
+    assert len(weight_coder.encode_matrix(np.full((100, 100), -3, np.float32), Layout.of((100, 100)))[0]) <= 8
 
 
 def uniform(shape: tuple[int, ...], nonzeros: int, levels: int, seed: int) -> np.ndarray:
@@ -164,8 +140,8 @@ def floor(values: np.ndarray) -> float:
 )
 def test_on_uniform_positions_within_3_percent_of_the_floor(shape, nonzeros, levels):
     values = uniform(shape, nonzeros, levels, seed=levels)
-    spent = weight_coder.write_weight(values, Matrix.of(shape))[1]
-    assert spent.positions + spent.values <= 1.03 * floor(values)
+    lengths = weight_coder.encode_matrix(values, Layout.of(shape))[1]
+    assert lengths.positions + lengths.values <= 1.03 * floor(values)
 
 
 @given(
@@ -179,8 +155,8 @@ def test_never_above_5_percent_over_the_floor(shape, density, bits, seed):
     """More than 2,000 nonzeros and at least 40 of them a codebook value."""
     nonzeros = max(int(density * math.prod(shape)), 2001)
     values = uniform(shape, nonzeros, min(2**bits, nonzeros // 40), seed)
-    spent = weight_coder.write_weight(values, Matrix.of(shape))[1]
-    assert spent.positions + spent.values <= 1.05 * floor(values)
+    lengths = weight_coder.encode_matrix(values, Layout.of(shape))[1]
+    assert lengths.positions + lengths.values <= 1.05 * floor(values)
 
 
 def test_dead_rows_and_columns_cost_next_to_nothing():
@@ -190,9 +166,9 @@ def test_dead_rows_and_columns_cost_next_to_nothing():
     values = np.zeros((300, 400), np.float32)
     rows, columns = np.sort(rng.permutation(300)[:150]), np.sort(rng.permutation(400)[:160])
     values[np.ix_(rows, columns)] = live.reshape(150, 160)
-    spent = weight_coder.write_weight(values, Matrix.of((300, 400)))[1]
-    assert spent.positions <= 1.05 * floor(live) + 4 * (150 + 240)
-    assert spent.positions < 0.8 * floor(values)
+    lengths = weight_coder.encode_matrix(values, Layout.of((300, 400)))[1]
+    assert lengths.positions <= 1.05 * floor(live) + 4 * (150 + 240)
+    assert lengths.positions < 0.8 * floor(values)
 
 
 def test_dead_inputs_are_known_from_the_weight_before():
@@ -200,9 +176,9 @@ def test_dead_inputs_are_known_from_the_weight_before():
     rng = np.random.default_rng(0)
     fed = rng.integers(0, 2, 120) * 9
     values = np.where((rng.random((60, 120)) < 0.2) & (fed > 0), np.float32(1), np.float32(0))
-    matrix = Matrix.of((60, 120))
+    layout = Layout.of((60, 120))
     hinted, plain = (
-        weight_coder.write_weight(values, matrix, hint)[1].positions for hint in (fed.astype(np.int64), None)
+        weight_coder.encode_matrix(values, layout, counts)[1].positions for counts in (fed.astype(np.int64), None)
     )
     assert hinted < plain - 60
 
@@ -212,23 +188,23 @@ class TestSurroundings:
 
     def sizes(self, values: np.ndarray, monkeypatch: pytest.MonkeyPatch) -> tuple[float, float]:
         """Bits of the values as they are coded, and without the contexts; both come back as they were."""
-        lengths = []
-        matrix = Matrix.of(values.shape)
-        for most in (weight_coder.MAX_NEAR, 0):
-            monkeypatch.setattr(weight_coder, "MAX_NEAR", most)
-            data, spent = weight_coder.write_weight(values, matrix)
-            assert np.array_equal(weight_coder.read_weight(data, matrix)[0], values.reshape(-1))
-            lengths.append(spent.values)
-        return lengths[0], lengths[1]
+        bits = []
+        layout = Layout.of(values.shape)
+        for limit in (weight_coder.MAX_NEIGHBOR_SIDES, 0):
+            monkeypatch.setattr(weight_coder, "MAX_NEIGHBOR_SIDES", limit)
+            data, lengths = weight_coder.encode_matrix(values, layout)
+            assert np.array_equal(weight_coder.decode_matrix(data, layout)[0], values.reshape(-1))
+            bits.append(lengths.values)
+        return bits[0], bits[1]
 
     @pytest.mark.parametrize("plain", [False, True])
     def test_signs_shared_in_a_kernel(self, plain, monkeypatch):
         rng = np.random.default_rng(0)
         sign = np.where(rng.random((30, 30, 1, 1)) < 0.5, -1.0, 1.0)
         size = 1 + rng.random((30, 30, 3, 3)) if plain else rng.integers(1, 5, (30, 30, 3, 3))
-        there = rng.random((30, 30, 3, 3)) < 0.7
-        near, alone = self.sizes((sign * size * there).astype(np.float32), monkeypatch)
-        assert near < alone - 0.4 * there.sum()  # of the bit that a sign takes
+        kept = rng.random((30, 30, 3, 3)) < 0.7
+        near, alone = self.sizes((sign * size * kept).astype(np.float32), monkeypatch)
+        assert near < alone - 0.4 * kept.sum()  # of the bit that a sign takes
 
     @pytest.mark.parametrize("axis", [0, 1])
     def test_signs_of_rows_and_columns(self, axis, monkeypatch):
@@ -236,9 +212,9 @@ class TestSurroundings:
         sign = (
             np.where(rng.random((60, 60)) < 0.5, -1.0, 1.0)[:1] if axis else np.where(rng.random((60, 1)) < 0.5, -1, 1)
         )
-        there = rng.random((60, 60)) < 0.5
-        near, alone = self.sizes((sign * rng.integers(1, 3, (60, 60)) * there).astype(np.float32), monkeypatch)
-        assert near < alone - 0.5 * there.sum()
+        kept = rng.random((60, 60)) < 0.5
+        near, alone = self.sizes((sign * rng.integers(1, 3, (60, 60)) * kept).astype(np.float32), monkeypatch)
+        assert near < alone - 0.5 * kept.sum()
 
     def test_sizes_of_neighbours(self, monkeypatch):
         rng = np.random.default_rng(2)
@@ -259,9 +235,9 @@ class TestStrangers:
     @given(st.one_of(st.binary(max_size=60), st.integers(0, 40).map(lambda n: b"\xff" * n)), st.sampled_from(SHAPES))
     @settings(max_examples=200, deadline=None)
     def test_random_bytes(self, data, shape):
-        matrix = Matrix.of(shape)
+        layout = Layout.of(shape)
         try:
-            values, _ = weight_coder.read_weight(data, matrix)
+            values, _ = weight_coder.decode_matrix(data, layout)
         except CodingError:
             return
         assert values.shape == (math.prod(shape),)
@@ -272,85 +248,86 @@ class TestStrangers:
     def test_random_bytes_as_small_tensors(self, data, kinds):
         asked = [("bias", np.dtype(kind), size) for kind, size in kinds]
         try:
-            found, _ = read_small(data, asked)
+            arrays, _ = decode_other_tensors(data, asked)
         except CodingError:
             return
-        assert [(values.dtype, len(values)) for values in found] == [(dtype, size) for _, dtype, size in asked]
-        assert all(np.isfinite(values).all() for values in found)
+        assert [(values.dtype, len(values)) for values in arrays] == [(dtype, size) for _, dtype, size in asked]
+        assert all(np.isfinite(values).all() for values in arrays)
 
     def test_plain_bits_beyond_all_parts(self):
-        """12 bits at a time do not divide the interval: what lies above the last part, no encoder writes."""
+        """Equal parts of an interval leave a rest above the last one, which no encoder reaches: it reads as cut off."""
         reader = Stream(DECODE, data=b"\xff" * 40)
-        reader.symbols(np.zeros(3, np.int64), 2, 1, 1, reader.model(1, 0))  # an interval that is no power of two
-        numbers = [reader.number(11) for _ in range(30)]
+        contexts = reader.new_tree_contexts(1, 0)
+        reader.code_symbols(np.zeros(3, np.int64), 2, 1, 1, contexts)  # leaves an interval that is no power of two
+        numbers = [reader.code_number(11) for _ in range(30)]
         assert min(numbers) >= 0
         assert max(numbers) < 2**11
         assert reader.over_read
 
     def test_a_short_code_of_a_large_tensor_is_given_up_early(self):
         """Not after 800 million values, nor with memory for them."""
-        data = weight_coder.write_weight(uniform((20, 2000), 3000, 2, seed=0), Matrix.of((20, 2000)))[0]
+        data = weight_coder.encode_matrix(uniform((20, 2000), 3000, 2, seed=0), Layout.of((20, 2000)))[0]
         with pytest.raises(CodingError, match=r"cut off|out of range"):
-            weight_coder.read_weight(data[: len(data) // 2], Matrix.of((20, 2000)))
+            weight_coder.decode_matrix(data[: len(data) // 2], Layout.of((20, 2000)))
         with pytest.raises(CodingError, match="the code is cut off"):
-            read_small(b"\x55" * 40, [("ids", np.dtype(np.int64), 100_000_000)])
+            decode_other_tensors(b"\x55" * 40, [("ids", np.dtype(np.int64), 100_000_000)])
 
     def code(self, *numbers: tuple[int, int]) -> bytes:
         writer = Stream(ENCODE, room=200)
         for width, number in numbers:
-            writer.number(width, number)
+            writer.code_number(width, number)
         return writer.finish()
 
     @pytest.mark.parametrize(
         ("numbers", "message"),
         [
-            ([(1, 0), (2, 3)], "unknown layout 3"),
+            ([(1, 0), (2, 3)], "there is no group size 3, only 1"),
             ([(1, 0), (2, 0), (1, 0), (1, 0), (1, 0), (3, 0)], "cut off"),
         ],
     )
     def test_headers_that_make_no_sense(self, numbers, message):
         with pytest.raises(CodingError, match=message):
-            weight_coder.read_weight(self.code(*numbers), Matrix(2, 3))
+            weight_coder.decode_matrix(self.code(*numbers), Layout(2, 3))
 
     def test_contexts_for_more_sides_than_are_allowed(self):
-        wide = Matrix(1, weight_coder.MAX_NEAR)
-        with pytest.raises(CodingError, match="too many rows and channels"):
-            weight_coder.read_weight(self.code((1, 0), (2, 0), (1, 0), (1, 0), (1, 1), (3, 0)), wide)
+        wide = Layout(1, weight_coder.MAX_NEIGHBOR_SIDES)
+        with pytest.raises(CodingError, match="too many rows and channels for contexts of neighbors"):
+            weight_coder.decode_matrix(self.code((1, 0), (2, 0), (1, 0), (1, 0), (1, 1), (3, 0)), wide)
 
     def test_values_that_are_not_finite(self, monkeypatch):
-        monkeypatch.setattr(weight_coder, "cleaned", lambda values: values.reshape(-1))
+        monkeypatch.setattr(weight_coder, "flatten_finite", lambda values: values.reshape(-1))
         for value in (np.nan, np.inf):
             array = np.array([[value, 1]], np.float32)
             with pytest.raises(CodingError, match="not finite"):
-                weight_coder.read_weight(weight_coder.write_weight(array, Matrix.of((1, 2)))[0], Matrix.of((1, 2)))
+                weight_coder.decode_matrix(weight_coder.encode_matrix(array, Layout.of((1, 2)))[0], Layout.of((1, 2)))
 
     def test_a_codebook_value_that_no_float16_has(self):
         writer = Stream(ENCODE, room=100)
         for width, number in ((1, 0), (2, 0), (1, 1), (1, 1), (8, 0), (1, 0), (3, 0)):
-            writer.number(width, number)
-        writer.ascending(np.array([70_000]))
+            writer.code_number(width, number)
+        writer.code_ascending(np.array([70_000]))
         with pytest.raises(CodingError, match="codebook value is out of range"):
-            weight_coder.read_weight(writer.finish(), Matrix(2, 3))
+            weight_coder.decode_matrix(writer.finish(), Layout(2, 3))
 
     def test_truth_values(self):
-        data = write_small([("flag", np.array([0, 1, 2], np.uint8))])[0]
+        data = encode_other_tensors([("flag", np.array([0, 1, 2], np.uint8))])[0]
         with pytest.raises(CodingError, match="neither 0 nor 1"):
-            read_small(data, [("flag", np.dtype(np.bool_), 3)])
+            decode_other_tensors(data, [("flag", np.dtype(np.bool_), 3)])
 
 
 def test_values_that_cannot_be_written():
     for value in (np.nan, np.inf):
         with pytest.raises(ValueError, match="expected finite values"):
-            weight_coder.write_weight(np.array([[value]], np.float32), Matrix.of((1, 1)))
+            weight_coder.encode_matrix(np.array([[value]], np.float32), Layout.of((1, 1)))
         for kind in (np.float32, np.float64):
             with pytest.raises(ValueError, match="expected finite values"):
-                write_small([("bias", np.array([value], kind))])
+                encode_other_tensors([("bias", np.array([value], kind))])
     with pytest.raises(CodingError, match="4,194,304 together"):
-        Matrix.of((3, 2**22))
+        Layout.of((3, 2**22))
 
 
 def test_floors():
     assert log2_binomial(10, 0) == pytest.approx(0, abs=1e-9)
     assert entropy_bits(np.array([1, 1, 2, 2])) == 4
     assert entropy_bits(np.array([])) == 0
-    assert Spent(1, 2, 3, 4).total == 10
+    assert CodeLengths(1, 2, 3, 4).total == 10

@@ -34,15 +34,17 @@ def random_weight(form: str, seed: int, density: float) -> Weight:
 @settings(max_examples=80, deadline=None)
 def test_parts_round_trip_bit_for_bit(form, seed, density):
     weight = random_weight(form, seed, density)
-    hint = np.arange(SHAPES[form][1])
-    encoded = weight_forms.write(weight, hint)
-    found, spent = weight_forms.read(form, weight.shape, weight.rank, [data for data, _ in encoded], hint)
-    assert [length for _, length in encoded] == spent
-    assert found.parts.keys() == weight.parts.keys()
+    counts = np.arange(SHAPES[form][1])
+    encoded = weight_forms.encode_weight(weight, counts)
+    decoded, lengths = weight_forms.decode_weight(
+        form, weight.shape, weight.rank, [data for data, _ in encoded], counts
+    )
+    assert [length for _, length in encoded] == lengths
+    assert decoded.parts.keys() == weight.parts.keys()
     for name, values in weight.parts.items():
-        assert np.array_equal(found.parts[name], values)
-    assert np.array_equal(found.value().view(np.uint32), weight.value().view(np.uint32))
-    assert found.row_counts().tolist() == weight.row_counts().tolist()
+        assert np.array_equal(decoded.parts[name], values)
+    assert np.array_equal(decoded.value().view(np.uint32), weight.value().view(np.uint32))
+    assert decoded.output_counts().tolist() == weight.output_counts().tolist()
 
 
 @given(st.sampled_from(sorted(SHAPES)), st.integers(0, 999), st.sampled_from([0.05, 0.3, 1.0]))
@@ -53,7 +55,7 @@ def test_candidates_are_the_same_w_up_to_one_rounding(form, seed, density):
     exact, c = weight.value(), weight.parts.get("C", np.zeros(weight.shape, np.float32))
     extra = weight.parts[{"left": "V", "right": "U"}[form]].reshape(weight.shape) if form in ("left", "right") else 0
     one = np.spacing(np.abs(c + extra)) / 2 + np.spacing(np.abs(exact))
-    for other in weight_forms.candidates(weight):
+    for other in weight_forms.list_candidates(weight):
         assert (np.abs(other.value().astype(np.float64) - exact) <= one).all()
         assert other.form == PLAIN or other.rank >= 1
 
@@ -62,10 +64,10 @@ def test_candidates_are_the_same_w_up_to_one_rounding(form, seed, density):
 @settings(max_examples=40, deadline=None)
 def test_the_shortest_candidate_is_taken(form, seed, density):
     weight = random_weight(form, seed, density)
-    sizes = [weight_forms.part_size(each, None) for each in weight_forms.candidates(weight)]
-    best, size = weight_forms.shortest(weight, None)
-    assert size == weight_forms.part_size(best, None) == min(sizes)
-    parts = [len(data) for data, _ in weight_forms.write(best, None)]
+    sizes = [weight_forms.part_bytes(candidate, None) for candidate in weight_forms.list_candidates(weight)]
+    best, size = weight_forms.choose_shortest(weight, None)
+    assert size == weight_forms.part_bytes(best, None) == min(sizes)
+    parts = [len(data) for data, _ in weight_forms.encode_weight(best, None)]
     assert sum(parts) < size <= sum(parts) + 3 * 2 + 4  # their lengths, the form, the rank
 
 
@@ -87,23 +89,25 @@ def network(start: str, seed: int, nonzeros: int, bits: int) -> nn.Module:
 @given(st.sampled_from(["identity", "svd", "rank"]), st.integers(0, 999), st.integers(3, 900), st.integers(1, 5))
 @example("svd", 29, 681, 1)  # forms that are shortest one by one, and longer together
 @settings(max_examples=25, deadline=None)
-def test_shorten_keeps_w_and_never_makes_the_file_longer(start, seed, nonzeros, bits):
+def test_choosing_forms_keeps_w_and_never_makes_the_file_longer(start, seed, nonzeros, bits):
     model = network(start, seed, nonzeros, bits)
     before, long = fold(model), len(artifact.to_bytes(model))
-    assert weight_forms.shorten(model) is model
+    assert weight_forms.choose_shortest_forms(model) is model
     data = artifact.to_bytes(model)
     assert len(data) <= long
     after = artifact.from_bytes(data, factory=lambda num_classes: fold(model))
     for name, value in before.state_dict().items():
         assert torch.allclose(after.state_dict()[name], value, rtol=3e-7, atol=3e-7)
-    assert len(artifact.to_bytes(weight_forms.shorten(model))) == len(data)
+    assert len(artifact.to_bytes(weight_forms.choose_shortest_forms(model))) == len(data)
 
 
 def test_what_is_shortest_as_it_is_stays():
     """Factors at their start, V = W, are W; a whole term of U V is cheaper as a product."""
     for model in (nn.Linear(6, 4), factorize(nn.Linear(6, 4))):
-        assert not factor_structure(weight_forms.shorten(model))
-    assert factor_structure(weight_forms.shorten(cut_ranks(nn.Linear(60, 40), {"weight": 1}))) == {"weight": ("rank", 1)}
+        assert not factor_structure(weight_forms.choose_shortest_forms(model))
+    assert factor_structure(weight_forms.choose_shortest_forms(cut_ranks(nn.Linear(60, 40), {"weight": 1}))) == {
+        "weight": ("rank", 1)
+    }
 
 
 def test_dead_terms_are_left_out():
@@ -112,7 +116,7 @@ def test_dead_terms_are_left_out():
         compressible_parameters(model)["weight.U"][:, 1] = 0
         compressible_parameters(model)["weight.V"][0] = 0
     before = fold(model).weight
-    weight_forms.shorten(model)
+    weight_forms.choose_shortest_forms(model)
     assert factor_structure(model) == {"weight": ("rank", 1)}
     assert torch.equal(fold(model).weight, before)
 

@@ -1,17 +1,25 @@
-"""The binary arithmetic coder and its adaptive models: integer arithmetic only, the same on every machine.
+"""The binary arithmetic coder and its adaptive contexts: integer arithmetic only, the same on every machine.
 
-A decision (a bit) is coded with a probability that both sides compute from the decisions before it. The probability is
-that of an online logistic regression: the sum of the log odds that its contexts have learned (a row's, a column's, a
-neighbourhood's), each with what it has seen, its information. After a decision every context moves by a damped Newton
-step, as in assumed-density filtering of a Bayesian logistic regression with independent weights (Opper 1998; Graepel
-et al. 2010, "adPredictor"), so that a context seen rarely stays near its prior, 0, and costs next to nothing.
+A decision (a bit) is coded with a probability that encoder and decoder compute from the decisions before it: that of an
+online logistic regression. The log odds of a decision are the sum of the log odds that its contexts have learned (a
+row's, a column's, a neighborhood's), each with its information, which tells how much it has seen. After a decision
+every context moves by a damped Newton step, as in assumed-density filtering of a Bayesian logistic regression with
+independent weights (Opper 1998; Graepel et al. 2010, "adPredictor"), so that a context that was used rarely stays near
+its prior, 0, and costs next to nothing.
 
 Every function serves measuring, encoding and decoding alike, so that the two sides cannot drift apart. They are plain
-Python on lists, and the same code compiled by Numba on arrays, inner functions inlined, where there is much to do
-(`stream`).
+Python on lists; if there is much to do, `coder_run` compiles the same code with Numba, on arrays, with inner functions
+inlined. docs/file-format.md specifies the decoder; every constant in this file is part of the format.
 
-Legend: model the contexts' theta, log odds in 2^-32 nats, their information, variance, and when to renew it; p the
-probability of a 1, in 2^-16; spent the ideal code length so far, in 2^-16 bits.
+Arguments that most functions share:
+
+    coder       the state: mode, interval, position and code length so far (the slots below)
+    data        the bytes that are decoded, or room for those that are encoded
+    tables      (the logistic function, the code length of each probability), see `priors`
+    contexts    (theta, info, variance, due): log odds in 2^-32 nat, information in 2^-32, variance = 1 / info in 2^-22,
+                and the info from which on the variance is computed again
+    active      scratch space for the indices of the contexts of one decision
+    p           the probability of a 1, in 2^-16
 """
 
 from __future__ import annotations
@@ -19,13 +27,13 @@ from __future__ import annotations
 from typing import Any
 
 MEASURE, ENCODE, DECODE = 0, 1, 2
-MODE, LOW, HIGH, CODE, AT, SPENT = range(6)  # slots of a coder's state
+MODE, LOW, HIGH, CODE, AT, LENGTH = range(6)  # slots of a coder's state; LENGTH: ideal code length, in 2^-16 bits
 POSITION_CLASSES = 6
 PAST_END = 12  # bytes that a decoder may read past the end: four ahead, and eight zeros that an encoder may cut off
 
 
 def settle(coder: Any, data: Any) -> None:
-    """Leading bytes in which low and high agree leave the interval, into the data or, in decoding, out of it."""
+    """Shift out the leading bytes in which low and high agree: into the data, or when decoding out of the code."""
     low, high, at = coder[LOW], coder[HIGH], coder[AT]
     while (low ^ high) < 16777216:
         if coder[MODE] == DECODE:
@@ -38,18 +46,18 @@ def settle(coder: Any, data: Any) -> None:
     coder[LOW], coder[HIGH], coder[AT] = low, high, at
 
 
-def code_bit(coder: Any, data: Any, cost: Any, p: int, bit: int) -> int:
-    """Code one bit whose probability of being 1 is p / 65536, 0 < p < 65536; the bit.
+def code_bit(coder: Any, data: Any, lengths: Any, p: int, bit: int) -> int:
+    """Code one bit whose probability of being 1 is p / 65536, 0 < p < 65536, and return it.
 
     The interval [low, high] of 32-bit numbers shrinks to the part of the bit; leading bytes that are settled leave it.
-    A decoder reads zeros past the end, and is of no use any more after PAST_END of them.
+    A decoder reads zeros past the end; after PAST_END of them its results mean nothing.
     """
     low, high = coder[LOW], coder[HIGH]
     width = high - low
     mid = low + (width >> 16) * p + (((width & 65535) * p) >> 16)
     if coder[MODE] == DECODE:
         bit = 1 if coder[CODE] <= mid else 0
-    coder[SPENT] += cost[p if bit else 65536 - p]
+    coder[LENGTH] += lengths[p if bit else 65536 - p]
     if coder[MODE] == MEASURE:
         return bit
     if bit:
@@ -61,17 +69,17 @@ def code_bit(coder: Any, data: Any, cost: Any, p: int, bit: int) -> int:
     return bit
 
 
-def code_number(coder: Any, data: Any, cost: Any, width: int, number: int) -> int:
-    """Code an integer of so many bits, all equally likely, highest bits first; the integer.
+def code_number(coder: Any, data: Any, lengths: Any, width: int, number: int) -> int:
+    """Code an integer of `width` equally likely bits, highest bits first, and return it.
 
-    Up to 12 bits are taken at a time: the interval is cut into equal parts, where it is long enough for that.
+    Up to 12 bits are coded at a time, by cutting the interval into equal parts, if it is long enough for that.
     """
-    found = 0
+    coded = 0
     while width:
         low, high = coder[LOW], coder[HIGH]
         if width == 1 or high - low < 16777216 or coder[MODE] == MEASURE:
             width -= 1
-            found = (found << 1) | code_bit(coder, data, cost, 32768, (number >> width) & 1)
+            coded = (coded << 1) | code_bit(coder, data, lengths, 32768, (number >> width) & 1)
             continue
         size = min(width, 12)
         width -= size
@@ -79,39 +87,39 @@ def code_number(coder: Any, data: Any, cost: Any, width: int, number: int) -> in
         value = (number >> width) & ((1 << size) - 1)
         if coder[MODE] == DECODE:
             value = (coder[CODE] - low) // part
-            if value >> size:  # above all parts, where no encoder goes
+            if value >> size:  # above the last part, which no encoder reaches: treated as read past the end
                 value = (1 << size) - 1
                 coder[CODE] = low + value * part
                 coder[AT] = len(data) + PAST_END + 1
-        found = (found << size) | value
-        coder[SPENT] += size << 16
+        coded = (coded << size) | value
+        coder[LENGTH] += size << 16
         coder[LOW] = low + value * part
         coder[HIGH] = low + value * part + part - 1
         settle(coder, data)
-    return found
+    return coded
 
 
-def decide(coder: Any, data: Any, tables: Any, model: Any, contexts: Any, count: int, bit: int) -> int:
-    """Code one bit under the first `count` of the contexts and let each learn from it; the bit.
+def decide(coder: Any, data: Any, tables: Any, contexts: Any, active: Any, count: int, bit: int) -> int:
+    """Code one bit under the first `count` active contexts, let each of them learn from it, and return it.
 
-    Divisions are dear: a context's variance is looked up, and computed anew when its information has grown by 1/32.
+    Divisions are slow: a context's variance is stored, and computed again only when its information has grown by 1/32.
     """
-    squash, cost = tables
-    theta, info, variance, due = model
+    logistic, lengths = tables
+    theta, info, variance, due = contexts
     x = 0
     spread = 0
     for i in range(count):
-        x += theta[contexts[i]]
-        spread += variance[contexts[i]]
-    p = squash[min(max(x >> 22, -11264), 11264) + 11264]
-    bit = code_bit(coder, data, cost, p, bit)
+        x += theta[active[i]]
+        spread += variance[active[i]]
+    p = logistic[min(max(x >> 22, -11264), 11264) + 11264]
+    bit = code_bit(coder, data, lengths, p, bit)
     gained = p * (65536 - p)
     damping = (gained * spread) >> 38
     step = ((bit << 16) - p) << 6  # in 2^-22
     if damping > 255:
         step = (step << 16) // (65536 + damping)
     for i in range(count):
-        k = contexts[i]
+        k = active[i]
         theta[k] += (variance[k] * step) >> 12
         grown = info[k] + gained
         info[k] = grown
@@ -129,23 +137,24 @@ def code_positions(
     rows: int,
     columns: int,
     group: int,
-    across: int,
+    stride: int,
     classes: Any,
-    model: Any,
     contexts: Any,
+    active: Any,
     above: Any,
 ) -> None:
-    """Which entries of a (rows, columns) matrix are nonzero: flags, one number an entry, row after row.
+    """Code which entries of a (rows, columns) matrix are nonzero: flags, one per entry, row after row; in place.
 
-    Entries are taken in groups of `group` along a row (a convolution's kernel, say): first whether a group holds any
-    nonzero, under the contexts of all, of its row, its group of columns, the groups to the left and above, and its
-    class; then, in such a group, entry by entry, under its place and how many came before it, its row, its column, and
-    its neighbours to the left and `across` earlier in the group, and above.
+    Entries are taken in groups of `group` along a row (a convolution's kernel, for example). First comes whether a
+    group holds any nonzero, under the contexts of the whole matrix, of its row, its group of columns, the groups to the
+    left and above, and its class. Then, in a group that does, comes each entry, under its place and the number of
+    nonzeros before it in the group, its row, its column, and its neighbors to the left, `stride` earlier, and above.
 
     Args:
-        classes: one number below POSITION_CLASSES for each group of columns, what is known of it beforehand.
-        model: as `priors.position_model` gives it.
-        contexts, above: room for 5 contexts, and zeros for each group of columns.
+        classes: one number below POSITION_CLASSES for each group of columns: what is known of it beforehand.
+        contexts: as `priors.position_contexts` returns them.
+        active: room for 5 indices.
+        above: zeros, one for each group of columns.
     """
     groups = (columns + group - 1) // group
     by_row = 1
@@ -162,19 +171,19 @@ def code_positions(
         left = 0
         for column in range(groups):
             if not column & 255 and coder[MODE] == DECODE and coder[AT] > len(data) + PAST_END:
-                return  # of no use any more, and a short file must not cost long
+                return  # the results mean nothing any more, and a short file must not take long
             first = base + column * group
             size = min(group, columns - column * group)
-            held = 0
+            nonzeros = 0
             if coder[MODE] != DECODE:
                 for i in range(size):
-                    held += flags[first + i]
-            contexts[0] = 0
-            contexts[1] = by_row + row
-            contexts[2] = by_column + column
-            contexts[3] = by_near + 3 * min(left, 2) + min(above[column], 2)
-            contexts[4] = by_class + classes[column]
-            some = decide(coder, data, tables, model, contexts, 5, 1 if held else 0)
+                    nonzeros += flags[first + i]
+            active[0] = 0
+            active[1] = by_row + row
+            active[2] = by_column + column
+            active[3] = by_near + 3 * min(left, 2) + min(above[column], 2)
+            active[4] = by_class + classes[column]
+            some = decide(coder, data, tables, contexts, active, 5, 1 if nonzeros else 0)
             seen = 0
             if some and size == 1:
                 flags[first] = seen = 1
@@ -184,18 +193,18 @@ def code_positions(
                     if i == size - 1 and seen == 0:
                         bit = 1
                     else:
-                        near = flags[first + i - 1] if i % across else 0
-                        if i >= across:
-                            near += 2 * flags[first + i - across]
+                        near = flags[first + i - 1] if i % stride else 0
+                        if i >= stride:
+                            near += 2 * flags[first + i - stride]
                         if row:
                             near += 4 * flags[first + i - columns]
                         some_seen = min(seen, 2)
-                        contexts[0] = by_place + 3 * i + some_seen
-                        contexts[1] = by_seen + some_seen
-                        contexts[2] = member_row + row
-                        contexts[3] = member_column + column * group + i
-                        contexts[4] = member_near + near
-                        bit = decide(coder, data, tables, model, contexts, 5, bit)
+                        active[0] = by_place + 3 * i + some_seen
+                        active[1] = by_seen + some_seen
+                        active[2] = member_row + row
+                        active[3] = member_column + column * group + i
+                        active[4] = member_near + near
+                        bit = decide(coder, data, tables, contexts, active, 5, bit)
                     flags[first + i] = bit
                     seen += bit
             above[column] = seen
@@ -210,21 +219,20 @@ def code_symbol(
     levels: int,
     depth: int,
     modelled: int,
-    model: Any,
     contexts: Any,
+    active: Any,
     near: int,
     row: int,
-    column: int,
+    channel: int,
 ) -> int:
-    """A symbol of `depth` bits below levels: a binary tree of decisions; the symbol.
+    """Code a symbol of `depth` bits below levels as a path through a binary tree of decisions, and return it.
 
-    The first `modelled` bits are decided with a context for each node of the tree, the others are taken as equally
-    likely (and levels is 2^depth then). Where the upper half of a node lies beyond the number of symbols there is
-    nothing to decide.
+    The first `modelled` bits are decided with a context for each node of the tree, the others are equally likely (and
+    levels is 2^depth then). If the upper half of a node lies beyond the number of symbols, there is nothing to decide.
 
     Args:
-        near, row, column: where further contexts begin: a tree of them for what is near, and the first three bits of
-            it for the row and for the group of columns; near is 0 where there are none.
+        near, row, channel: where further contexts begin: a tree of them for the neighbors, and the first three bits of
+            one for the row and for the input channel; near is 0 if there are none.
     """
     rest = depth - modelled
     node = 1
@@ -233,16 +241,16 @@ def code_symbol(
         if (((node << 1) | 1) << shift) - (1 << depth) >= levels:
             bit = 0
         else:
-            contexts[0] = node
+            active[0] = node
             count = 1
             if near:
-                contexts[1] = near + node
+                active[1] = near + node
                 count = 2
                 if node < 8:
-                    contexts[2] = row + node
-                    contexts[3] = column + node
+                    active[2] = row + node
+                    active[3] = channel + node
                     count = 4
-            bit = decide(coder, data, tables, model, contexts, count, bit)
+            bit = decide(coder, data, tables, contexts, active, count, bit)
         node = (node << 1) | bit
     if rest:
         node = (node << rest) | code_number(coder, data, tables[1], rest, symbol & ((1 << rest) - 1))
@@ -250,51 +258,51 @@ def code_symbol(
 
 
 def code_symbols(
-    coder: Any, data: Any, tables: Any, symbols: Any, depth: int, modelled: int, model: Any, contexts: Any
+    coder: Any, data: Any, tables: Any, symbols: Any, depth: int, modelled: int, contexts: Any, active: Any
 ) -> None:
-    """Symbols below symbols[-1], which is their number and not one of them, each as `code_symbol` does it."""
+    """Code all symbols but the last entry, which is the number of levels, each by `code_symbol`; in place."""
     levels = symbols[len(symbols) - 1]
     for i in range(len(symbols) - 1):
         if coder[MODE] == DECODE and coder[AT] > len(data) + PAST_END:
             return
         symbols[i] = code_symbol(
-            coder, data, tables, symbols[i], levels, depth, modelled, model, contexts, 0, 0, 0
+            coder, data, tables, symbols[i], levels, depth, modelled, contexts, active, 0, 0, 0
         )  # fmt: skip
 
 
-def code_placed(
+def code_symbols_with_neighbors(
     coder: Any,
     data: Any,
     tables: Any,
     symbols: Any,
     depth: int,
     modelled: int,
-    model: Any,
     contexts: Any,
+    active: Any,
     places: Any,
     shape: Any,
     kinds: Any,
-    kept: Any,
+    row_kinds: Any,
 ) -> None:
-    """Symbols as `code_symbols` does them, of values at places of a matrix, under more contexts.
+    """Code symbols as `code_symbols` does, of values at places of a matrix, under more contexts; in place.
 
     A decision is made under its node in the tree, and: the node together with the kinds of the entry to the left (in
-    the same row of the kernel, or in any column where there is no kernel) and of the entry `across` columns back (in
-    the same kernel); for the first three bits the row's nodes, and those of the input channel (or column). A zero, or
-    an entry outside, is of kind 0.
+    the same row of the kernel, or in any column if there is no kernel) and of the entry `stride` columns back (in the
+    same kernel); for the first three bits also the nodes of the row and those of the input channel (or column). A zero
+    and an entry outside are of kind 0.
 
     Args:
         places: where the values are, ascending.
-        shape: (rows, columns, kernel, width, across), see `coder.Matrix`.
-        kinds: 1 to 4 for each symbol, or for each value of the leading bits where there are fewer.
-        model: as `priors.placed_model` gives it.
-        kept: zeros for each column.
+        shape: (rows, columns, kernel, width, stride), see `weight_coder.Layout`.
+        kinds: 1 to 4 for each symbol, or for each value of the leading bits if there are fewer kinds than symbols.
+        contexts: as `priors.neighbor_contexts` returns them.
+        row_kinds: zeros, one for each column.
     """
-    rows, columns, kernel, width, across = shape[0], shape[1], shape[2], shape[3], shape[4]
+    rows, columns, kernel, width, stride = shape[0], shape[1], shape[2], shape[3], shape[4]
     levels = symbols[len(symbols) - 1]
     by_row = 1 << modelled
-    by_column = by_row + 8 * rows
-    by_near = by_column + 8 * (columns // kernel)
+    by_channel = by_row + 8 * rows
+    by_near = by_channel + 8 * (columns // kernel)
     shift = 0
     while len(kinds) < levels >> shift:
         shift += 1
@@ -306,24 +314,27 @@ def code_placed(
         place = places[i]
         if place // columns != row:
             for j in range(begun, i):
-                kept[places[j] % columns] = 0
+                row_kinds[places[j] % columns] = 0
             begun = i
             row = place // columns
         column = place % columns
         inside = column % kernel if kernel > 1 else column
-        near = kept[column - 1] if inside % width or (kernel == 1 and column) else 0
-        if inside >= across:
-            near += 5 * kept[column - across]
+        near = row_kinds[column - 1] if inside % width or (kernel == 1 and column) else 0
+        if inside >= stride:
+            near += 5 * row_kinds[column - stride]
         symbol = code_symbol(
-            coder, data, tables, symbols[i], levels, depth, modelled, model, contexts,
-            by_near + (near << modelled), by_row + 8 * row, by_column + 8 * (column // kernel),
+            coder, data, tables, symbols[i], levels, depth, modelled, contexts, active,
+            by_near + (near << modelled), by_row + 8 * row, by_channel + 8 * (column // kernel),
         )  # fmt: skip
         symbols[i] = symbol
-        kept[column] = kinds[symbol >> shift]
+        row_kinds[column] = kinds[symbol >> shift]
 
 
-def code_ascending(coder: Any, data: Any, tables: Any, numbers: Any, model: Any, contexts: Any) -> None:
-    """Strictly ascending integers from 0 to 2^32 - 1: each gap's number of bits under contexts, the rest plain."""
+def code_ascending(coder: Any, data: Any, tables: Any, numbers: Any, contexts: Any, active: Any) -> None:
+    """Code strictly ascending integers from 0 to 2^32 - 1 by their gaps; in place.
+
+    The number of bits of a gap is adaptive, under the contexts of a tree; its bits after the first are equally likely.
+    """
     last = -1
     for i in range(len(numbers)):
         gap = numbers[i] - last - 1
@@ -332,8 +343,8 @@ def code_ascending(coder: Any, data: Any, tables: Any, numbers: Any, model: Any,
             size += 1
         node = 1
         for shift in range(5, -1, -1):
-            contexts[0] = node
-            bit = decide(coder, data, tables, model, contexts, 1, (size >> shift) & 1)
+            active[0] = node
+            bit = decide(coder, data, tables, contexts, active, 1, (size >> shift) & 1)
             node = (node << 1) | bit
         size = min(node - 64, 33)
         if size > 1:

@@ -1,38 +1,51 @@
 """The model file, version 3.
 
-All numbers are little-endian, a varint is LEB128 of at most 5 bytes; the same values give the same bytes.
+Numbers are little-endian, a varint is LEB128 of at most 5 bytes; equal values give equal bytes. This is the format in
+short; docs/file-format.md is the specification, from which tests/pack/second_decoder.py was written.
 
     bytes        content
     4            "ATMC"
     u16          version, 3
-    part         metadata: JSON (UTF-8, sorted keys), deflated (raw, with DICTIONARY as preset dictionary)
-    part each    a weight: every float32 tensor of two or more dimensions, in the order of `fields`
-    part         everything else: biases, batch_norm, buffers, in the order of `fields` (`small.write_small`)
+    part         metadata: JSON (sorted keys), raw deflate with `container.DICTIONARY` as preset dictionary
+    part each    a weight: every float32 tensor of two or more dimensions, in the order of `tensor_list.list_fields`
+    part         all other tensors (biases, batch norm, buffers), in the same order, see `other_tensors`
 
-A part is its length as a varint, its bytes, and a u32: the CRC-32 of the bytes, begun from that of the part before and
-for the first from that of the six bytes before it, so that parts cannot change places.
+A part is its length as a varint, its bytes, and a u32: the CRC-32 of the bytes, started from that of the part before,
+and for the first from that of the six bytes before it, so that parts cannot change places.
 
 A weight's part:
 
     u8           form: 0 W itself; 1 (U + I) V + C; 2 U (V + I) + C; 3 U V + C; 4 U V
-    varint       rank, where there are factors
-    then for U, V, C or for W: the length as a varint, where another follows, and the arithmetic code (`coder`)
+    varint       rank, unless the form is 0
+    code         of U, V and C, or of W: each with its length as a varint before it, but for the last
 
-Arithmetic code (`bits`, all in integers): first one bit, 1 for all zero; two bits for the group size of the positions
-(0: no entry is zero, no positions; else an index into `Matrix.groups`) and, with positions, three for their prior's
-scale; one for float16 or float32, one for a codebook, with one eight for its size less 1, one for the values'
-surroundings (`bits.code_placed`; see `coder.MAX_NEAR`), three for the prior's scale of the values; then the positions,
-the codebook's values ascending, and codes or plain values in row-major order. Zeros at the end are cut off. Everything
-else is one such code: of a float32 tensor one bit for a single repeated value, one for float16, and where values differ
-one for zeros among them, whose places follow as flags; then plain values, under statistics that tensors of one role
-(last part of their names) share; other types byte by byte.
+The code of a matrix (`weight_coder`, `arithmetic`; no bytes: all zero) begins with this header, each field of equally
+likely bits:
 
-W of a factorized weight is defined: summed in float64 in a fixed order and rounded once (`factorize.compose`).
+    bits         field
+    1            1: all zero, nothing follows
+    2            group size of the positions: 0 no entry is zero, no positions; else a number in `Layout.group_sizes`
+    3            scale of the contexts of the positions; only if there are positions
+    1            values are float16, else float32
+    1            there is a codebook
+    8            size of the codebook less 1; only if there is one
+    1            values are coded under contexts of their neighbors
+    3            scale of the contexts of the values
+
+Then follow the positions, the codebook in ascending order, and the codes or plain values in row-major order.
+
+The last part is one code of all its tensors. A float32 tensor has one bit for a single repeated value, one for float16,
+and, if values differ, one for zeros, whose places follow as flags; then plain values, under contexts that tensors of
+one role (last part of their names) share. Other types are stored byte by byte.
+
+W of a factorized weight is part of the format: summed in float64 in a fixed order and rounded once
+(`factorize.compose`).
 
 Metadata: {"model", "threat", "method", "tool", "norms"} and, of a zoo model, "schema", the CRC-32 of its fields, or, of
-a user's own model, "tensors", its fields as [name, shape, type], with "classes" and "input_shape" where "model" lacks
+a user's own model, "tensors", its fields as [name, shape, type], with "classes" and "input_shape" if "model" lacks
 them. "model" is the zoo model's specification (`models.build_from_spec`), or names a user's own factory, which is never
-imported from a file. "norms": batch norms are affine, without statistics (`norms`). Nothing in a file is executed.
+imported from a file. "norms": batch norms are affine, without statistics (`models.batch_norm`). Nothing in a file is
+executed.
 """
 
 from __future__ import annotations
@@ -66,14 +79,22 @@ from atmc.pack.container import (
     Reader,
     TooLarge,
     UnsupportedVersion,
-    input_shape,
     pack_parts,
+    read_input_shape,
     unpack,
 )
-from atmc.pack.other_tensors import read_small, write_small
-from atmc.pack.sortable_floats import Integers
-from atmc.pack.tensor_list import MAX_CLASSES, Field, expect_fields, fields, is_zoo, listed, schema
-from atmc.pack.weight_coder import CodingError, Spent, TooManySides
+from atmc.pack.other_tensors import decode_other_tensors, encode_other_tensors
+from atmc.pack.sortable_floats import Int64s
+from atmc.pack.tensor_list import (
+    MAX_CLASSES,
+    Field,
+    checksum_fields,
+    expect_fields,
+    is_zoo,
+    list_fields,
+    read_fields,
+)
+from atmc.pack.weight_coder import CodeLengths, CodingError, TooManySides
 from atmc.pack.weight_forms import FORMS, PLAIN, Weight
 
 __all__ = [
@@ -101,7 +122,7 @@ __all__ = [
 ]
 
 MAX_VALUES = 1 << 26  # of all tensors of a file together, unless the caller allows more: 256 MiB of float32
-WORK = 64  # multiply-adds that composing a file's factors may take, for each value that it may hold
+COMPOSE_COST = 64  # multiply-adds that composing a file's factors may take, for each value that the file may hold
 
 
 @dataclass(frozen=True)
@@ -123,7 +144,7 @@ class LoadedModel:
     @property
     def input_shape(self) -> tuple[int, int, int] | None:
         """(c, h, w) of the images, or None if the file does not say it. Raises Malformed if it is no image shape."""
-        return input_shape(self.metadata, self.source)
+        return read_input_shape(self.metadata, self.source)
 
 
 @dataclass(frozen=True)
@@ -135,7 +156,7 @@ class Decoded:
         others: name -> (values in their shape, code length in bits).
     """
 
-    weights: dict[str, tuple[Weight, list[Spent]]]
+    weights: dict[str, tuple[Weight, list[CodeLengths]]]
     others: dict[str, tuple[np.ndarray, float]]
 
 
@@ -148,7 +169,7 @@ def save(
     threat: str | None = None,
     method: str | None = None,
 ) -> int:
-    """Write a model, factorized or plain, to a file (see `to_bytes`); its size in bytes.
+    """Write a model, factorized or plain, to a file (see `to_bytes`), and return its size in bytes.
 
     Raises:
         ValueError: a value is not finite, or of a type that the format does not hold.
@@ -166,25 +187,25 @@ def to_bytes(
     threat: str | None = None,
     method: str | None = None,
 ) -> bytes:
-    """The file of a model, factorized or plain: a pure function of its values.
+    """Return the bytes of a model's file, factorized or plain: a pure function of its values.
 
-    Zeros, repeated values and values that float16 holds are found and stored compactly; nothing is rounded.
+    Zeros, repeated values and values that float16 holds exactly are stored compactly; nothing is rounded.
 
     Args:
         model: built by `models.build`, which knows its own structure, or any module (loading it needs a factory).
-        input_shape: (c, h, w), where the model does not know it.
-        classes: number of classes, where the model does not know it.
+        input_shape: (c, h, w), if the model does not know it.
+        classes: number of classes, if the model does not know it.
         threat, method: what the model was trained for and how, for the metadata.
 
     Raises:
         ValueError: a value is not finite, or of a type that the format does not hold.
     """
     spec = getattr(model, "atmc_spec", None) or {"name": None}
-    count = classes or spec.get("num_classes") or _outputs(model)
+    count = classes or spec.get("num_classes") or _count_outputs(model)
     if not 1 <= count <= MAX_CLASSES:
         raise ValueError(f"expected 1 to {MAX_CLASSES:,} classes, got {count}")
     affine = batch_norm.is_affine(model)
-    kept = fields(model, without=batch_norm.implied_statistics(model) if affine else {})
+    fields = list_fields(model, without=batch_norm.affine_statistics(model) if affine else {})
     shape = input_shape or spec.get("input_shape")
     metadata: dict[str, Any] = {"model": spec, "threat": threat, "method": method, "tool": f"atmc {__version__}"}
     metadata["norms"] = affine
@@ -193,38 +214,38 @@ def to_bytes(
     if count != spec.get("num_classes"):
         metadata["classes"] = count
     if is_zoo(spec):
-        metadata["schema"] = schema(kept)
+        metadata["schema"] = checksum_fields(fields)
     else:
-        metadata["tensors"] = [[field.name, list(field.shape), field.dtype] for field in kept]
+        metadata["tensors"] = [[field.name, list(field.shape), field.dtype] for field in fields]
     state = model.state_dict()
-    small = [(field, state[field.name].detach().cpu().numpy()) for field in kept if not field.is_weight]
-    return pack(metadata, weight_forms.in_order(model, kept), small)
+    others = [(field, state[field.name].detach().cpu().numpy()) for field in fields if not field.is_weight]
+    return pack(metadata, weight_forms.list_weights(model, fields), others)
 
 
 def pack(
-    metadata: Mapping[str, Any], weights: Sequence[tuple[Field, Weight]], small: Sequence[tuple[Field, np.ndarray]]
+    metadata: Mapping[str, Any], weights: Sequence[tuple[Field, Weight]], others: Sequence[tuple[Field, np.ndarray]]
 ) -> bytes:
-    """The bytes of a file. Raises ValueError as `to_bytes`."""
-    if sum(field.size for field, _ in [*weights, *small]) > MAX_VALUES:
+    """Return the bytes of a file. Raises ValueError as `to_bytes`."""
+    if sum(field.size for field, _ in [*weights, *others]) > MAX_VALUES:
         raise ValueError(f"expected at most {MAX_VALUES:,} values in all")
-    coder_run.prepare(sum(field.size for field, _ in weights) // 2)  # options are measured
+    coder_run.prepare(sum(field.size for field, _ in weights) // 2)  # each option is measured
     parts: list[bytes] = []
-    hint = None
+    input_counts = None
     for field, weight in weights:
         try:
-            parts.append(weight_forms.to_part(weight, hint))
+            parts.append(weight_forms.encode_part(weight, input_counts))
         except ValueError as error:
             raise ValueError(f"tensor {field.name}: {error}") from error
-        hint = weight.row_counts()
-    for field, values in small:
+        input_counts = weight.output_counts()
+    for field, values in others:
         if values.dtype.kind == "f" and not np.isfinite(values).all():
             raise ValueError(f"tensor {field.name}: expected finite values, got nan or infinity")
-    parts.append(write_small([(field.role, values) for field, values in small])[0])
+    parts.append(encode_other_tensors([(field.role, values) for field, values in others])[0])
     return pack_parts(metadata, parts)
 
 
-def _outputs(model: nn.Module) -> int:
-    """Rows of the last linear layer: the number of classes, where nothing else tells it."""
+def _count_outputs(model: nn.Module) -> int:
+    """Return the rows of the last linear layer: the number of classes, if nothing else tells it."""
     layers = [module for module in model.modules() if isinstance(module, nn.Linear)]
     if not layers:
         raise ValueError("expected classes=..., since the model does not know how many it has")
@@ -232,7 +253,7 @@ def _outputs(model: nn.Module) -> int:
 
 
 def read(path: str | os.PathLike[str]) -> Content:
-    """Take a file apart without decoding its tensors.
+    """Read a file and take it apart, without decoding its tensors.
 
     Raises:
         ArtifactError: see its subclasses. OSError: the file cannot be read.
@@ -291,22 +312,22 @@ def _restore(data: bytes, factory: Callable[..., nn.Module] | None, source: str,
     content = unpack(data, source)
     model = _build(content, factory, max_values)
     implied = _implied_statistics(content, model)
-    expected = fields(model, without=implied)
+    expected = list_fields(model, without=implied)
     try:
         expect_fields(content, expected)
     except ModelMismatch as error:
         if factory is None or is_zoo(content.metadata["model"]):
             raise
-        maker = content.metadata["model"].get("name")
-        hint = f"{factory_name(factory)} is not its factory" + (f", which was {maker!r}" if maker else "")
-        raise ModelMismatch(f"{error}; {hint}") from error
+        stored_name = content.metadata["model"].get("name")
+        named = f", which was {stored_name!r}" if stored_name else ""
+        raise ModelMismatch(f"{error}; {factory_name(factory)} is not its factory{named}") from error
     decoded = _decode(content, expected, max_values)
     state: dict[str, Tensor] = dict(implied)
     for field in expected:
         stored = decoded.weights.get(field.name)
         values = stored[0].value() if stored else decoded.others[field.name][0]
         if not np.isfinite(values).all():
-            raise content.bad(f"tensor {field.name}: a value is not finite")
+            raise content.malformed(f"tensor {field.name}: a value is not finite")
         state[field.name] = torch.from_numpy(np.ascontiguousarray(values))
     model.load_state_dict(state, assign=True)
     factors = {name: weight for name, (weight, _) in decoded.weights.items() if weight.form != PLAIN}
@@ -317,73 +338,76 @@ def decode(content: Content, *, max_values: int = MAX_VALUES) -> Decoded:
     """Decode all tensors of a file, without the code of a user's own class. Raises `ArtifactError`."""
     if is_zoo(content.metadata["model"]):
         model = _build(content, None, max_values)
-        expected = fields(model, without=_implied_statistics(content, model))
+        expected = list_fields(model, without=_implied_statistics(content, model))
         expect_fields(content, expected)
     else:
-        expected = list(listed(content))
+        expected = list(read_fields(content))
     return _decode(content, expected, max_values)
 
 
 def _implied_statistics(content: Content, model: nn.Module) -> dict[str, Tensor]:
     """State dict entries that the file leaves out because its batch norms are affine."""
-    return batch_norm.implied_statistics(model) if content.metadata.get("norms") is True else {}
+    return batch_norm.affine_statistics(model) if content.metadata.get("norms") is True else {}
 
 
 def _decode(content: Content, expected: Sequence[Field], max_values: int) -> Decoded:
-    _expect_room(content, expected, max_values)
-    big = [field for field in expected if field.is_weight]
-    small = [field for field in expected if not field.is_weight]
-    if len(content.parts) != len(big) + 1:
-        raise content.bad(f"{len(content.parts) - 1} weights; its model has {len(big)}")
-    coder_run.prepare(sum(field.size for field in big) // 16 + 8 * sum(map(len, content.parts)))
-    weights: dict[str, tuple[Weight, list[Spent]]] = {}
-    hint = None
-    for field, part in zip(big, content.parts, strict=False):
+    _expect_few_values(content, expected, max_values)
+    weight_fields = [field for field in expected if field.is_weight]
+    other_fields = [field for field in expected if not field.is_weight]
+    if len(content.parts) != len(weight_fields) + 1:
+        raise content.malformed(f"{len(content.parts) - 1} weights; its model has {len(weight_fields)}")
+    coder_run.prepare(sum(field.size for field in weight_fields) // 16 + 8 * sum(map(len, content.parts)))
+    weights: dict[str, tuple[Weight, list[CodeLengths]]] = {}
+    input_counts = None
+    for field, part in zip(weight_fields, content.parts, strict=False):
         try:
-            weights[field.name] = _read_weight(part, field, hint, content)
+            weights[field.name] = _decode_part(part, field, input_counts, content)
         except TooManySides as error:
             raise TooLarge(f"{content.source}: tensor {field.name}: {error}") from error
         except CodingError as error:
-            raise content.bad(f"tensor {field.name}: {error}") from error
-        hint = weights[field.name][0].row_counts()
-    if sum(weight.cost for weight, _ in weights.values()) > WORK * max_values:
-        raise TooLarge(f"{content.source}: its factors take over {WORK * max_values:,} multiply-adds to compose")
-    kinds = [(field.role, np.dtype(field.dtype), field.size) for field in small]
+            raise content.malformed(f"tensor {field.name}: {error}") from error
+        input_counts = weights[field.name][0].output_counts()
+    if sum(weight.cost for weight, _ in weights.values()) > COMPOSE_COST * max_values:
+        limit = COMPOSE_COST * max_values
+        raise TooLarge(f"{content.source}: its factors take over {limit:,} multiply-adds to compose")
+    kinds = [(field.role, np.dtype(field.dtype), field.size) for field in other_fields]
     try:
-        arrays, lengths = read_small(content.parts[-1], kinds)
+        arrays, lengths = decode_other_tensors(content.parts[-1], kinds)
     except CodingError as error:
-        raise content.bad(f"biases and norms: {error}") from error
-    shaped = (array.reshape(field.shape) for array, field in zip(arrays, small, strict=True))
-    others = zip((field.name for field in small), zip(shaped, lengths, strict=True), strict=True)
+        raise content.malformed(f"biases and norms: {error}") from error
+    shaped = (array.reshape(field.shape) for array, field in zip(arrays, other_fields, strict=True))
+    others = zip((field.name for field in other_fields), zip(shaped, lengths, strict=True), strict=True)
     return Decoded(weights, dict(others))
 
 
-def _expect_room(content: Content, expected: Iterable[Field], max_values: int) -> None:
+def _expect_few_values(content: Content, expected: Iterable[Field], max_values: int) -> None:
     total = sum(field.size for field in expected)
     if total > max_values:
         raise TooLarge(f"{content.source}: {total:,} values; at most {max_values:,} are read")
 
 
-def _read_weight(part: bytes, field: Field, hint: Integers | None, content: Content) -> tuple[Weight, list[Spent]]:
+def _decode_part(
+    part: bytes, field: Field, input_counts: Int64s | None, content: Content
+) -> tuple[Weight, list[CodeLengths]]:
     reader = Reader(part, f"{content.source}: tensor {field.name}", Malformed)
     (number,) = reader.take(1)
     if number >= len(FORMS):
-        raise content.bad(f"tensor {field.name} has no valid form: {number}")
+        raise content.malformed(f"tensor {field.name} has no valid form: {number}")
     form, rank = FORMS[number], 0
     rows, columns = field.shape[0], field.size // field.shape[0]
     if form != PLAIN:
         rank = reader.varint()
-        square = {"left": rows, "right": columns}.get(form, rank)  # where the identity is added
+        square = {"left": rows, "right": columns}.get(form, rank)  # the identity is added to a square factor
         if not 1 <= rank <= min(rows, columns) or rank != square:
-            raise content.bad(f"tensor {field.name} has rank {rank}, its shape is {field.shape}")
-    names = list(weight_forms.layouts(form, field.shape, rank))
+            raise content.malformed(f"tensor {field.name} has rank {rank}, its shape is {field.shape}")
+    names = list(weight_forms.part_layouts(form, field.shape, rank))
     encoded = [reader.take(reader.varint()) for _ in names[:-1]]
     encoded.append(reader.take(len(part) - reader.at))
-    return weight_forms.read(form, field.shape, rank, encoded, hint)
+    return weight_forms.decode_weight(form, field.shape, rank, encoded, input_counts)
 
 
 class _NoInitialValues(TorchFunctionMode):
-    """Functions of torch.nn.init do nothing; on meta tensors the first of them would take a second, for imports."""
+    """A mode in which functions of torch.nn.init do nothing: on meta tensors the first takes a second, for imports."""
 
     def __torch_function__(
         self, func: Callable[..., Any], types: Any, args: Sequence[Any] = (), kwargs: Mapping[str, Any] | None = None
@@ -393,19 +417,18 @@ class _NoInitialValues(TorchFunctionMode):
         return func(*args, **(kwargs or {}))
 
 
-def _build(content: Content, factory: Callable[..., nn.Module] | None, max_values: int = MAX_VALUES) -> nn.Module:
+def _build(content: Content, factory: Callable[..., nn.Module] | None, max_values: int) -> nn.Module:
+    """Build the model of a file without its values: a zoo model on the meta device, a user's own by its factory."""
     metadata, source = content.metadata, content.source
     spec = metadata["model"]
     name = spec.get("name")
     if is_zoo(spec):
         try:
-            with (
-                torch.device("meta"),
-                _NoInitialValues(),
-            ):  # names and shapes alone: memory is taken only once the file is found to fit
+            # names and shapes alone: memory is taken only once the file is known to fit
+            with torch.device("meta"), _NoInitialValues():
                 return build_from_spec(spec)
         except ValueError as error:
-            raise content.bad(str(error)) from error
+            raise content.malformed(str(error)) from error
     if factory is None:
         hint = f" {name!r}" if name else ""
         raise FactoryNeeded(
@@ -414,8 +437,10 @@ def _build(content: Content, factory: Callable[..., nn.Module] | None, max_value
         )
     classes = metadata.get("classes")
     if not (type(classes) is int and 1 <= classes <= MAX_CLASSES):
-        raise content.bad(f"it does not say how many classes its model has, at most {MAX_CLASSES:,}: {classes!r:.40}")
-    _expect_room(content, listed(content), max_values)
+        raise content.malformed(
+            f"expected 1 to {MAX_CLASSES:,} classes of its model, got {classes!r:.40}"
+        )
+    _expect_few_values(content, read_fields(content), max_values)
     try:
         model = call_factory(factory, classes)
     except ValueError as error:

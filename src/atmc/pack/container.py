@@ -1,4 +1,4 @@
-"""The outer layers of a model file: parts with lengths and checksums, the deflated metadata, and what can be wrong.
+"""The outer layers of a model file: parts with lengths and checksums, deflated metadata, and the errors of a file.
 
 See `artifact` for the format.
 """
@@ -30,15 +30,15 @@ class ArtifactError(ValueError):
 
 
 class NotAnArtifact(ArtifactError):
-    """The file does not begin as a model file does."""
+    """The file does not begin with ATMC."""
 
 
 class UnsupportedVersion(ArtifactError):
-    """A format version that this release does not read."""
+    """The file has a format version that this release does not read."""
 
 
 class ChecksumMismatch(ArtifactError):
-    """The bytes are not those that were written: cut off, or damaged."""
+    """The bytes are not those that were written: the file is cut off or damaged."""
 
 
 class Malformed(ArtifactError):
@@ -63,18 +63,24 @@ class ModelMismatch(ArtifactError):
 
 @dataclass(frozen=True)
 class Content:
-    """A file taken apart, its checksums found to hold: metadata, and the parts' bytes, still encoded."""
+    """A file taken apart, with valid checksums.
+
+    Args:
+        metadata: what the file says of its model; "classes" and "input_shape" are always among the keys.
+        parts: the bytes of each weight's part and of the last part, still encoded.
+        source: name of the file in errors.
+    """
 
     metadata: dict[str, Any]
     parts: tuple[bytes, ...]
     source: str = "file"
 
-    def bad(self, text: str) -> Malformed:
-        """The error that says so of this file."""
+    def malformed(self, text: str) -> Malformed:
+        """Return the error that says this of the file."""
         return Malformed(f"{self.source}: {text}")
 
 
-def input_shape(metadata: Mapping[str, Any], source: str) -> tuple[int, int, int] | None:
+def read_input_shape(metadata: Mapping[str, Any], source: str) -> tuple[int, int, int] | None:
     """Return (c, h, w) of the images, or None if the metadata do not say it.
 
     Raises:
@@ -89,7 +95,7 @@ def input_shape(metadata: Mapping[str, Any], source: str) -> tuple[int, int, int
 
 
 def pack_parts(metadata: Mapping[str, Any], parts: Sequence[bytes]) -> bytes:
-    """The bytes of a file: metadata, then parts."""
+    """Return the bytes of a file: metadata, then parts."""
     text = json.dumps(metadata, sort_keys=True, separators=(",", ":")).encode()
     data = MAGIC + struct.pack("<H", VERSION)
     check = zlib.crc32(data)
@@ -117,11 +123,16 @@ def unpack(data: bytes, source: str = "file") -> Content:
         parts.append(part)
     if len(parts) < 2:
         raise ChecksumMismatch(f"{source} is cut off after {len(data)} bytes")
-    return Content(_metadata(parts[0], source), tuple(parts[1:]), source)
+    return Content(_read_metadata(parts[0], source), tuple(parts[1:]), source)
 
 
 class Reader:
-    """Takes bytes off the front of a buffer and never past its end."""
+    """A reader that takes bytes off the front of a buffer and never past its end.
+
+    Args:
+        source: name of the file in errors.
+        error: the error to raise if fewer bytes are left than are needed.
+    """
 
     def __init__(self, data: bytes, source: str, error: type[ArtifactError] = ChecksumMismatch) -> None:
         self._data, self._source, self._error, self.at = data, source, error, 0
@@ -132,7 +143,7 @@ class Reader:
         return self.at == len(self._data)
 
     def take(self, count: int) -> bytes:
-        """The next count bytes."""
+        """Return the next count bytes."""
         left = len(self._data) - self.at
         if count > left:
             raise self._error(f"{self._source} is cut off or damaged: {count} bytes expected, {left} left")
@@ -140,7 +151,7 @@ class Reader:
         return self._data[self.at - count : self.at]
 
     def varint(self) -> int:
-        """An integer of 7 bits a byte, the lowest first, at most 5 bytes."""
+        """Return an integer of 7 bits per byte, the lowest first, of at most 5 bytes."""
         number = 0
         for shift in range(0, 35, 7):
             (byte,) = self.take(1)
@@ -151,6 +162,7 @@ class Reader:
 
 
 def varint(number: int) -> bytes:
+    """Return the bytes of an integer, 7 bits per byte, the lowest first."""
     octets = []
     while number > 127:
         octets.append(number & 127 | 128)
@@ -163,7 +175,7 @@ def _deflate(text: bytes) -> bytes:
     return packer.compress(text) + packer.flush()
 
 
-def _metadata(part: bytes, source: str) -> dict[str, Any]:
+def _read_metadata(part: bytes, source: str) -> dict[str, Any]:
     unpacker = zlib.decompressobj(-15, DICTIONARY)
     try:
         text = unpacker.decompress(part, MAX_METADATA)

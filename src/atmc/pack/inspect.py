@@ -1,4 +1,4 @@
-"""What is in a model file, tensor by tensor, and how far each lies from what information theory allows."""
+"""Show what is in a model file, tensor by tensor, and how far each is from what information theory allows."""
 
 from __future__ import annotations
 
@@ -9,19 +9,21 @@ from typing import Any
 import numpy as np
 
 from atmc.pack.artifact import MAX_VALUES, decode, unpack
-from atmc.pack.weight_coder import Spent, entropy_bits, log2_binomial
+from atmc.pack.sortable_floats import fits_float16
+from atmc.pack.weight_coder import CodeLengths, entropy_bits, log2_binomial
 from atmc.pack.weight_forms import PLAIN, Weight
 
 COLUMNS = ("positions", "codebook", "codes", "header")
 
 
-def inspection(path: str | os.PathLike[str], *, max_values: int = MAX_VALUES) -> dict[str, Any]:
-    """Metadata, one row a stored tensor, and totals: every byte of the file is in one of them.
+def inspect_file(path: str | os.PathLike[str], *, max_values: int = MAX_VALUES) -> dict[str, Any]:
+    """Return metadata, one row per stored tensor, and totals: every byte of the file is in one of them.
 
-    A row holds name, shape, values (entries), nonzeros, levels (distinct nonzero values), stored ("codebook", "fp16",
-    "fp32", "zero", "other"), bits (of a code or value), and bytes, whole code lengths as fractions: positions,
-    codebook, codes (or plain values), header, total; for a weight's tensor also floor, the bytes that positions without
-    contexts and codes under their own frequencies take (log2 C(N, k) + k H), and excess, positions and codes over it.
+    A row holds name, shape, values (number of entries), nonzeros, levels (distinct nonzero values), stored ("codebook",
+    "fp16", "fp32", "zero", "other"), bits (per code or value), and bytes, which are code lengths and may be fractions:
+    positions, codebook, codes (or plain values), header, total; for a matrix of a weight also floor, the bytes of
+    positions without contexts and of codes under their own frequencies (log2 C(N, k) + k H), and excess, positions and
+    codes above it.
 
     Raises:
         ArtifactError: as `artifact.load`. OSError: the file cannot be read.
@@ -30,14 +32,14 @@ def inspection(path: str | os.PathLike[str], *, max_values: int = MAX_VALUES) ->
     content = unpack(data, str(path))
     decoded = decode(content, max_values=max_values)
     rows, factorized, dead = [], {}, {}
-    for name, (weight, spent) in decoded.weights.items():
-        for (part, values), length in zip(weight.parts.items(), spent, strict=True):
-            rows.append(_row(name if part == "W" else f"{name}.{part}", values, length))
+    for name, (weight, lengths) in decoded.weights.items():
+        for (part, values), part_lengths in zip(weight.parts.items(), lengths, strict=True):
+            rows.append(_row(name if part == "W" else f"{name}.{part}", values, part_lengths))
         if weight.form != PLAIN:
-            factorized[name] = _rank(weight)
-        dead[name] = _dead(weight)
+            factorized[name] = _describe_factors(weight)
+        dead[name] = _count_dead(weight)
     for name, (values, bits) in decoded.others.items():
-        rows.append(_row(name, values, Spent(values=bits), small=True))
+        rows.append(_row(name, values, CodeLengths(values=bits), is_weight=False))
     sums = {key: round(sum(row["bytes"][key] for row in rows), 3) for key in COLUMNS}
     return {
         "file": str(path),
@@ -58,18 +60,18 @@ def inspection(path: str | os.PathLike[str], *, max_values: int = MAX_VALUES) ->
     }
 
 
-def _row(name: str, values: np.ndarray, spent: Spent, *, small: bool = False) -> dict[str, Any]:
+def _row(name: str, values: np.ndarray, lengths: CodeLengths, *, is_weight: bool = True) -> dict[str, Any]:
     nonzero = values[values != 0]
     levels = len(np.unique(nonzero))
-    stored, bits = _stored(nonzero, levels, spent)
+    stored, bits = _storage(nonzero, levels, lengths)
     sizes = {
-        "positions": spent.positions / 8,
-        "codebook": spent.codebook / 8,
-        "codes": spent.values / 8,
-        "header": spent.header / 8,
-        "total": spent.total / 8,
+        "positions": lengths.positions / 8,
+        "codebook": lengths.codebook / 8,
+        "codes": lengths.values / 8,
+        "header": lengths.header / 8,
+        "total": lengths.total / 8,
     }
-    if not small:
+    if is_weight:
         floor = (log2_binomial(values.size, len(nonzero)) + entropy_bits(nonzero)) / 8
         sizes |= {"floor": floor, "excess": sizes["positions"] + sizes["codes"] - floor}
     return {
@@ -84,27 +86,25 @@ def _row(name: str, values: np.ndarray, spent: Spent, *, small: bool = False) ->
     }
 
 
-def _stored(nonzero: np.ndarray, levels: int, spent: Spent) -> tuple[str, int]:
-    """How values are held, and the bits of one before entropy coding."""
+def _storage(nonzero: np.ndarray, levels: int, lengths: CodeLengths) -> tuple[str, int]:
+    """Return how values are stored, and the bits of one before entropy coding."""
     if nonzero.dtype != np.float32:
         return "other", 8 * nonzero.dtype.itemsize
     if not len(nonzero):
         return "zero", 0
-    if spent.codebook:
+    if lengths.codebook:
         return "codebook", (levels - 1).bit_length()
-    with np.errstate(over="ignore"):
-        half = np.array_equal(nonzero.astype(np.float16).astype(np.float32), nonzero)
-    return ("fp16", 16) if half else ("fp32", 32)
+    return ("fp16", 16) if fits_float16(nonzero) else ("fp32", 32)
 
 
-def _rank(weight: Weight) -> dict[str, Any]:
-    """Form, largest rank, and the rank of what U and V add to C and the identity's term."""
+def _describe_factors(weight: Weight) -> dict[str, Any]:
+    """Return the form, the number of columns of U, and the number of terms of U V that are not zero."""
     live = weight.parts["U"].any(axis=0) & weight.parts["V"].any(axis=1)
     return {"form": weight.form, "largest_rank": weight.rank, "components": int(live.sum())}
 
 
-def _dead(weight: Weight) -> tuple[int, int]:
-    """Outputs, and inputs, of which W holds nothing but zeros."""
+def _count_dead(weight: Weight) -> tuple[int, int]:
+    """Return the numbers of outputs and of inputs for which W holds nothing but zeros."""
     w = weight.value()
     w = w.reshape(w.shape[0], w.shape[1] if w.ndim > 1 else 1, -1)
     return int((~w.any(axis=(1, 2))).sum()), int((~w.any(axis=(0, 2))).sum())

@@ -1,4 +1,4 @@
-"""Tensors that are no weights <-> bits: biases, norms, buffers, one after the other in one code."""
+"""Code all tensors that are no weights (biases, norms, buffers) one after the other in one code."""
 
 from __future__ import annotations
 
@@ -9,96 +9,109 @@ import numpy as np
 
 from atmc.pack.arithmetic import DECODE, ENCODE
 from atmc.pack.coder_run import Stream
-from atmc.pack.sortable_floats import cleaned, from_ordered, is_half, ordered, room_for
-from atmc.pack.weight_coder import MODELLED, CodingError
+from atmc.pack.sortable_floats import fits_float16, flatten_finite, from_sortable, to_sortable
+from atmc.pack.weight_coder import MODELLED, CodingError, given_or_zeros
 
-MAX_ROLES = 256  # roles with statistics of their own; further ones share
-FLAG_SCALE, SMALL_SCALE = 0, 2  # how strongly contexts of zero flags, and of values, are held to their prior
+# Part of the format:
+MAX_SETS = 256  # sets of contexts of their own, one per role and kind of symbol; further ones share
+FLAG_SCALE, VALUE_SCALE = 0, 2  # how strongly contexts of zero flags, and of values, are held to their prior
+
+ContextSets = dict[tuple[str, int], Any]  # (role, depth of the symbols) -> contexts
 
 
-def write_small(tensors: Sequence[tuple[str, np.ndarray]]) -> tuple[bytes, list[float]]:
-    """Biases, norms and whatever else is no weight, one after the other; and the bits that each takes.
+def encode_other_tensors(tensors: Sequence[tuple[str, np.ndarray]]) -> tuple[bytes, list[float]]:
+    """Return the encoding of the tensors, and the code length of each in bits.
 
     Args:
-        tensors: (role, values): tensors of one role share statistics, and so do roles after MAX_ROLES. float32
-            values are stored in float16 where that is exact, a single value once, zeros as flags; other types as they
-            are.
+        tensors: (role, values). Tensors of one role share contexts, and so do roles beyond MAX_SETS. float32 values
+            are stored in float16 if that is exact, a single value once, zeros as flags; other types as they are.
 
     Raises:
         ValueError: nan or infinity.
     """
-    flat = [(role, cleaned(values) if values.dtype == np.float32 else values.reshape(-1)) for role, values in tensors]
+    flat = [
+        (role, flatten_finite(values) if values.dtype == np.float32 else values.reshape(-1)) for role, values in tensors
+    ]
     for role, values in flat:
         if values.dtype.kind == "f" and not np.isfinite(values).all():
             raise ValueError(f"expected finite values, got nan or infinity in {role}")
     room = 2 * sum(values.nbytes for _, values in flat) + 64 + 4 * len(flat)
-    stream = Stream(ENCODE, room=room, work=sum(8 * values.nbytes for _, values in flat))
+    stream = Stream(ENCODE, room=room, decisions=sum(8 * values.nbytes for _, values in flat))
     lengths: list[float] = []
-    models: dict[tuple[str, int], Any] = {}
+    sets: ContextSets = {}
     for role, values in flat:
-        before = stream.spent
-        _code_small(stream, models, role, values.dtype, values, len(values))
-        lengths.append(stream.spent - before)
+        before = stream.code_length
+        _code_tensor(stream, sets, role, values.dtype, values, len(values))
+        lengths.append(stream.code_length - before)
     return stream.finish(), lengths
 
 
-def read_small(data: bytes, kinds: Sequence[tuple[str, np.dtype[Any], int]]) -> tuple[list[np.ndarray], list[float]]:
-    """What `write_small` was given, from (role, number type, size) of each tensor; and the bits that each takes.
+def decode_other_tensors(
+    data: bytes, kinds: Sequence[tuple[str, np.dtype[Any], int]]
+) -> tuple[list[np.ndarray], list[float]]:
+    """Invert `encode_other_tensors`, given (role, number type, size) of each tensor.
 
     Raises:
         CodingError: the bytes are no such encoding.
     """
-    stream = Stream(DECODE, data=data, work=sum(8 * dtype.itemsize * size for _, dtype, size in kinds))
-    found, lengths = [], []
-    models: dict[tuple[str, int], Any] = {}
+    stream = Stream(DECODE, data=data, decisions=sum(8 * dtype.itemsize * size for _, dtype, size in kinds))
+    arrays, lengths = [], []
+    sets: ContextSets = {}
     for role, dtype, size in kinds:
-        before = stream.spent
+        before = stream.code_length
         if stream.over_read:
             raise CodingError("the code is cut off")
-        values = _code_small(stream, models, role, dtype, np.zeros(0, dtype), size)
+        values = _code_tensor(stream, sets, role, dtype, np.zeros(0, dtype), size)
         if values.dtype.kind == "f" and not np.isfinite(values).all():
             raise CodingError("a value is not finite")
-        found.append(values)
-        lengths.append(stream.spent - before)
+        arrays.append(values)
+        lengths.append(stream.code_length - before)
     if stream.over_read:
         raise CodingError("the code is cut off")
-    return found, lengths
+    return arrays, lengths
 
 
-def _code_small(
-    stream: Stream, models: dict[tuple[str, int], Any], role: str, dtype: np.dtype[Any], values: np.ndarray, size: int
+def _code_tensor(
+    stream: Stream, sets: ContextSets, role: str, dtype: np.dtype[Any], values: np.ndarray, size: int
 ) -> np.ndarray:
-    """One tensor, written or read: the values given or found."""
+    """Write the values of one tensor, or read them if `values` is empty; return them."""
     if dtype != np.float32:
-        octets = values.astype(dtype.newbyteorder("<")).tobytes()
-        read = bytearray()
-        for i in range(size * dtype.itemsize):
-            if stream.over_read:
-                raise CodingError("the code is cut off")
-            read.append(stream.number(8, octets[i] if octets else 0))
-        found = np.frombuffer(read, dtype.newbyteorder("<")).astype(dtype)
-        if dtype == np.bool_ and any(octet > 1 for octet in read):
-            raise CodingError("a truth value is neither 0 nor 1")
-        return found
-    constant = bool(stream.number(1, bool(len(values)) and bool((values == values[0]).all())))
-    half = bool(stream.number(1, is_half(values)))
+        return _code_bytes(stream, dtype, values, size)
+    constant = bool(stream.code_number(1, bool(len(values)) and bool((values == values[0]).all())))
+    half = bool(stream.code_number(1, fits_float16(values)))
     count = min(size, 1) if constant else size
     depth = 16 if half else 32
-    held = np.ones(count, np.int64)
-    if not constant and stream.number(1, not values.all()):
-        flags = room_for((values != 0).astype(np.int64), count)
-        held = stream.symbols(flags, 2, 1, 1, _shared(stream, models, role, 1))
-    numbers = ordered(values[:count][held != 0] if len(values) else values, half)
-    model = _shared(stream, models, role, depth)
-    found = np.zeros(count, np.float32)
-    numbers = stream.symbols(room_for(numbers, int(held.sum())), 1 << depth, depth, MODELLED, model)
-    found[held != 0] = from_ordered(numbers, depth)
-    return np.repeat(found, size) if constant and size else found
+    flags = np.ones(count, np.int64)
+    if not constant and stream.code_number(1, not values.all()):
+        flags = given_or_zeros((values != 0).astype(np.int64), count)
+        flags = stream.code_symbols(flags, 2, 1, 1, _shared_contexts(stream, sets, role, 1))
+    symbols = to_sortable(values[:count][flags != 0] if len(values) else values, half)
+    contexts = _shared_contexts(stream, sets, role, depth)
+    coded = np.zeros(count, np.float32)
+    symbols = stream.code_symbols(given_or_zeros(symbols, int(flags.sum())), 1 << depth, depth, MODELLED, contexts)
+    coded[flags != 0] = from_sortable(symbols, depth)
+    return np.repeat(coded, size) if constant and size else coded
 
 
-def _shared(stream: Stream, models: dict[tuple[str, int], Any], role: str, depth: int) -> Any:
-    """The statistics so far of a role's zero flags (depth 1), float16 or float32 values."""
-    key = (role, depth) if len(models) < MAX_ROLES or (role, depth) in models else ("", depth)
-    if key not in models:
-        models[key] = stream.model(1, FLAG_SCALE) if depth == 1 else stream.model(MODELLED, SMALL_SCALE)
-    return models[key]
+def _code_bytes(stream: Stream, dtype: np.dtype[Any], values: np.ndarray, size: int) -> np.ndarray:
+    """Code values of a type other than float32 byte by byte."""
+    octets = values.astype(dtype.newbyteorder("<")).tobytes()
+    coded = bytearray()
+    for i in range(size * dtype.itemsize):
+        if stream.over_read:
+            raise CodingError("the code is cut off")
+        coded.append(stream.code_number(8, octets[i] if octets else 0))
+    if dtype == np.bool_ and any(octet > 1 for octet in coded):
+        raise CodingError("a truth value is neither 0 nor 1")
+    return np.frombuffer(coded, dtype.newbyteorder("<")).astype(dtype)
+
+
+def _shared_contexts(stream: Stream, sets: ContextSets, role: str, depth: int) -> Any:
+    """Return the contexts, with what they have learned, of a role's zero flags (depth 1), float16 or float32 values."""
+    key = (role, depth) if len(sets) < MAX_SETS or (role, depth) in sets else ("", depth)
+    if key not in sets:
+        flags = depth == 1
+        sets[key] = (
+            stream.new_tree_contexts(1, FLAG_SCALE) if flags else stream.new_tree_contexts(MODELLED, VALUE_SCALE)
+        )
+    return sets[key]

@@ -1,6 +1,6 @@
-"""Where the coder's models start: what its contexts hold before they have seen anything, and its tables.
+"""The state in which the coder's contexts start, and the coder's tables: all part of the file format.
 
-All in integers, so that every machine has the same; see `bits`.
+Everything is computed in integers, so that every machine has the same; see `arithmetic` for the units.
 """
 
 from __future__ import annotations
@@ -11,17 +11,17 @@ from functools import cache
 import numpy as np
 
 from atmc.pack.arithmetic import POSITION_CLASSES
-from atmc.pack.sortable_floats import Integers
+from atmc.pack.sortable_floats import Int64s
 
-Model = tuple[Integers, Integers, Integers, Integers]
+Contexts = tuple[Int64s, Int64s, Int64s, Int64s]  # theta, info, variance, due
 
 ONE = 1 << 32  # information 1
-STEPS = 11 << 10  # log odds are clamped to +-11 nats, in steps of 1/1024: no decision costs more than 16 bits
+STEPS = 11 << 10  # log odds are clamped to +-11 nat, in steps of 1/1024: no decision costs more than 16 bits
 
 
 @cache
-def squash_table() -> list[int]:
-    """p at log odds (i - STEPS) / 1024, i = 0 .. 2 STEPS: 65536 / (1 + exp(-x)) rounded, inside 1 .. 65535."""
+def logistic_table() -> list[int]:
+    """Return p at the log odds (i - STEPS) / 1024, i = 0 .. 2 STEPS: 65536 / (1 + exp(-x)) rounded, in 1 .. 65535."""
     scale = 1 << 96
     term = step = scale
     for n in range(1, 12):  # exp(1/1024) by its series, in integers
@@ -35,8 +35,8 @@ def squash_table() -> list[int]:
 
 
 @cache
-def cost_table() -> list[int]:
-    """-log2(p / 65536) in 2^-16 bits for p = 0 (unused) .. 65536, by repeated squaring of integers."""
+def length_table() -> list[int]:
+    """Return -log2(p / 65536) in 2^-16 bits for p = 0 (unused) .. 65536, by repeated squaring of integers."""
     p = np.arange(1, 65537, dtype=np.int64)
     whole = np.zeros_like(p)
     for shift in range(17):
@@ -50,18 +50,18 @@ def cost_table() -> list[int]:
 
 
 def stretch(p: int) -> int:
-    """The theta at which p (1 .. 65535) is the probability."""
-    return (bisect_left(squash_table(), p) - STEPS) << 22
+    """Return the theta at which p (1 .. 65535) is the probability."""
+    return (bisect_left(logistic_table(), p) - STEPS) << 22
 
 
-def position_model(rows: int, columns: int, group: int, scale: int) -> Model:
-    """The contexts of `code_positions` at the start; a larger scale holds the contexts nearer to their prior.
+def position_contexts(rows: int, columns: int, group: int, scale: int) -> Contexts:
+    """Return the contexts of `code_positions` at the start; a larger scale holds them nearer to their prior.
 
-    A place starts from the hazard of one nonzero anywhere in what is left of its group.
+    The contexts of a place start from the hazard of one nonzero at a random place of what is left of its group.
     """
     groups = -(-columns // group)
     unit = ONE << scale >> 2
-    sections = [  # how many contexts, theta at the start, info at the start
+    sections = [  # number of contexts, theta at the start (None: 0), info at the start
         (1, [stretch(1200)], ONE >> 6),
         (rows, None, unit),
         (groups, None, unit),
@@ -75,27 +75,27 @@ def position_model(rows: int, columns: int, group: int, scale: int) -> Model:
     ]
     theta = [np.zeros(count, np.int64) if start is None else np.array(start, np.int64) for count, start, _ in sections]
     info = [np.full(count, weight, np.int64) for count, _, weight in sections]
-    return _model(np.concatenate(theta), np.concatenate(info))
+    return _contexts(np.concatenate(theta), np.concatenate(info))
 
 
 def _hazards(left: int) -> tuple[int, int, int]:
-    """Log odds of an entry with so many places left, when none, one, or more came before it in the group."""
+    """Return the log odds of an entry with `left` places left, after none, one, or more nonzeros in the group."""
     return stretch(min(65536 // left, 64000)), stretch(6500), stretch(13000)
 
 
-def tree_model(modelled: int, scale: int) -> Model:
-    """The contexts of `code_symbols` and (modelled = 6) `code_ascending` at the start."""
-    return _model(np.zeros(1 << modelled, np.int64), np.full(1 << modelled, ONE << scale >> 2, np.int64))
+def tree_contexts(modelled: int, scale: int) -> Contexts:
+    """Return the contexts of `code_symbols`, and of `code_ascending` (modelled = 6), at the start."""
+    return _contexts(np.zeros(1 << modelled, np.int64), np.full(1 << modelled, ONE << scale >> 2, np.int64))
 
 
-def placed_model(rows: int, columns: int, kernel: int, modelled: int, scale: int) -> Model:
-    """The contexts of `code_placed` at the start: those of rows and channels are held to their prior most."""
+def neighbor_contexts(rows: int, columns: int, kernel: int, modelled: int, scale: int) -> Contexts:
+    """Return the contexts of `code_symbols_with_neighbors` at the start, nearest to the prior for rows and channels."""
     nodes, unit = 1 << modelled, ONE << scale >> 2
     sides = 8 * (rows + columns // kernel)
     info = np.concatenate([np.full(nodes, unit), np.full(sides, 4 * unit), np.full(25 * nodes, 2 * unit)])
-    return _model(np.zeros(len(info), np.int64), info)
+    return _contexts(np.zeros(len(info), np.int64), info)
 
 
-def _model(theta: Integers, info: Integers) -> Model:
-    """theta, info, the variance 1 / info in 2^-22, and the info at which to compute it anew."""
+def _contexts(theta: Int64s, info: Int64s) -> Contexts:
+    """Return theta, info, the variance 1 / info in 2^-22, and the info from which on the variance is computed again."""
     return theta, info, (1 << 54) // info, info + (info >> 5)

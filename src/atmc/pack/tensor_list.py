@@ -1,4 +1,4 @@
-"""Which tensors a model file holds, and in what order: of a zoo model they follow from its specification.
+"""The tensors that a model file holds and their order: for a zoo model they follow from its specification.
 
 See `artifact` for the format.
 """
@@ -30,7 +30,7 @@ TYPES = {
 
 @dataclass(frozen=True)
 class Field:
-    """A tensor of the plain model: its state dict's key, its shape and its number type."""
+    """A tensor of the plain model: its key in the state dict, its shape and its number type."""
 
     name: str
     shape: tuple[int, ...]
@@ -43,81 +43,85 @@ class Field:
 
     @property
     def is_weight(self) -> bool:
-        """Whether it gets a part of its own."""
+        """Whether it has a part of the file of its own."""
         return self.dtype == "float32" and len(self.shape) >= 2 and self.size > 0
 
     @property
     def role(self) -> str:
-        """What it shares statistics with: "bias", "weight", "running_mean"."""
+        """Last part of its name, by which tensors share statistics: "bias", "weight", "running_mean"."""
         return self.name.rpartition(".")[2]
 
 
-def fields(model: nn.Module, *, without: Mapping[str, Any] | None = None) -> list[Field]:
-    """The tensors of the plain model, module by module in the model's order, "weight" first, then by name.
+def list_fields(model: nn.Module, *, without: Mapping[str, Any] | None = None) -> list[Field]:
+    """Return the tensors of the plain model: module by module in the model's order, "weight" first, then by name.
+
+    Args:
+        without: names to leave out.
 
     Raises:
         ValueError: a type that the format does not hold, or too many tensors or dimensions.
     """
     order = {path: i for i, (path, _) in enumerate(model.named_modules())}
-    shapes = {
-        weight.path: weight.tensor.shape for weight in all_compressible_weights(model) if is_factorized(weight)
-    }
-    found = {name: Field(name, tuple(shape), "float32") for name, shape in shapes.items()}
+    shapes = {weight.path: weight.tensor.shape for weight in all_compressible_weights(model) if is_factorized(weight)}
+    fields = {name: Field(name, tuple(shape), "float32") for name, shape in shapes.items()}
     names = {kind: name for name, kind in TYPES.items()}
     for key, value in model.state_dict().items():
         if any(key.startswith(f"{path.rpartition('.')[0]}.parametrizations.".lstrip(".")) for path in shapes):
             continue
         if value.dtype not in names:
             raise ValueError(f"tensor {key}: cannot store values of type {value.dtype}")
-        found[key] = Field(key, tuple(value.shape), names[value.dtype])
-    if len(found) > MAX_TENSORS or any(len(field.shape) > MAX_DIMENSIONS for field in found.values()):
+        fields[key] = Field(key, tuple(value.shape), names[value.dtype])
+    if len(fields) > MAX_TENSORS or any(len(field.shape) > MAX_DIMENSIONS for field in fields.values()):
         raise ValueError(f"expected at most {MAX_TENSORS:,} tensors of at most {MAX_DIMENSIONS} dimensions")
-    kept = [field for field in found.values() if field.name not in (without or {})]
+    kept = [field for field in fields.values() if field.name not in (without or {})]
     return sorted(kept, key=lambda f: (order.get(f.name.rpartition(".")[0], len(order)), f.role != "weight", f.name))
 
 
 def is_zoo(spec: Mapping[str, Any]) -> bool:
+    """Return whether a specification is that of a zoo model."""
     return isinstance(spec.get("name"), str) and ":" not in spec["name"]
 
 
-def schema(kept: Sequence[Field]) -> int:
-    return zlib.crc32(repr([(field.name, field.shape, field.dtype) for field in kept]).encode())
+def checksum_fields(fields: Sequence[Field]) -> int:
+    """Return the CRC-32 of names, shapes and types, by which a release notices that its zoo model has others."""
+    return zlib.crc32(repr([(field.name, field.shape, field.dtype) for field in fields]).encode())
 
 
 def expect_fields(content: Content, expected: Sequence[Field]) -> None:
-    """ModelMismatch unless the file holds tensors of these names, shapes and types."""
+    """Raise ModelMismatch unless the file holds tensors of these names, shapes and types, in this order."""
     metadata, source = content.metadata, content.source
     if is_zoo(metadata["model"]):
-        if metadata.get("schema") != schema(expected):
+        if metadata.get("schema") != checksum_fields(expected):
             raise ModelMismatch(f"{source}: the tensors of {metadata['model']['name']} are not those of this release")
         return
-    held = {field.name: field for field in listed(content)}
+    stored = {field.name: field for field in read_fields(content)}
     for field in expected:
-        if field.name not in held:
+        if field.name not in stored:
             raise ModelMismatch(f"{source} has no tensor {field.name}, which the model needs")
-        found = held.pop(field.name)
-        if found.shape != field.shape:
-            raise ModelMismatch(f"{source}: tensor {field.name} has shape {found.shape}, the model's is {field.shape}")
-        if found.dtype != field.dtype:
-            raise ModelMismatch(f"{source}: tensor {field.name} is {found.dtype}, the model's is {field.dtype}")
-    if held:
-        raise ModelMismatch(f"{source} has a tensor {next(iter(held))}, which the model has not")
-    if [field.name for field in expected] != [field.name for field in listed(content)]:
+        other = stored.pop(field.name)
+        if other.shape != field.shape:
+            raise ModelMismatch(f"{source}: tensor {field.name} has shape {other.shape}, the model's is {field.shape}")
+        if other.dtype != field.dtype:
+            raise ModelMismatch(f"{source}: tensor {field.name} is {other.dtype}, the model's is {field.dtype}")
+    if stored:
+        raise ModelMismatch(f"{source} has a tensor {next(iter(stored))}, which the model has not")
+    if [field.name for field in expected] != [field.name for field in read_fields(content)]:
         raise ModelMismatch(f"{source}: the model's tensors are in another order")
 
 
-def listed(content: Content) -> Iterator[Field]:
+def read_fields(content: Content) -> Iterator[Field]:
+    """Yield the tensors that the metadata of a user's own model list. Raises Malformed."""
     rows = content.metadata.get("tensors")
     if not (isinstance(rows, list) and len(rows) <= MAX_TENSORS):
-        raise content.bad("it does not list its tensors")
+        raise content.malformed("it does not list its tensors")
     seen = set()
     for row in rows:
         match row:
             case [str(name), list(shape), str(dtype)] if dtype in TYPES and len(shape) <= MAX_DIMENSIONS:
                 if name in seen:
-                    raise content.bad(f"tensor {name} stands twice")
+                    raise content.malformed(f"it lists tensor {name} twice")
                 seen.add(name)
                 if all(type(side) is int and 0 <= side < 1 << 32 for side in shape):
                     yield Field(name, tuple(cast(list[int], shape)), dtype)
                     continue
-        raise content.bad(f"it lists a tensor that makes no sense: {str(row)[:80]}")
+        raise content.malformed(f"it lists a tensor without a valid name, shape and type: {str(row)[:80]}")

@@ -20,7 +20,7 @@ from atmc.compress.factorize import compressible_parameters, compressible_weight
 from atmc.compress.rate_control import Allocation, RateControl
 from atmc.evaluation.statistics import Accuracy
 from atmc.models.batch_norm import make_affine
-from atmc.pack.weight_forms import shorten
+from atmc.pack.weight_forms import choose_shortest_forms
 from atmc.training.dead_weights import zero_dead_weights
 from atmc.training.loop import assign
 
@@ -143,7 +143,7 @@ def _simplify(model: nn.Module, probe: Tensor) -> int:
     """Make norms affine, zero dead weights, give each weight its shortest form; return the number of dead weights."""
     make_affine(model).eval()
     dead = zero_dead_weights(model, probe)
-    shorten(model)
+    choose_shortest_forms(model)
     return dead + zero_dead_weights(
         model, probe
     )  # a row of W may be dead while V's row, which other rows share, is not
