@@ -17,7 +17,7 @@ from atmc.data import Images
 from atmc.evaluation import accuracy as evaluation
 from atmc.evaluation import attacks, autoattack
 from atmc.robust.attacks import LOSSES, attack_mode, cross_entropy, fgsm, kl_from, margin, pgd, wrm
-from atmc.robust.objectives import OBJECTIVES, TrainingAttack, mart, trades
+from atmc.robust.objectives import OBJECTIVES, Objective, TrainingAttack, mart, parse_objective, trades
 from atmc.robust.threats import L1, L2, Linf, check_threat, parse_threat
 
 BALLS = [Linf(0.1), L2(0.8), L1(3.0)]
@@ -290,6 +290,12 @@ def test_attack_arguments_that_make_no_sense(settings, message):
         wrm(linear_model(), images(), torch.zeros(8, dtype=torch.int64), steps=0)
 
 
+def objective(name: str, **options: float) -> Objective:
+    """A loss with these options, the others at their defaults."""
+    spec = OBJECTIVES[name]
+    return spec.build(spec.fill_options(name, options))
+
+
 class TestObjectives:
     def perturb(self, model, ball=None, **settings):
         return TrainingAttack(ball or Linf(0.1), steps=3, **settings).on(model, noise(8))
@@ -298,7 +304,7 @@ class TestObjectives:
     def test_gradients_reach_every_weight_and_buffers_move_only_by_its_own_passes(self, name):
         model = network().train()
         y = torch.arange(8) % 3
-        loss = OBJECTIVES[name].loss(model, images(), y, self.perturb(model))
+        loss = objective(name)(model, images(), y, self.perturb(model))
         loss.backward()
         assert all(p.grad is not None and p.grad.abs().sum() > 0 for p in model.parameters())
         assert model[1].num_batches_tracked == (2 if name == "mixed" else 1)
@@ -309,9 +315,9 @@ class TestObjectives:
         perturb = self.perturb(model, random_start=False)
         adv = pgd(model, x, y, Linf(0.1), steps=3, step_size=0.2 / 3)
         clean, attacked = F.cross_entropy(model(x), y), F.cross_entropy(model(adv), y)
-        assert torch.allclose(OBJECTIVES["natural"].loss(model, x, y, perturb), clean)
-        assert torch.allclose(OBJECTIVES["pgd_at"].loss(model, x, y, perturb), attacked)
-        assert torch.allclose(OBJECTIVES["mixed"].loss(model, x, y, perturb), (clean + attacked) / 2)
+        assert torch.allclose(objective("natural")(model, x, y, perturb), clean)
+        assert torch.allclose(objective("pgd_at")(model, x, y, perturb), attacked)
+        assert torch.allclose(objective("mixed")(model, x, y, perturb), (clean + attacked) / 2)
         assert attacked > clean
 
     def test_trades_and_mart_are_their_definitions(self):
@@ -337,8 +343,73 @@ class TestObjectives:
         model = linear_model(classes=3)
         with torch.no_grad():
             model[1].weight.mul_(1e4)
-        OBJECTIVES[name].loss(model, images(), torch.arange(8) % 3, self.perturb(model)).backward()
+        objective(name)(model, images(), torch.arange(8) % 3, self.perturb(model)).backward()
         assert model[1].weight.grad.isfinite().all()
+
+    @pytest.mark.parametrize(("name", "option"), [(n, o) for n, spec in OBJECTIVES.items() for o in spec.options])
+    def test_options_reach_the_loss(self, name, option):
+        """The loss is linear in each option, and the default is the one of the table."""
+        model, y = linear_model(classes=3), torch.arange(8) % 3
+        values = {
+            size: objective(name, **{option: size})(model, images(), y, self.perturb(model)) for size in (0, 1, 2)
+        }
+        assert values[1] > values[0]
+        assert torch.allclose(values[2] - values[1], values[1] - values[0], rtol=1e-4)
+        default = objective(name)(model, images(), y, self.perturb(model))
+        at_default = values[0] + OBJECTIVES[name].options[option].default * (values[1] - values[0])
+        assert torch.allclose(default, at_default, rtol=1e-4)
+
+    @pytest.mark.parametrize("name", OBJECTIVES)
+    def test_options_are_filled(self, name):
+        options = OBJECTIVES[name].options
+        assert OBJECTIVES[name].fill_options(name, None) == {key: one.default for key, one in options.items()}
+        for key in options:
+            assert OBJECTIVES[name].fill_options(name, {key: 9})[key] == 9
+
+    @pytest.mark.parametrize(
+        ("text", "expected"),
+        [
+            ("natural", ("natural", {})),
+            (" trades ", ("trades", {})),
+            ("trades:beta=3", ("trades", {"beta": 3.0})),
+            ("mart: weight = 0.5", ("mart", {"weight": 0.5})),
+        ],
+    )
+    def test_objectives_as_text(self, text, expected):
+        assert parse_objective(text) == expected
+
+    @pytest.mark.parametrize(
+        ("text", "message"),
+        [
+            ("trade", "unknown objective 'trade'.*did you mean 'trades'"),
+            ("trades:betta=3", "unknown option of objective 'trades' 'betta'.*did you mean 'beta'"),
+            ("natural:beta=3", "objective 'natural' has no options, got 'beta'"),
+            ("trades:beta=-1", "expected beta >= 0 for objective 'trades', got -1.0"),
+            ("trades:beta=nan", "expected beta >= 0"),
+            ("trades:beta=inf", "expected beta >= 0"),
+            ("trades:beta", "an objective such as trades:beta=6"),
+            ("trades:", "an objective such as trades:beta=6"),
+            ("trades:beta=x", "an objective such as trades:beta=6"),
+        ],
+    )
+    def test_objectives_that_are_refused(self, text, message):
+        with pytest.raises(ValueError, match=message):
+            parse_objective(text)
+
+    @pytest.mark.parametrize("value", [True, "6", None])
+    def test_options_are_numbers(self, value):
+        with pytest.raises(ValueError, match="expected beta >= 0"):
+            OBJECTIVES["trades"].check_options("trades", {"beta": value})
+
+    @pytest.mark.parametrize("name", OBJECTIVES)
+    def test_norms(self, name):
+        norms = OBJECTIVES[name].norms
+        for ball in BALLS:
+            if norms is None or ball.name in norms:
+                OBJECTIVES[name].check_threat(name, ball)
+            else:
+                with pytest.raises(ValueError, match=f"objective {name!r} is for {', '.join(norms)} threats"):
+                    OBJECTIVES[name].check_threat(name, ball)
 
     def test_eps_scale_shrinks_the_ball(self):
         model, x = linear_model(), images()

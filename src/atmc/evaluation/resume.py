@@ -1,9 +1,9 @@
-"""Where an evaluation stands, in a file: an interrupted one goes on after its last saved batch.
+"""The progress of an evaluation in a file, so that an interrupted one continues after its last saved batch.
 
 The file is NumPy's npz without pickle. It holds, for each attack that was begun, the fields of `Verdicts`, and a
 fingerprint of all that decides them: the model's values, the images and labels, the threat, attack, settings, seed and
-batch size. A file with another fingerprint is refused rather than mixed in. It is written beside and renamed, so that
-a kill while writing leaves the one before.
+batch size. The evaluation refuses a file with another fingerprint. The file is written under another name and renamed,
+so that a kill during the writing leaves the file before it.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ NUMBERS = ("start", "stage", "done", "refused")
 
 
 def compute_fingerprint(model: nn.Module, images: Images, n: int, **settings: Any) -> str:
-    """SHA-256 of the model's values, the first n images with labels, and settings that JSON can hold."""
+    """Return the SHA-256 of the model's values, the first n images with labels, and settings that JSON can hold."""
     digest = hashlib.sha256(json.dumps(settings, sort_keys=True).encode())
     for name, value in model.state_dict().items():
         digest.update(f"{name} {tuple(value.shape)} {value.dtype}".encode())
@@ -44,10 +44,10 @@ def _bytes(values: Tensor) -> bytes:
     return values.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes()
 
 
-def write_state(path: Path, standing: Mapping[str, tuple[str, Verdicts]]) -> None:
+def write_state(path: Path, progress: Mapping[str, tuple[str, Verdicts]]) -> None:
     """Save attack -> (fingerprint, verdicts)."""
-    arrays: dict[str, Any] = {"attacks": np.array(list(standing)), "marks": np.array([m for m, _ in standing.values()])}
-    for position, (_, verdicts) in enumerate(standing.values()):
+    arrays: dict[str, Any] = {"attacks": np.array(list(progress)), "marks": np.array([m for m, _ in progress.values()])}
+    for position, (_, verdicts) in enumerate(progress.values()):
         arrays[f"{position}.numbers"] = np.array([getattr(verdicts, name) for name in NUMBERS])
         for name in TENSORS:
             value = getattr(verdicts, name)
@@ -59,21 +59,21 @@ def write_state(path: Path, standing: Mapping[str, tuple[str, Verdicts]]) -> Non
 
 
 def read_state(path: Path) -> dict[str, tuple[str, Verdicts]]:
-    """What `write_state` saved.
+    """Read what `write_state` saved: attack -> (fingerprint, verdicts).
 
     Raises:
-        ValueError: the file is no such state.
+        ValueError: the file holds something else.
     """
     assert {field.name for field in fields(Verdicts)} == {*TENSORS, *NUMBERS}
     try:
         with np.load(path, allow_pickle=False) as saved:
             names, marks = saved["attacks"].tolist(), saved["marks"].tolist()
-            found = {}
+            progress = {}
             for position, (name, mark) in enumerate(zip(names, marks, strict=True)):
-                held = [key for key in TENSORS if f"{position}.{key}" in saved.files]
-                values: dict[str, Any] = {key: torch.from_numpy(saved[f"{position}.{key}"]) for key in held}
+                tensors = [key for key in TENSORS if f"{position}.{key}" in saved.files]
+                values: dict[str, Any] = {key: torch.from_numpy(saved[f"{position}.{key}"]) for key in tensors}
                 values |= dict(zip(NUMBERS, saved[f"{position}.numbers"].tolist(), strict=True))
-                found[name] = (mark, Verdicts(**values))
+                progress[name] = (mark, Verdicts(**values))
     except (ValueError, KeyError, TypeError, EOFError, zipfile.BadZipFile) as error:
         raise ValueError(f"{path} is not the state of an evaluation, or is damaged: {error}") from error
-    return found
+    return progress

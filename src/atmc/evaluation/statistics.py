@@ -1,4 +1,4 @@
-"""Figures: shares of examples with their intervals, and paired comparisons on the same examples."""
+"""Accuracies with their intervals, and paired comparisons of models on the same examples."""
 
 from __future__ import annotations
 
@@ -15,14 +15,14 @@ class Accuracy:
     """Share of n examples classified right.
 
     Args:
-        accuracy, n: the share and its denominator.
-        right: (n,) bool, one verdict an example.
+        accuracy, n: the share and the number of examples.
+        right: (n,) bool, one verdict per example.
         settings: how the examples were attacked, as in metrics.json.
-        fooled_by: (n,) int8, the position in `stages` of the attack that fooled an example, -1 for none.
-        stages: the attacks of the protocol, in order.
-        adv: (n, c, h, w) float32, what fooled an example, and the clean image where nothing did; None if not kept.
-        largest: the largest distance of an image that counts, in the threat's norm, 0 where none does.
-        refused: how many images of attacks were not counted since they lay outside the ball, or [0, 1].
+        fooled_by: (n,) int8, the position in `stages` of the stage that fooled the model, -1 for none.
+        stages: the stages of the attack, in order.
+        adv: (n, c, h, w) float32, the image that fooled the model, or the clean image if none did; None if not kept.
+        largest: the largest distance of an image that fooled the model, in the threat's norm; 0 if there is none.
+        refused: number of images of attacks that did not count, since they were outside the ball or [0, 1].
     """
 
     accuracy: float
@@ -37,16 +37,16 @@ class Accuracy:
 
     @classmethod
     def of(cls, right: Tensor, **settings: Any) -> Accuracy:
-        """From one verdict an example."""
+        """Return the accuracy of one verdict per example."""
         return cls(int(right.sum()) / len(right), len(right), right.cpu(), settings)
 
     @property
     def ci95(self) -> tuple[float, float]:
-        """Wilson's 95 % interval."""
+        """Wilson's 95 % interval (low, high)."""
         return wilson(round(self.accuracy * self.n), self.n)
 
     def without(self, *stages: str) -> Tensor:
-        """(n,) verdicts before these stages, which stand at the protocol's end, had their turn."""
+        """Return the (n,) verdicts before these stages, which must be the last of the attack."""
         if self.fooled_by is None:
             return self.right
         positions = [self.stages.index(stage) for stage in stages if stage in self.stages]
@@ -54,7 +54,7 @@ class Accuracy:
         return self.right | late
 
     def to_json(self) -> dict[str, Any]:
-        """As in metrics.json."""
+        """Return the accuracy as in metrics.json."""
         return {
             "accuracy": round(self.accuracy, 6),
             "n": self.n,
@@ -64,7 +64,7 @@ class Accuracy:
 
 
 def wilson(successes: int, n: int, z: float = 1.959964) -> tuple[float, float]:
-    """The score interval of a proportion (Wilson 1927).
+    """Return the score interval (low, high) of a proportion (Wilson 1927).
 
     >>> [round(bound, 3) for bound in wilson(0, 10)]
     [0.0, 0.278]
@@ -78,13 +78,13 @@ def wilson(successes: int, n: int, z: float = 1.959964) -> tuple[float, float]:
 
 
 def worst_case(accuracies: list[Accuracy]) -> Accuracy:
-    """Right where right under every one, on the examples that all of them judged (the first ones)."""
+    """Return the accuracy under all of several attacks, on the first examples, which all of them saw."""
     n = min(accuracy.n for accuracy in accuracies)
     return Accuracy.of(torch.stack([accuracy.right[:n] for accuracy in accuracies]).all(0))
 
 
 def at_least(successes: int, n: int) -> float:
-    """P(X >= successes) for X of n fair coins; exact.
+    """Return P(X >= successes) for the number X of heads of n fair coins, exactly.
 
     >>> at_least(3, 3)
     0.125
@@ -94,9 +94,10 @@ def at_least(successes: int, n: int) -> float:
 
 @dataclass(frozen=True)
 class Comparison:
-    """Two models on the same examples: how many only one of them has right, and McNemar's exact p-value.
+    """Two models A and B on the same n examples: how many only one of them has right, and McNemar's exact p-value.
 
-    p is two-sided: the chance of a split at least as uneven if either model were as likely to be the only right one.
+    p is two-sided: the probability of a split at least as uneven if both models were equally likely to be the only one
+    that is right.
     """
 
     n: int
@@ -105,7 +106,7 @@ class Comparison:
     p: float
 
     def to_json(self) -> dict[str, Any]:
-        """As in the JSON of `atmc evaluate --against`."""
+        """Return the comparison as in the JSON of `atmc evaluate --against`."""
         verdict = (
             "no difference shown" if self.p >= 0.05 else "A is better" if self.only_a > self.only_b else "B is better"
         )
@@ -119,7 +120,7 @@ class Comparison:
 
 
 def compare(a: Tensor, b: Tensor) -> Comparison:
-    """McNemar's exact test (1947; binomial form) of two models' verdicts, each (n,) bool, on the same n examples.
+    """Return McNemar's exact test (1947; binomial form) of two models' verdicts, (n,) bool, on the same n examples.
 
     >>> compare(torch.tensor([True] * 9 + [False]), torch.tensor([False] * 9 + [False])).p
     0.00390625
@@ -135,7 +136,7 @@ def compare(a: Tensor, b: Tensor) -> Comparison:
 
 
 def per_class(accuracy: Accuracy, labels: Tensor) -> list[dict[str, Any]]:
-    """One accuracy with its interval for each class that occurs among the labels (n,)."""
+    """Return the accuracy, with its interval, of each class that occurs among the labels (n,)."""
     labels = labels[: accuracy.n].cpu()
-    found = [(label, Accuracy.of(accuracy.right[labels == label])) for label in torch.unique(labels).tolist()]
-    return [{"class": label, **share.to_json()} for label, share in found]
+    shares = [(label, Accuracy.of(accuracy.right[labels == label])) for label in torch.unique(labels).tolist()]
+    return [{"class": label, **share.to_json()} for label, share in shares]

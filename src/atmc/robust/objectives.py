@@ -1,12 +1,14 @@
 """Training losses: (model, x, y, perturb) -> scalar loss.
 
-`perturb(x, y)` gives adversarial images; it attacks the bare model in evaluation mode and changes nothing in it, so
-that the passes counted below are the only ones that batch norm's running statistics see. Images x are (n, c, h, w) in
-[0, 1], labels y (n,) int64.
+`perturb(x, y)` returns adversarial images. It attacks the model in evaluation mode and changes nothing in it, so that
+batch norm's running statistics see only the passes of the objective itself. Images x are (n, c, h, w) in [0, 1],
+labels y (n,) int64.
 
-How many passes a step makes matters to batch norm: `mixed` makes two, clean and adversarial, each normalized by its
-own statistics, as the paper's program does; every other objective makes one (`trades` and `mart` on the clean and the
-adversarial images together).
+The number of forward passes matters to batch norm: `mixed` makes two, clean and adversarial, each normalized by its
+own statistics, as the reference implementation of the paper does; every other objective makes one (`trades` and `mart`
+on the clean and the adversarial images together).
+
+To add an objective, write its function and one `ObjectiveSpec` in `OBJECTIVES`.
 """
 
 from __future__ import annotations
@@ -28,13 +30,13 @@ from atmc.robust.threats import Threat
 
 
 class Perturb(Protocol):
-    """Makes adversarial images for a batch; `loss` overrides the cross-entropy that it maximizes."""
+    """An attack on a model for one batch."""
 
     def __call__(self, x: Tensor, y: Tensor, *, loss: str | Loss = "ce") -> Tensor:
-        """(n, c, h, w) adversarial images for x and what the loss takes as y."""
+        """Return adversarial images (n, c, h, w) that maximize the loss of x and y."""
 
     def noisy(self, x: Tensor) -> Tensor:
-        """x plus Gaussian noise whose standard deviation is the threat's eps; not clipped to the box."""
+        """Return x plus Gaussian noise whose standard deviation is the threat's eps, not clipped to the box."""
 
 
 Objective = Callable[[nn.Module, Tensor, Tensor, Perturb], Tensor]
@@ -42,13 +44,13 @@ Objective = Callable[[nn.Module, Tensor, Tensor, Perturb], Tensor]
 
 @dataclass(frozen=True)
 class TrainingAttack:
-    """PGD as training uses it: steps of relative_step * eps / steps (Madry et al. 2018; the paper: 1.25, start at x).
+    """PGD as training uses it, with steps of relative_step * eps / steps (Madry et al. 2018).
 
     Args:
         threat: the ball.
-        steps: ascent steps.
-        relative_step: total path length over eps.
-        random_start: begin at a random point of the ball.
+        steps: ascent steps, at least 1.
+        relative_step: length of all steps together, in units of eps; the paper's is 1.25.
+        random_start: start at a random point of the ball; the paper starts at the image.
         batch_statistics: let batch norm use the attacked batch's statistics (buffers are restored).
     """
 
@@ -59,13 +61,13 @@ class TrainingAttack:
     batch_statistics: bool = False
 
     def on(self, model: nn.Module, noise: Noise, *, eps_scale: float = 1.0) -> Perturb:
-        """This attack on a model; eps_scale in (0, 1] shrinks the ball (for a ramp at the start of training)."""
+        """Return this attack on a model; eps_scale in (0, 1] shrinks the ball (for a ramp at the start of training)."""
         return Perturbation(self, model, noise, self.threat.with_eps(self.threat.eps * eps_scale))
 
 
 @dataclass(frozen=True)
 class Perturbation:
-    """A `TrainingAttack` on one model and batch: see `Perturb`."""
+    """A `TrainingAttack` on one model, with the random numbers of one batch: see `Perturb`."""
 
     attack: TrainingAttack
     model: nn.Module
@@ -73,7 +75,7 @@ class Perturbation:
     threat: Threat
 
     def __call__(self, x: Tensor, y: Tensor, *, loss: str | Loss = "ce") -> Tensor:
-        """(n, c, h, w) adversarial images for x and what the loss takes as y."""
+        """Return adversarial images (n, c, h, w) that maximize the loss of x and y."""
         attack = self.attack
         return pgd(
             self.model,
@@ -88,60 +90,63 @@ class Perturbation:
         )
 
     def noisy(self, x: Tensor) -> Tensor:
-        """x plus Gaussian noise whose standard deviation is the threat's eps; not clipped to the box."""
+        """Return x plus Gaussian noise whose standard deviation is the threat's eps, not clipped to the box."""
         return x + self.threat.eps * self.noise.normal(x.shape[1:])
 
 
 def natural(model: nn.Module, x: Tensor, y: Tensor, perturb: Perturb) -> Tensor:
-    """Cross-entropy on clean images; the attack is not used. One pass."""
+    """Return the cross-entropy on clean images, without an attack. One pass."""
     return F.cross_entropy(model(x).float(), y)
 
 
 def pgd_at(model: nn.Module, x: Tensor, y: Tensor, perturb: Perturb) -> Tensor:
-    """Cross-entropy on adversarial images alone (Madry et al. 2018). One pass."""
+    """Return the cross-entropy on adversarial images (Madry et al. 2018). One pass."""
     return F.cross_entropy(model(perturb(x, y)).float(), y)
 
 
 def gaussian(model: nn.Module, x: Tensor, y: Tensor, perturb: Perturb) -> Tensor:
-    """Cross-entropy on images with noise N(0, eps^2), the base of a smoothed classifier (Cohen et al. 2019). One pass.
+    """Return the cross-entropy on images with noise N(0, eps^2), for a smoothed classifier (Cohen et al. 2019).
 
-    For l2 threats, whose eps is taken as sigma: train with ``l2:0.25``, certify with sigma 0.25.
+    One pass. The eps of an l2 threat is the standard deviation: train with ``l2:0.25`` to certify with sigma 0.25.
     """
     return F.cross_entropy(model(perturb.noisy(x)).float(), y)
 
 
 def mixed(model: nn.Module, x: Tensor, y: Tensor, perturb: Perturb) -> Tensor:
-    """Half clean, half adversarial cross-entropy, the paper's loss. Two passes."""
+    """Return the mean of the clean and the adversarial cross-entropy, the paper's loss. Two passes."""
     adv = perturb(x, y)
     return (F.cross_entropy(model(x).float(), y) + F.cross_entropy(model(adv).float(), y)) / 2
 
 
 def _clean_and_adversarial(model: nn.Module, x: Tensor, adv: Tensor) -> tuple[Tensor, Tensor]:
-    """Logits (n, classes) of both, from one pass over 2n images."""
-    clean, attacked = model(torch.cat((x, adv))).float().chunk(2)
-    return clean, attacked
+    """Return the logits (n, classes) of clean and of adversarial images, from one pass over all 2n."""
+    clean, adversarial = model(torch.cat((x, adv))).float().chunk(2)
+    return clean, adversarial
 
 
-def trades(model: nn.Module, x: Tensor, y: Tensor, perturb: Perturb, *, beta: float = 6.0) -> Tensor:
-    """Clean cross-entropy + beta * KL(clean || adversarial), attack on the KL (Zhang et al. 2019, eq. 5)."""
+def trades(model: nn.Module, x: Tensor, y: Tensor, perturb: Perturb, *, beta: float) -> Tensor:
+    """Return clean cross-entropy + beta * KL(clean || adversarial), attacked on the KL (Zhang et al. 2019, eq. 5)."""
     target = _evaluation_log_probabilities(model, x)
     adv = perturb(x, target, loss=kl_from)
-    clean, attacked = _clean_and_adversarial(model, x, adv)
-    return F.cross_entropy(clean, y) + beta * kl_from(attacked, clean.log_softmax(1)).mean()
+    clean, adversarial = _clean_and_adversarial(model, x, adv)
+    return F.cross_entropy(clean, y) + beta * kl_from(adversarial, clean.log_softmax(1)).mean()
 
 
-def mart(model: nn.Module, x: Tensor, y: Tensor, perturb: Perturb, *, weight: float = 5.0) -> Tensor:
-    """Boosted adversarial cross-entropy + weight * KL, heavier where the clean image is doubtful (Wang et al. 2020)."""
-    clean, attacked = _clean_and_adversarial(model, x, perturb(x, y))
-    wrong = attacked.softmax(1).scatter(1, y[:, None], 0.0).amax(1)
-    boosted = F.cross_entropy(attacked, y) - torch.log1p(-wrong.clamp_max(1 - 1e-6)).mean()
+def mart(model: nn.Module, x: Tensor, y: Tensor, perturb: Perturb, *, weight: float) -> Tensor:
+    """Return MART's boosted adversarial cross-entropy + weight * KL(clean || adversarial) (Wang et al. 2020).
+
+    The KL of each example is weighted by 1 - the clean probability of its label.
+    """
+    clean, adversarial = _clean_and_adversarial(model, x, perturb(x, y))
+    wrong = adversarial.softmax(1).scatter(1, y[:, None], 0.0).amax(1)
+    boosted = F.cross_entropy(adversarial, y) - torch.log1p(-wrong.clamp_max(1 - 1e-6)).mean()
     log_probabilities = clean.log_softmax(1)
     doubt = 1 - log_probabilities.gather(1, y[:, None])[:, 0].exp()
-    return boosted + weight * (kl_from(attacked, log_probabilities) * doubt).mean()
+    return boosted + weight * (kl_from(adversarial, log_probabilities) * doubt).mean()
 
 
 def _evaluation_log_probabilities(model: nn.Module, x: Tensor) -> Tensor:
-    """(n, classes) log-softmax outputs in evaluation mode, without gradients; the model keeps its modes."""
+    """Return the (n, classes) log-softmax outputs in evaluation mode, without gradients; the model keeps its modes."""
     with attack_mode(model), torch.no_grad():
         log_probabilities: Tensor = model(x).float().log_softmax(1)
     return log_probabilities
@@ -177,14 +182,20 @@ class ObjectiveSpec:
     def check_options(self, name: str, options: Mapping[str, float]) -> None:
         """Raise ValueError for an option that the objective does not have, or a value that it cannot take."""
         for key, value in options.items():
+            if not self.options:
+                raise ValueError(f"objective {name!r} has no options, got {key!r}")
             if key not in self.options:
-                raise unknown(f"option of objective {name!r}", key, self.options or ["none"])
+                raise unknown(f"option of objective {name!r}", key, self.options)
             low = self.options[key].low
             if isinstance(value, bool) or not isinstance(value, int | float) or not low <= value < math.inf:
                 raise ValueError(f"expected {key} >= {low:g} for objective {name!r}, got {value!r}")
 
     def fill_options(self, name: str, given: Mapping[str, float] | None) -> dict[str, float]:
-        """Return every option with its value, given or default. Raises ValueError as `check_options`."""
+        """Return all options with their values, given or default.
+
+        Raises:
+            ValueError: as `check_options`.
+        """
         self.check_options(name, given or {})
         return {key: float(option.default) for key, option in self.options.items()} | dict(given or {})
 
@@ -213,7 +224,9 @@ OBJECTIVES: dict[str, ObjectiveSpec] = {
     "mart": ObjectiveSpec(
         loss=mart,
         help="boosted adversarial cross-entropy plus a weighted divergence (Wang et al. 2020)",
-        options={"weight": Option(5.0, 0.0, "weight of the divergence, which counts more for doubtful images")},
+        options={
+            "weight": Option(5.0, 0.0, "weight of the divergence, which counts more for images of low confidence")
+        },
     ),
 }
 
@@ -225,7 +238,7 @@ def parse_objective(text: str) -> tuple[str, dict[str, float]]:
     ('trades', {'beta': 3.0})
 
     Raises:
-        ValueError: an unknown objective or option, or text of another form.
+        ValueError: an unknown objective or option, a value that it cannot take, or text of another form.
     """
     name, colon, listed = text.strip().partition(":")
     if name not in OBJECTIVES:

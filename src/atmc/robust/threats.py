@@ -1,9 +1,9 @@
 """Perturbation balls around an image, inside the box [0, 1] of valid pixels.
 
-A threat says what an adversary may do. Attacks know nothing else about the geometry: they draw a start
-(`random_start`), go uphill (`ascent`) and come back (`project`).
+A threat says what an adversary may do. It is all that an attack knows about the geometry: the attack draws a start
+(`random_start`), takes steps that raise the loss (`ascent`) and projects onto the set (`project`).
 
-Legend: x clean images, adv adversarial images, both (n, ...) float32 in [0, 1]; d pixels per image; eps the radius
+Notation: x clean images, adv adversarial images, both (n, ...) float32 in [0, 1]; d values per image; eps the radius
 in pixel units (8/255 = 0.0314).
 """
 
@@ -23,7 +23,7 @@ from atmc.core.rng import Noise
 
 
 class Threat(Protocol):
-    """The set of images an adversary may show in place of x: a ball of radius eps, cut with the box [0, 1]."""
+    """The images that an adversary may use in place of x: the intersection of a ball of radius eps with [0, 1]."""
 
     name: ClassVar[str]
 
@@ -32,36 +32,37 @@ class Threat(Protocol):
         """Radius, in pixel units."""
 
     def random_start(self, x: Tensor, noise: Noise) -> Tensor:
-        """A random point of the set; (n, ...) like x."""
+        """Draw a random point of the set for each image; (n, ...) like x."""
 
     def ascent(self, adv: Tensor, grad: Tensor, step_size: float) -> Tensor:
-        """adv moved by a step of length step_size, in this norm, that raises the loss most."""
+        """Move adv by a step of length step_size, in this norm, in the direction in which the loss rises most."""
 
     def project(self, adv: Tensor, x: Tensor) -> Tensor:
-        """The point of the set that is nearest (Euclidean) to adv."""
+        """Return the point of the set that is nearest (Euclidean) to adv."""
 
     def distance(self, adv: Tensor, x: Tensor) -> Tensor:
-        """(n,) distances in this norm."""
+        """Return the (n,) distances in this norm."""
 
     def with_eps(self, eps: float) -> Threat:
-        """The same norm with another radius."""
+        """Return the same threat with another radius."""
 
     def largest_eps(self, pixels: int) -> float:
-        """The radius beyond which the ball holds the whole box, for images of so many values."""
+        """Return the radius from which on the ball holds the whole box, for images of `pixels` values."""
 
 
 def _check_eps(eps: float) -> None:
+    """Raise ValueError if eps is not finite and positive."""
     if not (isinstance(eps, int | float) and math.isfinite(eps) and eps > 0):
         raise ValueError(f"expected a finite eps > 0, got {eps}")
 
 
 def _per_example(values: Tensor, like: Tensor) -> Tensor:
-    """(n,) -> (n, 1, ..., 1) for broadcasting against like."""
+    """Reshape (n,) to (n, 1, ..., 1) for broadcasting against like."""
     return values.view(-1, *[1] * (like.dim() - 1))
 
 
 def _write(name: str, eps: float) -> str:
-    """'linf:8/255' where eps is a whole number of 255ths (and not a short decimal), else 'linf:0.2'."""
+    """Write 'linf:8/255' if eps is a whole number of 255ths (and not a short decimal), else 'linf:0.2'."""
     steps = Fraction(eps * 255).limit_denominator(10)
     if float(f"{eps:.3g}") != eps and abs(float(steps) / 255 - eps) < 1e-12 and steps.denominator == 1:
         return f"{name}:{steps.numerator}/255"
@@ -86,11 +87,11 @@ class Linf:
         return _write(self.name, self.eps)
 
     def random_start(self, x: Tensor, noise: Noise) -> Tensor:
-        """Uniform in the ball, then clipped to the box; (n, ...) like x."""
+        """Draw a uniform point of the ball, then clip to the box; (n, ...) like x."""
         return (x + (2 * noise.uniform(x.shape[1:]) - 1) * self.eps).clamp_(0, 1)
 
     def ascent(self, adv: Tensor, grad: Tensor, step_size: float) -> Tensor:
-        """Steepest ascent of the maximum norm: the sign of the gradient."""
+        """Move along the sign of the gradient, the direction of steepest ascent in the maximum norm."""
         return adv + step_size * grad.sign()
 
     def project(self, adv: Tensor, x: Tensor) -> Tensor:
@@ -98,15 +99,15 @@ class Linf:
         return torch.minimum(torch.maximum(adv, x - self.eps), x + self.eps).clamp_(0, 1)
 
     def distance(self, adv: Tensor, x: Tensor) -> Tensor:
-        """(n,) largest absolute differences."""
+        """Return the (n,) largest absolute differences."""
         return (adv - x).flatten(1).abs().amax(1)
 
     def with_eps(self, eps: float) -> Linf:
-        """The same norm with another radius."""
+        """Return the same threat with another radius."""
         return Linf(eps)
 
     def largest_eps(self, pixels: int) -> float:
-        """1: any image of the box is that near to any other."""
+        """Return 1, the largest distance in the box."""
         return 1.0
 
 
@@ -124,19 +125,23 @@ class L2:
         return _write(self.name, self.eps)
 
     def random_start(self, x: Tensor, noise: Noise) -> Tensor:
-        """Uniform in the ball (a normal direction times U^(1/d)), then into the box; (n, ...) like x."""
+        """Draw a uniform point of the ball (a normal direction times U^(1/d)), then clip to the box."""
         direction = noise.normal(x.shape[1:])
         length = direction.flatten(1).norm(dim=1).clamp_min(1e-12)
         radius = self.eps * noise.uniform(()) ** (1 / direction[0].numel())
         return (x + direction * _per_example(radius / length, x)).clamp_(0, 1)
 
     def ascent(self, adv: Tensor, grad: Tensor, step_size: float) -> Tensor:
-        """A step along the gradient of Euclidean length step_size (none where the gradient is zero)."""
+        """Move along the gradient by the Euclidean length step_size (not at all if the gradient is zero)."""
         length = grad.flatten(1).norm(dim=1).clamp_min(1e-30)
         return adv + grad * _per_example(step_size / length, grad)
 
     def project(self, adv: Tensor, x: Tensor) -> Tensor:
-        """Nearest point of ball and box: the change divided by 1 + t and clipped, t >= 0 found by bisection."""
+        """Return the nearest point of ball and box.
+
+        It is argmin |x' - adv|_2 subject to |x' - x|_2 <= eps and x' in [0, 1]: x plus the change divided by 1 + t,
+        clipped, with the smallest t >= 0 that fits, by bisection.
+        """
         eps = self.eps
 
         def at(t: Tensor) -> Tensor:
@@ -148,16 +153,16 @@ class L2:
         return _smallest_shrinkage(at, fits, limit=self.distance(adv, x) / eps)
 
     def distance(self, adv: Tensor, x: Tensor) -> Tensor:
-        """(n,) Euclidean distances."""
+        """Return the (n,) Euclidean distances."""
         lengths: Tensor = torch.linalg.vector_norm((adv - x).flatten(1), dim=1)
         return lengths
 
     def with_eps(self, eps: float) -> L2:
-        """The same norm with another radius."""
+        """Return the same threat with another radius."""
         return L2(eps)
 
     def largest_eps(self, pixels: int) -> float:
-        """The box's diagonal, sqrt(d)."""
+        """Return the box's diagonal, sqrt(d)."""
         return math.sqrt(pixels)
 
 
@@ -176,7 +181,7 @@ class L1:
         return _write(self.name, self.eps)
 
     def random_start(self, x: Tensor, noise: Noise) -> Tensor:
-        """Uniform in the ball (signed exponentials over their sum with one more), then into the box."""
+        """Draw a uniform point of the ball (signed exponentials over their sum with one more), then clip to the box."""
         size = noise.exponential(x.shape[1:])
         sign = 1.0 - 2.0 * noise.integers(2, x.shape[1:])
         total = size.flatten(1).sum(1) + noise.exponential(())
@@ -184,19 +189,23 @@ class L1:
         return start.clamp_(0, 1)
 
     def ascent(self, adv: Tensor, grad: Tensor, step_size: float) -> Tensor:
-        """Equal steps on the largest gradient entries that can still move, l1 length step_size together.
+        """Move the pixels of the largest gradients by equal amounts that add up to step_size.
 
-        Sparse l1 descent (Tramer and Boneh 2019, section 4.1), leaving out pixels that the box holds where they
-        are (Croce and Hein 2021, "Mind the box").
+        This is sparse l1 descent (Tramer and Boneh 2019, section 4.1) without the pixels that the box keeps from
+        moving (Croce and Hein 2021, "Mind the box").
         """
         stuck = ((grad > 0) & (adv >= 1)) | ((grad < 0) & (adv <= 0))
         strength = grad.abs().masked_fill(stuck, 0).flatten(1)
         count = max(1, round(self.ascent_share * strength.shape[1]))
-        chosen = torch.zeros_like(strength).scatter_(1, strength.topk(count, dim=1).indices, 1.0)
-        return adv + step_size / count * chosen.view_as(grad) * grad.sign()
+        moves = torch.zeros_like(strength).scatter_(1, strength.topk(count, dim=1).indices, 1.0)
+        return adv + step_size / count * moves.view_as(grad) * grad.sign()
 
     def project(self, adv: Tensor, x: Tensor) -> Tensor:
-        """Nearest point of ball and box: soft threshold t >= 0, then clip; t found by bisection."""
+        """Return the nearest point of ball and box.
+
+        It is argmin |x' - adv|_2 subject to |x' - x|_1 <= eps and x' in [0, 1]: x plus the change soft-thresholded by
+        t, clipped, with the smallest t >= 0 that fits, by bisection.
+        """
         eps = self.eps
         change = adv - x
 
@@ -210,20 +219,20 @@ class L1:
         return _smallest_shrinkage(at, fits, limit=change.flatten(1).abs().amax(1))
 
     def distance(self, adv: Tensor, x: Tensor) -> Tensor:
-        """(n,) sums of absolute differences."""
+        """Return the (n,) sums of absolute differences."""
         return (adv - x).flatten(1).abs().sum(1)
 
     def with_eps(self, eps: float) -> L1:
-        """The same norm with another radius."""
+        """Return the same threat with another radius."""
         return L1(eps)
 
     def largest_eps(self, pixels: int) -> float:
-        """The number of values, d."""
+        """Return the number of values, d."""
         return float(pixels)
 
 
 def _smallest_shrinkage(at: Callable[[Tensor], Tensor], fits: Callable[[Tensor], Tensor], limit: Tensor) -> Tensor:
-    """at(t) for each example's smallest t in [0, limit] that fits, to 2^-30 of limit; at(limit) must fit."""
+    """Return at(t) for each example's smallest t in [0, limit] that fits, to 2^-30 of limit; at(limit) must fit."""
     low, high = torch.zeros_like(limit), limit * 1.0001 + 1e-6
     inside = fits(at(low))
     if bool(inside.all()):
@@ -239,13 +248,13 @@ BALLS: dict[str, type[Linf] | type[L2] | type[L1]] = {"linf": Linf, "l2": L2, "l
 
 
 def parse_threat(text: str) -> Threat:
-    """The threat written as ``norm:radius``, the radius a number or a fraction.
+    """Read a threat written as ``norm:radius``; the radius is a number or a fraction.
 
     >>> parse_threat("linf:8/255") == Linf(8 / 255)
     True
 
     Raises:
-        ValueError: not of that form, unknown norm, or a radius that is not finite and positive.
+        ValueError: text of another form, an unknown norm, or a radius that is not finite and positive.
     """
     norm, colon, radius = text.strip().lower().partition(":")
     if not colon:
@@ -264,7 +273,7 @@ def parse_threat(text: str) -> Threat:
 
 
 def as_threat(threat: object) -> Threat:
-    """A threat, from its text too. ValueError for anything else.
+    """Return a threat, given itself or its text; raise ValueError for anything else.
 
     >>> str(as_threat("l2:0.5"))
     'l2:0.5'
@@ -278,11 +287,11 @@ def as_threat(threat: object) -> Threat:
 
 
 def check_threat(threat: Threat, pixels: int) -> None:
-    """ValueError if eps is above what the norm allows in the box of images with so many values."""
+    """Raise ValueError if eps is above the largest distance in the box, for images of `pixels` values."""
     largest = threat.largest_eps(pixels)
     if threat.eps > largest:
-        meant = f"; is {threat.name}:{threat.eps:g}/255 meant?" if threat.eps / 255 <= largest else ""
+        hint = f"; is {threat.name}:{threat.eps:g}/255 meant?" if threat.eps / 255 <= largest else ""
         raise ValueError(
             f"eps {threat.eps:g} is above the largest {threat.name} distance in [0, 1]: "
-            f"{largest:g} for images of {pixels} values{meant}"
+            f"{largest:g} for images of {pixels} values{hint}"
         )
