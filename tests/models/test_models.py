@@ -17,6 +17,7 @@ from atmc.models import NAMES, Normalize, build, build_from_spec, conv_linear_we
 from atmc.models.mobilenet import ConvNorm, InvertedResidual
 from atmc.models.resnet import BasicBlock, Bottleneck, ResNet
 from atmc.models.wide_resnet import PreactivationBlock, WideResNet, parse_name
+from atmc.models.zoo import ZOO, ZooModel
 
 SMALL = ("lenet", "resnet18", "resnet50", "wrn-10-1", "mobilenetv2")  # one of every family and block
 
@@ -93,7 +94,7 @@ def test_conv_and_linear_weights(name: str, classes: int, weights: int) -> None:
 
 @pytest.mark.parametrize(
     ("name", "classes", "parameters"),
-    [  # published totals of the ImageNet forms; ours has a 3x3 stem where the residual networks' is 7x7
+    [  # published totals of the ImageNet forms; ours has a 3x3 stem, the residual networks' a 7x7 stem
         ("resnet18", 1000, 11_689_512 - 64 * 3 * (49 - 9)),
         ("resnet34", 1000, 21_797_672 - 64 * 3 * (49 - 9)),
         ("resnet50", 1000, 25_557_032 - 64 * 3 * (49 - 9)),
@@ -310,7 +311,7 @@ def test_gradients_reach_the_image_and_every_parameter(name: str) -> None:
     x = images(model).requires_grad_()
     names, parameters = zip(*model.named_parameters(), strict=True)
     loss = nn.functional.cross_entropy(model(x), torch.arange(3))
-    gradients = torch.autograd.grad(loss, (x, *parameters))  # raises where something is not reached
+    gradients = torch.autograd.grad(loss, (x, *parameters))  # raises if something is not reached
     assert [name for name, g in zip(("x", *names), gradients, strict=True) if not g.abs().sum() > 0] == []
 
 
@@ -536,7 +537,7 @@ def test_specs_lacking_a_key(missing: str) -> None:
 
 
 @pytest.mark.parametrize("spec", [None, [], "lenet", 3, {}, [SPEC]])
-def test_specs_that_are_none(spec: object) -> None:
+def test_values_that_are_no_spec(spec: object) -> None:
     with pytest.raises(ValueError, match="expected a model's spec"):
         build_from_spec(spec)
 
@@ -558,6 +559,22 @@ def test_a_spec_is_refused_or_taken_as_it_is(key: str, value: object) -> None:
         except ValueError:
             return
     assert model.atmc_spec == (spec if spec["options"] != {} else spec | {"options": {"dropout": 0.0}})
+
+
+def test_a_network_is_added_to_the_zoo_by_one_row(monkeypatch: pytest.MonkeyPatch) -> None:
+    def builder(classes: int, shape: tuple[int, int, int], *, normalize: nn.Module | None, scale: float) -> nn.Module:
+        return nn.Sequential(
+            normalize or nn.Identity(), nn.Flatten(), nn.Linear(int(scale) * math.prod(shape), classes)
+        )
+
+    monkeypatch.setitem(ZOO, "perceptron", ZooModel(builder=builder, input_shape=(1, 4, 4), options={"scale": 1}))
+    model = build("perceptron", 3, mean=[0.5], std=[0.5])
+    assert model(torch.zeros(2, 1, 4, 4)).shape == (2, 3)
+    assert model.atmc_spec == {"name": "perceptron", "num_classes": 3, "input_shape": [1, 4, 4], "mean": [0.5],
+                               "std": [0.5], "options": {"scale": 1.0}}  # fmt: skip
+    assert same_structure(build_from_spec(model.atmc_spec), model)
+    with pytest.raises(ValueError, match="unknown option 'scall': expected scale for perceptron; did you mean 'scale'"):
+        build("perceptron", 3, scall=2)
 
 
 # ---- factories -------------------------------------------------------------------------------------------------------

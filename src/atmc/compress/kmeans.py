@@ -175,7 +175,7 @@ def _choose_swaps(gains: Float64s, costs: Float64s, unused: int) -> tuple[list[i
 
 
 def _swap_centers(nonzeros: SortedValues, parts: _Partition, levels: int) -> _Partition:
-    """Cut intervals in two and merge others for it, where that lowers the objective."""
+    """Cut intervals in two and merge others for it, if that lowers the objective."""
     places, gains = _best_splits(nonzeros, parts)
     cut, merged = _choose_swaps(gains, _merge_costs(nonzeros, parts), levels - (len(parts.edges) - 3))
     keep = np.ones(len(parts.edges), dtype=np.bool_)

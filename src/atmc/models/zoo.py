@@ -22,6 +22,7 @@ import torch
 from torch import nn
 
 from atmc.core.errors import unknown
+from atmc.core.rng import MAX_SEED
 from atmc.models.factory import call_factory, import_factory
 from atmc.models.lenet import LeNet
 from atmc.models.mobilenet import MobileNetV2
@@ -262,7 +263,7 @@ def _call_seeded(make: Callable[[], _Built], seed: int | None) -> _Built:
     """
     if seed is None:
         return make()
-    start = _check_integer("seed", seed, 0, 2**63 - 1)
+    start = _check_integer("seed", seed, 0, MAX_SEED)
     default_device = torch.get_default_device()
     drawn_on = default_device if default_device.type == "meta" else torch.device("cpu")
     with torch.random.fork_rng(devices=[]), drawn_on:
