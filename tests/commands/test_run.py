@@ -1,4 +1,4 @@
-"""Run folders: complete, resumable after a kill at any moment, and never overwritten by accident."""
+"""Run folders are complete, can be resumed after a kill at any moment, and are never overwritten by accident."""
 
 import json
 import os
@@ -108,7 +108,7 @@ def test_the_written_config_runs_to_the_same_file(here):
 
 
 @pytest.mark.parametrize("epochs", [1, 3, 5])
-def test_an_interrupted_run_goes_on_to_the_same_file(here, epochs):
+def test_an_interrupted_run_is_resumed_to_the_same_file(here, epochs):
     finish(here / "whole")
     interrupt(here / "cut", epochs)
     with open(here / "cut" / "log.jsonl", "a") as log:
@@ -145,7 +145,7 @@ def test_killed_by_the_system_and_resumed(here):
 
 
 def test_killed_in_the_final_evaluation_and_resumed(here):
-    """SIGKILL once the model file is there and its figures are not."""
+    """SIGKILL after the model file is written and before the metrics are."""
     killed = "import os, signal; from atmc.cli.main import main; from atmc.evaluation import evaluate; "
     killed += "evaluate.run_protocol = lambda *_, **__: os.kill(os.getpid(), signal.SIGKILL); main()"
     (here / "run.toml").write_text(parse(SMALL).to_toml())
@@ -169,7 +169,7 @@ def test_killed_just_after_the_metrics(here):
     assert not (here / "out" / "checkpoint").exists()
 
 
-def test_nothing_is_overwritten_unasked(here):
+def test_nothing_is_overwritten_unless_asked(here):
     metrics = finish(here / "out")
     before = (here / "out" / "model.atmc").read_bytes()
     with pytest.raises(ValueError, match="add --resume to go on with it or --overwrite"):
@@ -197,7 +197,7 @@ def test_a_quick_trial_validates_on_fewer_images_and_says_so(here):
         finish(here / "out", resume=True, changes={"training": {**changes["training"], "val_clean_n": None}})
 
 
-def test_settings_younger_than_the_run_are_at_their_defaults(here):
+def test_settings_that_a_run_lacks_have_their_defaults(here):
     finish(here / "out")
     config = here / "out" / "config.toml"
     kept = [line for line in config.read_text().splitlines() if not line.startswith(("regrow", "exclude"))]
@@ -321,7 +321,7 @@ class TestConfig:
             ({"method": "atcm"}, "did you mean 'atmc'"),
         ],
     )
-    def test_values_that_make_no_sense(self, change, message):
+    def test_wrong_values(self, change, message):
         with pytest.raises(ValueError, match=message):
             parse({**SMALL, **change})
 
@@ -339,8 +339,8 @@ class TestConfig:
         assert parse(tomllib.loads(config.to_toml())) == config
 
 
-def held(path: Path) -> dict:
-    """The weights of a file as they are stored."""
+def stored_weights(path: Path) -> dict:
+    """Return the weights of a file as they are stored."""
     return {name: weight for name, (weight, _) in artifact.decode(artifact.read(path)).weights.items()}
 
 
@@ -389,13 +389,13 @@ class TestWeights:
             load_weights(lenet, str(tmp_path / "a.pt"))
 
     def test_a_model_file_of_another_class(self, tmp_path):
-        """What does not fit is named; no factory was given, so none is to blame."""
+        """The error names the tensor that differs, and no factory, since the user gave none."""
         artifact.save(nn.Sequential(nn.Linear(4, 3)), tmp_path / "a.atmc")
         message = r"a\.atmc is of another model: .*tensor 0\.weight has shape \(3, 4\), the model's is \(3, 5\)$"
         with pytest.raises(ValueError, match=message):
             load_weights(nn.Sequential(nn.Linear(5, 3)), str(tmp_path / "a.atmc"))
 
-    def test_factors_are_kept_where_they_are_wanted(self, here):
+    def test_factors_of_a_checkpoint_are_kept(self, here):
         finish(here / "out")
         metrics = finish(
             here / "more",
@@ -404,7 +404,7 @@ class TestWeights:
                 "training": {"epochs": {"dense": 0, "l0": 0, "admm": 1}, "val_n": 20},
             },
         )
-        stored = held(here / "out" / "model.atmc")
+        stored = stored_weights(here / "out" / "model.atmc")
         model = nn.Sequential(nn.Conv2d(1, 4, 5, stride=3), nn.ReLU(), nn.Flatten(), nn.Linear(256, 10))
         load_weights(model, str(here / "out" / "model.atmc"), factorized=True)
         factored = {path: form for path, (form, _) in factor_structure(model).items()}

@@ -1,4 +1,4 @@
-"""What is decided after training: what has no effect is dropped, and nothing else."""
+"""After training: dead weights become zero, and nothing else changes."""
 
 import pytest
 import torch
@@ -15,13 +15,13 @@ from atmc.training.loop import assign
 
 
 def network() -> nn.Module:
-    """4 -> 6 -> 3 with a unit that nothing reads, one that is never awake, and one whose weights are pruned."""
+    """4 -> 6 -> 3 with a unit that no layer reads, one that is never active, and one whose weights are pruned."""
     torch.manual_seed(0)
     model = nn.Sequential(nn.Flatten(), nn.Linear(4, 6), nn.ReLU(), nn.Linear(6, 3))
     with torch.no_grad():
-        model[1].weight.abs_()  # images are not negative: these units are awake
+        model[1].weight.abs_()  # images are not negative: these units are active
         model[1].bias.abs_()
-        model[3].weight[:, 0] = 0.0  # nobody reads unit 0
+        model[3].weight[:, 0] = 0.0  # no layer reads unit 0
         model[1].weight[1] = 0.0
         model[1].bias[1] = -0.5  # unit 1 is constant zero
         model[1].weight[2] = 0.0
@@ -29,7 +29,7 @@ def network() -> nn.Module:
     return model
 
 
-def test_only_what_has_no_effect_is_dropped():
+def test_only_dead_weights_become_zero():
     model, x = network(), torch.rand(64, 1, 2, 2)
     before, weight, bias = model(x), model[1].weight.detach().clone(), model[1].bias.detach().clone()
     reading = model[3].weight.detach().clone()
@@ -39,12 +39,12 @@ def test_only_what_has_no_effect_is_dropped():
     assert torch.equal(model[1].weight[1:], weight[1:])
     assert model[1].bias[:2].tolist() == [0.0, 0.0]
     assert torch.equal(model[1].bias[2:], bias[2:])
-    assert zero_dead_weights(model, x) == 3  # and now what reads unit 1, which has nothing any more
+    assert zero_dead_weights(model, x) == 3  # the weights that read unit 1, which is constant zero now
     assert torch.equal(model[3].weight[:, 2:], reading[:, 2:])
     assert zero_dead_weights(model, x) == 0
 
 
-def test_a_unit_that_sleeps_on_these_images_alone_is_kept():
+def test_a_unit_that_is_inactive_on_these_images_only_is_kept():
     model, x = network(), torch.rand(64, 1, 2, 2)
     with torch.no_grad():
         model[1].bias[4] = -100.0
@@ -54,7 +54,7 @@ def test_a_unit_that_sleeps_on_these_images_alone_is_kept():
 
 
 @pytest.mark.parametrize("name", ["lenet", "resnet18", "wrn-10-1", "mobilenetv2"])
-def test_a_dense_network_is_read_everywhere(name):
+def test_a_dense_network_has_no_dead_weights(name):
     model = make_affine(build(name, 10, seed=0)).eval()
     shape = (4, 1, 28, 28) if name == "lenet" else (4, 3, 32, 32)
     with torch.no_grad():
@@ -63,7 +63,7 @@ def test_a_dense_network_is_read_everywhere(name):
     assert zero_dead_weights(model, torch.rand(shape)) == 0
 
 
-def test_a_pruned_network_computes_the_same_without_what_nobody_reads():
+def test_a_pruned_network_computes_the_same_without_its_dead_weights():
     model = factorize(build("lenet", 10, seed=0))
     tensors = compressible_parameters(model)
     generator = torch.Generator().manual_seed(0)
@@ -75,7 +75,7 @@ def test_a_pruned_network_computes_the_same_without_what_nobody_reads():
     assert torch.allclose(model(x), before, atol=1e-5 * float(before.detach().abs().max()))
 
 
-def test_a_model_that_reads_nothing_keeps_its_weights():
+def test_a_weight_tensor_does_not_become_zero_altogether():
     model = nn.Sequential(nn.Flatten(), nn.Linear(4, 5), nn.ReLU(), nn.Linear(5, 3))
     with torch.no_grad():
         model[3].weight.zero_()
@@ -84,7 +84,7 @@ def test_a_model_that_reads_nothing_keeps_its_weights():
     assert torch.equal(model[1].weight, weight)
 
 
-def test_measuring_leaves_the_model_alone():
+def test_finalizing_a_copy_does_not_change_the_model():
     model = build("resnet18", 10, seed=0).train()
     before = {name: value.clone() for name, value in model.state_dict().items()}
     final = finalize_copy(model, torch.rand(4, 3, 32, 32))
@@ -93,7 +93,7 @@ def test_measuring_leaves_the_model_alone():
     assert all(torch.equal(p, p.half().float()) for p in final.parameters())
 
 
-def test_the_smallest_file_has_something_in_every_layer():
+def test_the_smallest_model_has_one_nonzero_in_every_layer():
     small = smallest_model("atmc", build("lenet", 10, seed=0), ())
     counts = [int(p.count_nonzero()) for p in small.parameters() if p.dim() >= 2]
     assert counts == [1, 1, 1, 1]

@@ -28,7 +28,7 @@ EPOCHS = {"dense": 1, "l0": 1, "admm": 1, "tune": 1}
 
 
 def tiny() -> nn.Module:
-    """Enough of a network for what does not depend on its kind."""
+    """A small network for tests that do not depend on the architecture."""
     torch.manual_seed(0)
     return nn.Sequential(nn.Conv2d(1, 4, 5, stride=3), nn.ReLU(), nn.Flatten(), nn.Linear(256, 10))
 
@@ -90,12 +90,12 @@ def test_method_end_to_end(few, method, bits):
 def test_residuals_are_in_the_log_of_the_phase_that_has_them(few):
     work = job(few, epochs={"dense": 1, "l0": 1, "admm": 3, "tune": 0}, rho=1.0, bits=2)
     list(work.run())
-    held = [record for record in work.records if record.phase == "admm"]
-    assert all(record.primal > 0 and record.dual > 0 for record in held)
+    records = [record for record in work.records if record.phase == "admm"]
+    assert all(record.primal > 0 and record.dual > 0 for record in records)
     assert all(record.primal is None for record in work.records if record.phase != "admm")
 
 
-def test_the_budget_is_reached_gradually_and_held(few):
+def test_the_budget_is_reached_gradually_and_kept(few):
     work = job(few, method="al0", bits=None, epochs={"dense": 0, "l0": 4, "tune": 0}, gradual=0.5)
     tensors = compressible_parameters(work.runner.model)
     counts = []
@@ -131,7 +131,7 @@ def test_tuning_moves_only_the_codebook(few):
 
 
 @pytest.mark.parametrize("objective", OBJECTIVES)
-def test_w_is_built_once_a_step_not_once_a_pass(few, monkeypatch, objective):
+def test_w_is_built_once_per_step_not_once_per_pass(few, monkeypatch, objective):
     """Attack, passes, gradient, penalty, projection and a refresh of ADMM: one W of each weight for all of them."""
     built, builds, original = [], [], Factors.forward
 
@@ -150,7 +150,7 @@ def test_w_is_built_once_a_step_not_once_a_pass(few, monkeypatch, objective):
     assert all(shapes == weights for step, shapes in builds if step > 1)
 
 
-def test_batch_norm_is_reestimated_with_one_w_a_batch(few, monkeypatch):
+def test_batch_norm_is_reestimated_with_one_w_per_batch(few, monkeypatch):
     built, original = [], Factors.forward
     model = factorize(nn.Sequential(nn.Flatten(), nn.Linear(784, 10), nn.BatchNorm1d(10)))
 
@@ -414,7 +414,7 @@ def test_validation_uses_the_first_images_and_says_how_many(few, settings, count
     assert timeless[0] == timeless[1]
 
 
-def test_floors(lenet):
+def test_smallest_budgets(lenet):
     assert smallest_budget("alr", lenet) == 2405
     assert smallest_budget("atmc", lenet) == 4
     assert smallest_budget("da", lenet) == 1
