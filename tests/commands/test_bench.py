@@ -98,8 +98,8 @@ def test_best_dense_is_onnxruntime_where_it_is_installed_else_torch(pruned, expe
 
 
 def test_summary_of_calls():
-    found = summarize_times([0.004, 0.001, 0.002, 0.003, 0.005], 6)
-    assert found == {
+    summary = summarize_times([0.004, 0.001, 0.002, 0.003, 0.005], 6)
+    assert summary == {
         "median_ms": pytest.approx(3),
         "q1_ms": pytest.approx(2),
         "q3_ms": pytest.approx(4),
@@ -110,8 +110,8 @@ def test_summary_of_calls():
 
 def test_comparison_with_labels_and_with_pytorch():
     logits = np.array([[1, 2], [5, 3], [0, 1]], np.float32)
-    found = compare_logits(logits, np.array([[1, 2], [3, 10], [0, 1]], np.float32), np.array([1, 0, 0]))
-    assert found == {"accuracy": pytest.approx(2 / 3), "same_top1": 2, "difference": pytest.approx(0.7)}
+    compared = compare_logits(logits, np.array([[1, 2], [3, 10], [0, 1]], np.float32), np.array([1, 0, 0]))
+    assert compared == {"accuracy": pytest.approx(2 / 3), "same_top1": 2, "difference": pytest.approx(0.7)}
     assert compare_logits(logits, None, None) == {"accuracy": None}
 
 
@@ -120,21 +120,21 @@ def row(engine, precision, low, median, high, accuracy=None):
     return {"engine": engine, "precision": precision, "accuracy": accuracy, "times": [times]}
 
 
-def said(*rows):
+def verdict(*rows):
     return describe_fastest({"threads": [1], "batches": [8], "engines": [row("atmc", "float32", 1.9, 2, 2.1), *rows]})
 
 
 def test_the_verdict_says_who_wins_and_by_how_much():
-    assert said() == ["1 thread, batch 8: atmc takes 2.00 ms; there is nothing to compare it with."]
+    assert verdict() == ["1 thread, batch 8: atmc takes 2.00 ms; there is nothing to compare it with."]
     fast, slow = row("A", "float32", 29, 30, 31), row("B", "float32", 90, 90, 90)
-    assert said(fast, slow) == [
+    assert verdict(fast, slow) == [
         "1 thread, batch 8: atmc takes 2.00 ms, 15.0 times as fast as the fastest of the others (A, 30.0 ms)."
     ]
-    assert said(fast, row("C", "bfloat16", 1, 1, 1, 0.5)) == [
+    assert verdict(fast, row("C", "bfloat16", 1, 1, 1, 0.5)) == [
         "1 thread, batch 8: atmc takes 2.00 ms, 2.00 times as slow as the fastest of the others (C bfloat16, 1.00 ms, "
         "50.0% right) and 15.0 times as fast as the fastest of the others in float32 (A, 30.0 ms)."
     ]
-    assert "about as long as the fastest of the others (A, 2.05 ms)." in said(row("A", "float32", 2.0, 2.05, 2.2))[0]
+    assert "about as long as the fastest of the others (A, 2.05 ms)." in verdict(row("A", "float32", 2.0, 2.05, 2.2))[0]
 
 
 def test_a_narrow_terminal_gets_whole_words():
@@ -187,9 +187,9 @@ def test_numbers_have_three_digits():
 
 def test_what_is_not_installed_is_named(monkeypatch):
     monkeypatch.setattr(inputs, "find_spec", lambda name: None if name == "openvino" else name)
-    found = inputs.find_missing_packages()
-    assert set(found) == {kind.name for kind in KINDS if kind.name.startswith("OpenVINO")}
-    assert set(found.values()) == {"not installed: openvino; pip install 'atmc[bench]'"}
+    reasons = inputs.find_missing_packages()
+    assert set(reasons) == {kind.name for kind in KINDS if kind.name.startswith("OpenVINO")}
+    assert set(reasons.values()) == {"not installed: openvino; pip install 'atmc[bench]'"}
 
 
 def test_an_onnx_model_that_cannot_be_made_leaves_its_engines_out(pruned, tmp_path, monkeypatch):
@@ -233,12 +233,12 @@ def test_a_worker_says_why_it_cannot(monkeypatch, tmp_path):
 
     monkeypatch.setattr(worker, "KINDS", (EngineKind("broken", "float32", (), "model", load),))
     files = ModelFiles(*[tmp_path] * 5, TINY_SHAPE)
-    here, there = Pipe()
-    here.send(("load", (1,)))
-    thread = threading.Thread(target=worker.serve, args=(there, "broken", files, files))
+    pipe, worker_pipe = Pipe()
+    pipe.send(("load", (1,)))
+    thread = threading.Thread(target=worker.serve, args=(worker_pipe, "broken", files, files))
     thread.start()
-    assert here.recv() == (False, "KeyError: 'Conv'")
-    here.close()
+    assert pipe.recv() == (False, "KeyError: 'Conv'")
+    pipe.close()
     thread.join(timeout=10)
     assert not thread.is_alive()
 
@@ -252,10 +252,10 @@ def test_an_error_of_nobody_ends_a_worker(monkeypatch, tmp_path):
 
     monkeypatch.setattr(worker, "KINDS", (EngineKind("broken", "float32", (), "model", load),))
     files = ModelFiles(*[tmp_path] * 5, TINY_SHAPE)
-    here, there = Pipe()
-    here.send(("load", (1,)))
+    pipe, worker_pipe = Pipe()
+    pipe.send(("load", (1,)))
     with pytest.raises(Unheard):
-        worker.serve(there, "broken", files, files)
+        worker.serve(worker_pipe, "broken", files, files)
 
 
 def test_a_failing_onnxruntime_is_a_sentence():
@@ -277,11 +277,11 @@ def in_threads(monkeypatch):
 
     @contextmanager
     def threaded_worker(kind, files, tiny_files):
-        here, there = Pipe()
-        thread = threading.Thread(target=worker.serve, args=(there, kind.name, files, tiny_files))
+        pipe, worker_pipe = Pipe()
+        thread = threading.Thread(target=worker.serve, args=(worker_pipe, kind.name, files, tiny_files))
         thread.start()
-        yield here
-        here.close()
+        yield pipe
+        pipe.close()
         thread.join(timeout=10)
 
     monkeypatch.setattr(bench, "start_worker", threaded_worker)
@@ -299,26 +299,26 @@ def test_every_engine_is_timed_on_the_same_images(file, in_threads, tmp_path):
     request = bench.BenchRequest(
         file=file, data="digits", threads=(1,), batches=(1, 3), reps=2, n=50, json_path=path, unsimplified=True
     )
-    found = run(request)
-    assert json.loads(path.read_text()) == found
-    assert {row["engine"] for row in found["engines"]} | set(found["left_out"]) == {kind.name for kind in KINDS}
-    accuracies = {row["engine"]: row["accuracy"] for row in found["engines"]}
+    figures = run(request)
+    assert json.loads(path.read_text()) == figures
+    assert {row["engine"] for row in figures["engines"]} | set(figures["left_out"]) == {kind.name for kind in KINDS}
+    accuracies = {row["engine"]: row["accuracy"] for row in figures["engines"]}
     assert accuracies["atmc"] == accuracies["PyTorch"]
-    assert found["images"] == 50
-    assert found["macs"]["left"] < 0.11 * found["macs"]["dense"]
-    assert found["engines"][0]["file_bytes"] == file.stat().st_size
-    for row in found["engines"]:
+    assert figures["images"] == 50
+    assert figures["macs"]["left"] < 0.11 * figures["macs"]["dense"]
+    assert figures["engines"][0]["file_bytes"] == file.stat().st_size
+    for row in figures["engines"]:
         assert [(times["threads"], times["batch"], times["calls"]) for times in row["times"]] == [(1, 1, 2), (1, 3, 2)]
         assert row["difference"] < (1e-5 if row["precision"] == "float32" else 0.3)
-    assert len(found["verdict"]) == 2
+    assert len(figures["verdict"]) == 2
 
 
 def test_engines_that_are_missing_are_left_out(file, in_threads, monkeypatch):
     monkeypatch.setattr(inputs, "find_spec", lambda name: None)
-    found = run(bench.BenchRequest(file=file, threads=(1,), batches=(1,), reps=1))
-    assert [row["engine"] for row in found["engines"]] == ["atmc", "PyTorch", "PyTorch, channels_last"]
-    assert set(found["left_out"]) == {kind.name for kind in KINDS[3:] if kind.form != worker.PLAIN}
-    assert found["left_out"]["ONNX Runtime"] == "not installed: onnx, onnxruntime; pip install 'atmc[bench]'"
+    figures = run(bench.BenchRequest(file=file, threads=(1,), batches=(1,), reps=1))
+    assert [row["engine"] for row in figures["engines"]] == ["atmc", "PyTorch", "PyTorch, channels_last"]
+    assert set(figures["left_out"]) == {kind.name for kind in KINDS[3:] if kind.form != worker.PLAIN}
+    assert figures["left_out"]["ONNX Runtime"] == "not installed: onnx, onnxruntime; pip install 'atmc[bench]'"
 
 
 def test_an_engine_that_fails_is_left_out_but_not_ours(file, in_threads, monkeypatch):
@@ -331,10 +331,10 @@ def test_an_engine_that_fails_is_left_out_but_not_ours(file, in_threads, monkeyp
             monkeypatch.setattr(module, "KINDS", kinds)
         return bench.BenchRequest(file=file, threads=(1, 2), batches=(1,), reps=1)
 
-    found = run(failing("PyTorch"))
-    assert found["left_out"] == {"PyTorch": "failed: ValueError: no such network"}
-    assert [row["engine"] for row in found["engines"]] == ["atmc", "PyTorch, channels_last"]
-    assert "difference" not in found["engines"][0]
+    figures = run(failing("PyTorch"))
+    assert figures["left_out"] == {"PyTorch": "failed: ValueError: no such network"}
+    assert [row["engine"] for row in figures["engines"]] == ["atmc", "PyTorch, channels_last"]
+    assert "difference" not in figures["engines"][0]
     with pytest.raises(RuntimeError, match="the engine failed: ValueError: no such network"):
         run(failing("atmc"))
 

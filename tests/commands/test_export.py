@@ -61,24 +61,24 @@ def lenet(here):
 def test_onnx(lenet, digits, tmp_path, capsys):
     out = tmp_path / "lenet.onnx"
     assert call("export", lenet, "--to", "onnx", "--out", out, "--data", "digits", "--n", 70) == 0
-    said = capsys.readouterr().out.splitlines()
-    assert said[0] == f"{out}  {out.stat().st_size:,} bytes"
-    assert said[1] == "  opset 13, IR version 7"
-    assert said[2].startswith("  70 test images of digits: largest difference ")
-    assert said[3].startswith("  70 PGD-10 examples of these under linf:0.1: largest difference ")
-    assert all(line.endswith("the same top-1 on 70") for line in said[2:])
+    printed = capsys.readouterr().out.splitlines()
+    assert printed[0] == f"{out}  {out.stat().st_size:,} bytes"
+    assert printed[1] == "  opset 13, IR version 7"
+    assert printed[2].startswith("  70 test images of digits: largest difference ")
+    assert printed[3].startswith("  70 PGD-10 examples of these under linf:0.1: largest difference ")
+    assert all(line.endswith("the same top-1 on 70") for line in printed[2:])
     x = digits.test.float_pixels(slice(0, 20))
-    found = onnx_export.open_runtime(out.read_bytes())(x.numpy())
+    logits = onnx_export.open_runtime(out.read_bytes())(x.numpy())
     with torch.no_grad():
         expected = atmc.load(lenet)(x).numpy()
-    np.testing.assert_allclose(found, expected, atol=1e-5 * np.abs(expected).max())
+    np.testing.assert_allclose(logits, expected, atol=1e-5 * np.abs(expected).max())
     props = {prop.key: prop.value for prop in pytest.importorskip("onnx").load(out).metadata_props}
     assert props.items() >= {"model": "lenet", "threat": "linf:0.1", "method": "atmc"}.items()
     first = out.read_bytes()
     assert call("export", lenet, "--to", "onnx", "--out", out, "--threat", "l2:0.5", "--n", 1, "--overwrite") == 0
-    said = capsys.readouterr().out
-    assert "  1 random images: " in said
-    assert "under l2:0.5" in said
+    printed = capsys.readouterr().out
+    assert "  1 random images: " in printed
+    assert "under l2:0.5" in printed
     assert out.read_bytes() == first
 
 
@@ -105,9 +105,9 @@ def test_safetensors(lenet, tmp_path, capsys):
     load_weights(fresh, str(out))
     assert all(value.equal(loaded.state_dict()[name]) for name, value in fresh.state_dict().items())
     with safe_open(out, "pt") as file:
-        about = file.metadata()
-    assert about.items() >= {"model": "lenet", "classes": "10", "input_shape": "[1, 28, 28]"}.items()
-    again = atmc.models.build_from_spec(json.loads(about["spec"]))
+        metadata = file.metadata()
+    assert metadata.items() >= {"model": "lenet", "classes": "10", "input_shape": "[1, 28, 28]"}.items()
+    again = atmc.models.build_from_spec(json.loads(metadata["spec"]))
     assert again.state_dict().keys() == loaded.state_dict().keys()
 
 
@@ -117,9 +117,9 @@ def test_c(lenet, tmp_path, capsys):
     command = ["export", lenet, "--to", "c", "--out", out, "--data", "digits", "--n", 20]
     assert call(*command) == 0
     assert {path.name for path in out.iterdir()} == {"lenet.h", "lenet.c", "lenet_test.c"}
-    said = capsys.readouterr().out
-    assert "bytes of tables, an arena of" in said
-    assert said.count("the same top-1 on 20") == (2 if shutil.which("cc") else 0)
+    printed = capsys.readouterr().out
+    assert "bytes of tables, an arena of" in printed
+    assert printed.count("the same top-1 on 20") == (2 if shutil.which("cc") else 0)
     assert "lenet.h exists: add --overwrite" in refused(capsys, *command)
 
 
@@ -206,10 +206,10 @@ def test_missing_packages(lenet, tmp_path, capsys, monkeypatch):
 
 def test_agreement():
     expected = np.array([[1.0, -4.0], [0.5, 0.25]], np.float32)
-    found = np.array([[1.0, -3.5], [0.125, 0.25]], np.float32)
-    agreement = exports.Agreement.of("images", expected, found)
+    logits = np.array([[1.0, -3.5], [0.125, 0.25]], np.float32)
+    agreement = exports.Agreement.of("images", expected, logits)
     assert (agreement.n, agreement.difference, agreement.largest, agreement.same) == (2, 0.5, 4.0, 1)
-    nan = exports.Agreement.of("images", expected, np.full_like(found, np.nan))
+    nan = exports.Agreement.of("images", expected, np.full_like(logits, np.nan))
     assert not nan.difference <= nan.largest
 
 

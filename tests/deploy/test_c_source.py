@@ -123,7 +123,7 @@ def networks():
             Node(Add(), (14, 13)),
             Node(GlobalAvgPool(), (15,)),
             Node(Flatten(), (16,)),
-            Node(Relu(), (1,)),  # nobody reads it
+            Node(Relu(), (1,)),  # a dead node
             Node(Linear(floats(rng, 5, 3), floats(rng, 5)), (17,)),
         ),
     )
@@ -152,9 +152,9 @@ def drawn(seed):
 GRAPHS = of_one_op() | networks() | {f"drawn{seed}": drawn(seed) for seed in range(20)}
 
 
-def write(made, folder):
-    for name, text in ((".h", made.header), (".c", made.source), ("_test.c", made.test_source)):
-        (folder / f"{made.name}{name}").write_text(text)
+def write(source, folder):
+    for name, text in ((".h", source.header), (".c", source.source), ("_test.c", source.test_source)):
+        (folder / f"{source.name}{name}").write_text(text)
 
 
 def compiled(folder, names, *flags):
@@ -180,11 +180,11 @@ def library(sources):
 
 def logits_of(library, name, images, classes):
     pointer = ctypes.POINTER(ctypes.c_float)
-    found = np.zeros((len(images), classes), np.float32)
-    for image, row in zip(np.ascontiguousarray(images), found, strict=True):
+    logits = np.zeros((len(images), classes), np.float32)
+    for image, row in zip(np.ascontiguousarray(images), logits, strict=True):
         getattr(library, f"{name}_run")(image.ctypes.data_as(pointer), row.ctypes.data_as(pointer))
         assert getattr(library, f"{name}_classify")(image.ctypes.data_as(pointer)) == row.argmax()
-    return found
+    return logits
 
 
 @pytest.mark.parametrize("name", GRAPHS)
@@ -193,8 +193,8 @@ def test_c_computes_what_torch_computes(library, name):
     images = torch.from_numpy(np.random.default_rng(2).standard_normal((3, *graph.input_shape)).astype(np.float32))
     before = images.clone()
     expected = run_graph(graph, images).flatten(1)
-    found = logits_of(library, name, images.numpy(), expected.shape[1])
-    np.testing.assert_allclose(found, expected.numpy(), rtol=1e-5, atol=1e-5 * max(1, expected.abs().max().item()))
+    logits = logits_of(library, name, images.numpy(), expected.shape[1])
+    np.testing.assert_allclose(logits, expected.numpy(), rtol=1e-5, atol=1e-5 * max(1, expected.abs().max().item()))
     assert torch.equal(images, before)
 
 
@@ -216,9 +216,11 @@ def test_a_wrong_logit_fails_the_generated_test(tmp_path):
     rng = np.random.default_rng(0)
     bias = floats(rng, 3)
     weight = floats(rng, 3, 4)
-    made = [to_c(chain((1, 2, 2), Flatten(), Linear(weight, bias + wrong)), name="m") for wrong in (0, np.float32(0.1))]
-    write(made[0], tmp_path)
-    (tmp_path / "m.c").write_text(made[1].source)
+    right, wrong = (
+        to_c(chain((1, 2, 2), Flatten(), Linear(weight, bias + error)), name="m") for error in (0, np.float32(0.1))
+    )
+    write(right, tmp_path)
+    (tmp_path / "m.c").write_text(wrong.source)
     compiled(tmp_path, ["m.c", "m_test.c"], "-o", "m")
     done = subprocess.run([tmp_path / "m"], capture_output=True, text=True, check=False)
     assert done.returncode == 1
@@ -230,8 +232,8 @@ def test_labels_of_any_text(tmp_path):
     labels = ['say "7"\\\n', "Möwe ??/"]
     write(to_c(chain((2, 1, 1), Relu()), name="birds", labels=labels), tmp_path)
     compiled(tmp_path, ["birds.c"], "-shared", "-fPIC", "-o", "birds.so")
-    found = (ctypes.c_char_p * 2).in_dll(ctypes.CDLL(str(tmp_path / "birds.so")), "birds_labels")
-    assert [text.decode() for text in found] == labels
+    compiled_labels = (ctypes.c_char_p * 2).in_dll(ctypes.CDLL(str(tmp_path / "birds.so")), "birds_labels")
+    assert [text.decode() for text in compiled_labels] == labels
 
 
 def lenet_graph(model):
@@ -255,12 +257,12 @@ def lenet_graph(model):
 def test_memory_of_lenet_is_two_maps_and_the_larger_plane():
     """While conv1 runs, its pooled map 20x12x12 and a plane 24x24; while conv2 runs, 20x12x12, 50x4x4 and 8x8."""
     graph = lenet_graph(models.build("lenet", 10, seed=0))
-    made = to_c(graph)
-    assert made.arena_bytes == 4 * max(2880 + 576, 2880 + 800 + 64, 800 + 500, 510)
-    assert f"#define MODEL_ARENA_BYTES {made.arena_bytes}\n" in made.header
-    assert f"#define MODEL_TABLE_BYTES {made.table_bytes}\n" in made.header
-    assert not re.search(r"malloc|math\.h|double", made.source)
-    assert made == to_c(graph)
+    source = to_c(graph)
+    assert source.arena_bytes == 4 * max(2880 + 576, 2880 + 800 + 64, 800 + 500, 510)
+    assert f"#define MODEL_ARENA_BYTES {source.arena_bytes}\n" in source.header
+    assert f"#define MODEL_TABLE_BYTES {source.table_bytes}\n" in source.header
+    assert not re.search(r"malloc|math\.h|double", source.source)
+    assert source == to_c(graph)
 
 
 def test_a_residual_block_needs_two_maps_and_a_plane():
@@ -311,8 +313,8 @@ def test_values_of_every_kind_arrive_exactly(tmp_path):
     compiled(tmp_path, [f"{name}.c" for name in graphs], "-shared", "-fPIC", "-o", "all.so")
     library = ctypes.CDLL(str(tmp_path / "all.so"))
     for name, scale in graphs.items():
-        found = logits_of(library, name, np.ones((1, len(scale), 1, 1), np.float32), len(scale))
-        np.testing.assert_array_equal(found[0], scale)
+        logits = logits_of(library, name, np.ones((1, len(scale), 1, 1), np.float32), len(scale))
+        np.testing.assert_array_equal(logits[0], scale)
 
 
 def test_batch_norm_stays_apart_where_that_is_smaller():
@@ -333,9 +335,9 @@ def test_batch_norm_stays_apart_where_that_is_smaller():
     apart = simplify_keeping_affines(net, (1, 8, 8))
     assert apart.nodes[0].op.weight.shape == (12, 1, 3, 3)
     torch.testing.assert_close(run_graph(apart, images), net(images).detach(), rtol=1e-5, atol=1e-4)
-    made = model_to_c(net, (1, 8, 8))
-    assert made == to_c(apart)
-    assert made.table_bytes < to_c(simplify(net, (1, 8, 8))).table_bytes
+    source = model_to_c(net, (1, 8, 8))
+    assert source == to_c(apart)
+    assert source.table_bytes < to_c(simplify(net, (1, 8, 8))).table_bytes
 
 
 @pytest.mark.parametrize("name", ["", "2d", "my-model", "é", "a b"])
@@ -362,6 +364,6 @@ def test_factors_are_used_where_they_make_smaller_tables():
     weight = Weight("svd", (64, 64), {"U": u, "V": v, "C": c})
     with torch.no_grad():
         model[1].weight.copy_(torch.from_numpy(weight.value()))
-    made = model_to_c(model, (1, 8, 8), {"1.weight": weight})
+    source = model_to_c(model, (1, 8, 8), {"1.weight": weight})
     assert len(simplify(model, (1, 8, 8), {"1.weight": weight}).nodes) == 2  # in Python W is less work
-    assert made.table_bytes < model_to_c(model, (1, 8, 8)).table_bytes
+    assert source.table_bytes < model_to_c(model, (1, 8, 8)).table_bytes

@@ -38,12 +38,12 @@ def file(lenet, tmp_path_factory):
     return path
 
 
-def agrees(found: np.ndarray, model: nn.Module, images: np.ndarray) -> bool:
+def agrees(logits: np.ndarray, model: nn.Module, images: np.ndarray) -> bool:
     with torch.inference_mode():
         expected = model(torch.from_numpy(images)).numpy()
-    assert found.dtype == np.float32
-    return found.shape == expected.shape and bool(
-        np.abs(found - expected).max(initial=0) <= 1e-4 * np.abs(expected).max()
+    assert logits.dtype == np.float32
+    return logits.shape == expected.shape and bool(
+        np.abs(logits - expected).max(initial=0) <= 1e-4 * np.abs(expected).max()
     )
 
 
@@ -53,9 +53,9 @@ def test_a_file_a_module_and_a_graph(n, threads, lenet, file):
     images = images_of(n, 1, 28, 28)
     for source in (file, str(file), lenet, simplify(lenet)):
         run = atmc.Engine(source, threads=threads)
-        found = run(images)
-        assert found.shape == (n, 10)
-        assert n == 0 or agrees(found, lenet, images)
+        logits = run(images)
+        assert logits.shape == (n, 10)
+        assert n == 0 or agrees(logits, lenet, images)
         assert run.describe().startswith("sparse (")
 
 
@@ -103,13 +103,13 @@ def test_few_zeros_go_where_it_is_fastest(prefer, monkeypatch):
     run = atmc.Engine(model, threads=1, prefer=prefer)
     assert agrees(run(images), model, images)
     assert agrees(run(images[:2]), model, images[:2])
-    said = run.describe()
+    description = run.describe()
     if prefer == "auto":
-        assert said.startswith("dense (")
-        assert " below 16 images, else sparse (" in said
+        assert description.startswith("dense (")
+        assert " below 16 images, else sparse (" in description
     else:
-        assert said.startswith(f"{prefer} (")
-        assert said.endswith("1 thread")
+        assert description.startswith(f"{prefer} (")
+        assert description.endswith("1 thread")
 
 
 def test_without_onnxruntime_pytorch_is_the_dense_engine(monkeypatch, lenet):

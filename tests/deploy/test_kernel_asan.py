@@ -1,4 +1,4 @@
-"""The kernel under AddressSanitizer and UndefinedBehaviorSanitizer, in memory of just the sizes that programs say."""
+"""The kernel under AddressSanitizer and UndefinedBehaviorSanitizer, in memory of exactly the size that it asks for."""
 
 import os
 import subprocess
@@ -51,14 +51,14 @@ def run(driver: Path, folder: Path, four_cost: float) -> None:
     command = [str(driver), str(folder / "logits"), *map(str, files)]
     ended = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=300)
     assert ended.returncode == 0, ended.stderr[:5000]
-    found = np.fromfile(folder / "logits", np.float32)
-    runs = len(found) // sum(each.size for each in expected)
+    written = np.fromfile(folder / "logits", np.float32)
+    runs = len(written) // sum(logits.size for logits in expected)
     assert runs >= 2
-    for each in expected:
-        results, found = np.split(found, [runs * each.size])
-        for result in results.reshape(runs, *each.shape):
-            assert distance(result, each) < 1e-5
-    assert not len(found)
+    for logits in expected:
+        results, written = np.split(written, [runs * logits.size])
+        for result in results.reshape(runs, *logits.shape):
+            assert distance(result, logits) < 1e-5
+    assert not len(written)
 
 
 @pytest.mark.parametrize("four_cost", [4.0, 0.0])

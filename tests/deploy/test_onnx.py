@@ -43,8 +43,8 @@ def agree(graph: Graph, images: int = 3) -> None:
     """The export, run, against the graph itself by PyTorch: images of both signs, so that padding matters."""
     x = floats(images, *graph.input_shape)
     expected = run_graph(graph, torch.from_numpy(x)).numpy()
-    found = export.open_runtime(export.to_bytes(graph))(x)
-    np.testing.assert_allclose(found, expected, rtol=0, atol=1e-5 * max(1, np.abs(expected).max()))
+    logits = export.open_runtime(export.to_bytes(graph))(x)
+    np.testing.assert_allclose(logits, expected, rtol=0, atol=1e-5 * max(1, np.abs(expected).max()))
 
 
 @st.composite
@@ -113,8 +113,8 @@ def test_another_runtime(op):
     for side in range(3, 9):
         graph = Graph((2, side, 7), (Node(op, (0,)),))
         x = floats(2, *graph.input_shape)
-        (found,) = ReferenceEvaluator(onnx.load_from_string(export.to_bytes(graph))).run(None, {"images": x})
-        np.testing.assert_allclose(found, run_graph(graph, torch.from_numpy(x)), atol=1e-6)
+        (logits,) = ReferenceEvaluator(onnx.load_from_string(export.to_bytes(graph))).run(None, {"images": x})
+        np.testing.assert_allclose(logits, run_graph(graph, torch.from_numpy(x)), atol=1e-6)
 
 
 def network() -> Graph:
@@ -132,7 +132,7 @@ def network() -> Graph:
 def test_the_file(tmp_path):
     """Names and shapes that others rely on; the same bytes every time; whole or not at all."""
     graph = network()
-    assert export.to_onnx(graph, tmp_path / "model.onnx", about={"threat": "l2:1"}) > 0
+    assert export.to_onnx(graph, tmp_path / "model.onnx", metadata={"threat": "l2:1"}) > 0
     model = onnx.load(tmp_path / "model.onnx")
     onnx.checker.check_model(model, full_check=True)
     assert (model.ir_version, model.opset_import[0].version) == (7, 13)
@@ -145,7 +145,7 @@ def test_the_file(tmp_path):
     names = [*constants, *(name for node in model.graph.node for name in node.output)]
     assert len(names) == len(set(names))
     assert len({node.name for node in model.graph.node}) == len(model.graph.node)
-    assert (tmp_path / "model.onnx").read_bytes() == export.to_bytes(graph, about={"threat": "l2:1"})
+    assert (tmp_path / "model.onnx").read_bytes() == export.to_bytes(graph, metadata={"threat": "l2:1"})
     assert [path.name for path in tmp_path.iterdir()] == ["model.onnx"]
     for images in (1, 7):
         agree(graph, images)
@@ -163,13 +163,13 @@ def test_safetensors(tmp_path):
     model = nn.Sequential(nn.Conv2d(1, 2, 3), nn.BatchNorm2d(2)).to(memory_format=torch.channels_last)
     model.append(nn.Conv2d(1, 2, 3))
     model[2].weight = model[0].weight  # shared memory
-    about = {key: f"{key} of it" for key in "gfedcba"}
-    size = safetensors_export.to_safetensors(model, tmp_path / "model.safetensors", about=about)
+    metadata = {key: f"{key} of it" for key in "gfedcba"}
+    size = safetensors_export.to_safetensors(model, tmp_path / "model.safetensors", metadata=metadata)
     data = (tmp_path / "model.safetensors").read_bytes()
     assert len(data) == size
-    found, state = load(data), model.state_dict()
-    assert found.keys() == state.keys()
-    assert all(found[name].dtype == value.dtype and found[name].equal(value) for name, value in state.items())
+    loaded, state = load(data), model.state_dict()
+    assert loaded.keys() == state.keys()
+    assert all(loaded[name].dtype == value.dtype and loaded[name].equal(value) for name, value in state.items())
     (length,) = struct.unpack("<Q", data[:8])
     assert length % 8 == 0
-    assert list(json.loads(data[8 : 8 + length])["__metadata__"].items()) == sorted(about.items())
+    assert list(json.loads(data[8 : 8 + length])["__metadata__"].items()) == sorted(metadata.items())

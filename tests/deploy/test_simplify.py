@@ -484,8 +484,8 @@ def test_networks_on_real_and_adversarial_images(name, few):
     adversarial = fgsm(model, x, y, Linf(0.1))
     with torch.no_grad():
         for batch in (x, adversarial):
-            logits, found = model(batch), run_graph(report.graph, batch)
-            assert (found - logits).abs().max() <= 1e-4 * logits.abs().max()
+            logits, simplified = model(batch), run_graph(report.graph, batch)
+            assert (simplified - logits).abs().max() <= 1e-4 * logits.abs().max()
             assert logits.std(0).max() > 0.01 * logits.abs().max()  # else the line above says nothing
     assert not any(isinstance(node.op, Affine) for node in report.graph.nodes[1:]) or name == "wrn-10-1"
     assert report.macs_after < report.macs_before == sum(layer.macs_before for layer in report.layers)
@@ -518,7 +518,7 @@ def test_layers_as_their_factors(start, tmp_path, digits):
     with torch.no_grad():
         logits = loaded(x)
         assert (run_graph(report.graph, x) - logits).abs().max() <= 1e-5 * logits.abs().max()
-        assert torch.equal(run_graph(simplify(model), x), run_graph(report.graph, x))  # found in the model itself
+        assert torch.equal(run_graph(simplify(model), x), run_graph(report.graph, x))  # the factors of the model itself
     wrong = {"fc1.weight": weight_forms.factorized_weights(model)["fc2.weight"]}
     with pytest.raises(ValueError, match=r"the factors of fc1\.weight are not those of the model's weight"):
         simplify(fold(model), factors=wrong)

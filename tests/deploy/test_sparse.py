@@ -15,7 +15,10 @@ from atmc.deploy.engine.steps import lower
 from atmc.deploy.graph.graph import AvgPool, Conv, Flatten, Graph, Linear, MaxPool, Relu
 
 NATIVE = [("native", name, threads) for name in native.instruction_sets() for threads in (1, 2)]
-KERNELS = [*NATIVE, ("numba", None, 1)]  # that there is a native one, `test_the_kernel_is_built...` sees to
+KERNELS = [
+    *NATIVE,
+    ("numba", None, 1),
+]  # test_the_kernel_is_built_where_there_is_a_compiler checks that there is a native one
 BATCHES = (1, 2, 5, 17)
 
 
@@ -55,20 +58,20 @@ def single(*geometry: object) -> Graph:
 
 
 def test_the_kernel_is_built_where_there_is_a_compiler():
-    found = compiler("C++")
-    assert native.instruction_sets(), f"there is {found} but no kernel of this version: pip install -e ."
+    name = compiler("C++")
+    assert native.instruction_sets(), f"there is {name} but no kernel of this version: pip install -e ."
     assert "portable" in native.instruction_sets()
 
 
-def test_the_fallback_runs_every_kind_of_operation():
+def test_numba_runs_every_kind_of_operation():
     assert numba_kernel.NAMES == KINDS
 
 
 @pytest.mark.parametrize("seed", range(0, 60, 12))
 def test_random_networks(kernel, seed):
-    for each in range(seed, seed + 12):
+    for key in range(seed, seed + 12):
         for n in BATCHES:
-            agrees(kernel, each, n)
+            agrees(kernel, key, n)
 
 
 @pytest.mark.parametrize("name", EXTREMES)
@@ -98,10 +101,10 @@ def test_pools(kernel, ceil_mode):
 def test_outputs_four_at_a_time(kernel, seed, monkeypatch):
     every = dict.fromkeys((*(f"native, {name}" for name in native.instruction_sets()), "numba"), 0.0)
     monkeypatch.setattr(sparse, "FOUR_COST", every)
-    for each in range(5 * seed, 5 * seed + 5):
-        graph, _, _ = expected_of(each, 1)
+    for key in range(5 * seed, 5 * seed + 5):
+        graph, _, _ = expected_of(key, 1)
         for n in BATCHES:
-            agrees(kernel, each, n)
+            agrees(kernel, key, n)
     kinds = {KINDS[kind] for kind in build_program(lower(graph, four_cost=0.0), 2).ops["kind"]}
     assert "convolve_fours" in kinds
 
@@ -118,7 +121,7 @@ def test_any_number_of_images(kernel):
 
 
 @pytest.mark.parametrize("key", [*range(20), *EXTREMES])
-def test_images_do_not_see_each_other(kernel, key):
+def test_images_do_not_affect_each_other(kernel, key):
     graph, images, _ = expected_of(key, 5)
     network = SparseNetwork(graph, **kernel)
     before = network(images)
@@ -146,9 +149,9 @@ def test_results_do_not_depend_on_the_number_of_threads(instructions):
     how = {"kernel": "numba"} if instructions == "numba" else {"instructions": instructions}
     for seed in range(20):
         graph, images, _ = expected_of(seed, 5)
-        found = [SparseNetwork(graph, threads=n, **how)(images) for n in (1, 2, 5)]
-        np.testing.assert_array_equal(found[0], found[1])
-        np.testing.assert_array_equal(found[0], found[2])
+        one, *others = (SparseNetwork(graph, threads=n, **how)(images) for n in (1, 2, 5))
+        for logits in others:
+            np.testing.assert_array_equal(logits, one)
 
 
 def test_a_kernel_may_change_its_program_and_its_memory(kernel):
@@ -188,7 +191,7 @@ def test_without_the_native_kernel_numba_serves(monkeypatch):
         SparseNetwork(graph, kernel="native")
 
 
-def test_a_batch_whose_places_have_no_numbers_is_refused():
+def test_a_batch_that_32_bit_offsets_cannot_address_is_refused():
     steps = lower(EXTREMES["fork"])
     with pytest.raises(ValueError, match="a batch of 40000000 images needs"):
         build_program(steps, 40_000_000)

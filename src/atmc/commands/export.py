@@ -197,15 +197,15 @@ def _describe_model(metadata: Mapping[str, Any]) -> dict[str, str]:
 
 
 def _write_safetensors(request: ExportRequest, loaded: LoadedModel) -> Exported:
-    about = _describe_model(loaded.metadata)
-    size = safetensors_export.to_safetensors(loaded.model, request.out, about=about)
+    metadata = _describe_model(loaded.metadata)
+    size = safetensors_export.to_safetensors(loaded.model, request.out, metadata=metadata)
     tensors = len(loaded.model.state_dict())
-    return Exported({request.out: size}, [f"the state dict of {about['model']}: {tensors} tensors"])
+    return Exported({request.out: size}, [f"the state dict of {metadata['model']}: {tensors} tensors"])
 
 
 def _write_onnx(request: ExportRequest, loaded: LoadedModel, images: Mapping[str, Tensor]) -> Exported:
     model = loaded.model
-    data = onnx_export.to_bytes(simplify(model, _image_shape(images)), about=_describe_model(loaded.metadata))
+    data = onnx_export.to_bytes(simplify(model, _image_shape(images)), metadata=_describe_model(loaded.metadata))
     notes, agreements = [f"opset {onnx_export.OPSET}, IR version {onnx_export.IR_VERSION}"], []
     try:
         onnx_export.import_extra("onnxruntime")

@@ -48,16 +48,16 @@ Operation = tuple[str, list[str], dict[str, Any]]  # operator, names of constant
 Store = Callable[[str, Any], str]  # (role, values) -> name of the constant that holds them
 
 
-def to_onnx(graph: Graph, path: str | os.PathLike[str], *, about: Mapping[str, str] | None = None) -> int:
+def to_onnx(graph: Graph, path: str | os.PathLike[str], *, metadata: Mapping[str, str] | None = None) -> int:
     """Write the ONNX model of a graph, whole or not at all, and return its size in bytes; see `to_bytes`."""
-    return write_beside(Path(path), to_bytes(graph, about=about))
+    return write_beside(Path(path), to_bytes(graph, metadata=metadata))
 
 
-def to_bytes(graph: Graph, *, about: Mapping[str, str] | None = None) -> bytes:
+def to_bytes(graph: Graph, *, metadata: Mapping[str, str] | None = None) -> bytes:
     """Return the bytes of the ONNX model of a graph, checked by onnx.checker.
 
     Args:
-        about: entries of its metadata_props, such as threat and method; "tool" is added.
+        metadata: entries of its metadata_props, such as threat and method; "tool" is added.
 
     Raises:
         RuntimeError: onnx is not installed.
@@ -71,7 +71,7 @@ def to_bytes(graph: Graph, *, about: Mapping[str, str] | None = None) -> bytes:
         producer_name="atmc",
         producer_version=__version__,
     )
-    onnx.helper.set_model_props(model, dict(sorted({**(about or {}), "tool": f"atmc {__version__}"}.items())))
+    onnx.helper.set_model_props(model, dict(sorted({**(metadata or {}), "tool": f"atmc {__version__}"}.items())))
     onnx.checker.check_model(model, full_check=True)
     return bytes(model.SerializeToString(deterministic=True))
 

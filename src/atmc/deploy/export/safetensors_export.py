@@ -14,21 +14,21 @@ from torch import nn
 from atmc.core.files import write_beside
 
 
-def to_safetensors(model: nn.Module, path: str | os.PathLike[str], *, about: Mapping[str, str] | None = None) -> int:
+def to_safetensors(model: nn.Module, path: str | os.PathLike[str], *, metadata: Mapping[str, str] | None = None) -> int:
     """Write the state dict of a plain module, whole or not at all, and return the size in bytes; see `to_bytes`."""
-    return write_beside(Path(path), to_bytes(model, about=about))
+    return write_beside(Path(path), to_bytes(model, metadata=metadata))
 
 
-def to_bytes(model: nn.Module, *, about: Mapping[str, str] | None = None) -> bytes:
+def to_bytes(model: nn.Module, *, metadata: Mapping[str, str] | None = None) -> bytes:
     """Return the bytes of a .safetensors file of a plain module's state dict, with its names, shapes and types.
 
     The same values give the same bytes: the metadata is sorted, which safetensors itself does not do.
 
     Args:
-        about: the file's metadata.
+        metadata: the file's metadata.
     """
     state = {name: value.detach().cpu().clone().contiguous() for name, value in model.state_dict().items()}
-    data = save(state, metadata=dict(about or {}))
+    data = save(state, metadata=dict(metadata or {}))
     (length,) = struct.unpack("<Q", data[:8])
     header = json.loads(data[8 : 8 + length])
     if "__metadata__" in header:
