@@ -15,7 +15,8 @@ from atmc.commands.pages import fill_page
 from atmc.commands.table import default_columns, draw_table, parse_column, parse_columns, read_results
 
 RESULTS = Path(__file__).parents[2] / "results"
-PAGES = sorted(path for path in RESULTS.glob("*/*.md") if "<!-- table: " in path.read_text(encoding="utf-8"))
+PAGES = [RESULTS.parent / "README.md"]
+PAGES += sorted(path for path in RESULTS.glob("*/*.md") if "<!-- table: " in path.read_text(encoding="utf-8"))
 
 
 def accuracy(value, n=360):
@@ -341,8 +342,17 @@ def test_page_descriptions_with_errors(tmp_path, toml, sentence):
 def test_page_without_marks_or_description(tmp_path):
     page = tmp_path / "page.md"
     page.write_text("Text.\n")
-    with pytest.raises(ValueError, match=r"there is no file .*tables\.toml"):
-        fill_page(page)
-    (tmp_path / "tables.toml").write_text("")
     with pytest.raises(ValueError, match="expected tables in"):
         fill_page(page)
+    page.write_text(PAGE)
+    with pytest.raises(ValueError, match=r"there is no file .*tables\.toml"):
+        fill_page(page)
+
+
+def test_page_takes_a_table_from_another_folder(tmp_path):
+    (tmp_path / "results").mkdir()
+    (tmp_path / "results" / "a.json").write_text('{"x": 1}')
+    (tmp_path / "results" / "tables.toml").write_text("[few]\nsources = ['a.json']\ncolumns = ['x']\n")
+    page = tmp_path / "page.md"
+    page.write_text("<!-- table: few of results/tables.toml -->\n<!-- end of table -->\n")
+    assert "| x |\n|---|\n| 1 |" in fill_page(page).text

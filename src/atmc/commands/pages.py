@@ -34,39 +34,64 @@ class FilledPage:
 def fill_page(page: Path) -> FilledPage:
     """Make all tables of a page.
 
+    A mark ``NAME of PATH`` takes the table from another description, relative to the page.
+
     Args:
         page: the Markdown file; it is read, not written.
 
     Raises:
         ValueError: there is no such page, tables.toml or mark, or a table's description does not fit the files.
     """
-    path = page.with_name(DESCRIPTION)
-    for file in (page, path):
-        if not file.is_file():
-            raise ValueError(f"there is no file {file}")
-    try:
-        tables = tomllib.loads(path.read_text(encoding="utf-8"))
-    except tomllib.TOMLDecodeError as error:
-        raise ValueError(f"{path} is not TOML: {error}") from None
-    definitions = {name: parse(source) for name, source in tables.pop("define", {}).items()}
+    if not page.is_file():
+        raise ValueError(f"there is no file {page}")
     text = page.read_text(encoding="utf-8")
     marks = [match["name"] for match in _TABLE.finditer(text)]
     if not marks or len(marks) != text.count("<!-- table: "):
         raise ValueError(f"expected tables in {page} between '<!-- table: NAME -->' and '<!-- end of table -->'")
     drawn: dict[str, str] = {}
     files: dict[Path, str] = {}
-    for name, table in tables.items():
-        try:
-            if name in marks:
-                drawn[name] = _draw(table, page.parent, definitions, "md")
-            if "file" in table:
-                files[page.with_name(table["file"])] = _draw(table, page.parent, definitions, "csv")
-        except ValueError as error:
-            raise ValueError(f"{path}, table {name!r}: {error}") from None
-    for name in marks:
-        if name not in drawn:
-            raise unknown(f"table of {page}", name, tables)
+    for mark in dict.fromkeys(marks):
+        name, _, other = mark.partition(" of ")
+        description = _Description.read(page.parent / (other or DESCRIPTION))
+        drawn[mark] = description.draw(name, "md")
+        if not other:
+            files |= description.draw_files()
     return FilledPage(_TABLE.sub(lambda match: f"{match[1]}\n{drawn[match['name']]}\n{match[3]}", text), files)
+
+
+@dataclass(frozen=True)
+class _Description:
+    """The content of one tables.toml."""
+
+    path: Path
+    tables: Mapping[str, Any]
+    definitions: Mapping[str, ast.expr]
+
+    @classmethod
+    def read(cls, path: Path) -> _Description:
+        """Read a tables.toml. Raises ValueError if it is missing or is not TOML."""
+        if not path.is_file():
+            raise ValueError(f"there is no file {path}")
+        try:
+            tables = tomllib.loads(path.read_text(encoding="utf-8"))
+        except tomllib.TOMLDecodeError as error:
+            raise ValueError(f"{path} is not TOML: {error}") from None
+        definitions = {name: parse(source) for name, source in tables.pop("define", {}).items()}
+        return cls(path, tables, definitions)
+
+    def draw(self, name: str, style: str) -> str:
+        """Return one table. Raises ValueError, with the file and the name, if it does not fit the JSON files."""
+        if name not in self.tables:
+            raise unknown(f"table of {self.path}", name, self.tables)
+        try:
+            return _draw(self.tables[name], self.path.parent, self.definitions, style)
+        except ValueError as error:
+            raise ValueError(f"{self.path}, table {name!r}: {error}") from None
+
+    def draw_files(self) -> dict[Path, str]:
+        """Return the CSV files that tables ask for."""
+        named = {name: table["file"] for name, table in self.tables.items() if "file" in table}
+        return {self.path.with_name(file): self.draw(name, "csv") for name, file in named.items()}
 
 
 def _draw(table: Mapping[str, Any], folder: Path, definitions: Mapping[str, ast.expr], style: str) -> str:
