@@ -39,7 +39,7 @@ class Net(nn.Module):
 
 
 def images(model: nn.Module, n: int, wrong: int = 0) -> Images:
-    """Images with the model's own predictions as labels, the first `wrong` ones made wrong."""
+    """Images with the model's own predictions as labels, the first `wrong` ones changed to wrong ones."""
     x = Noise(torch.arange(n), seed=9, purpose="test").uniform(SHAPE)
     y = predictions(model, x)
     y[:wrong] = (y[:wrong] + 1) % int(model.head.out_features)
@@ -49,7 +49,7 @@ def images(model: nn.Module, n: int, wrong: int = 0) -> Images:
 @pytest.mark.parametrize("ball", BALLS, ids=str)
 @pytest.mark.parametrize("attack", ATTACKS)
 def test_contract(attack, ball, capfd, caplog, monkeypatch):
-    """In the ball and the box, the model and torch's generators as they were, not a word said, wrong images left."""
+    """Images stay in the ball and the box, the model and torch's generators unchanged, nothing is printed or logged."""
     monkeypatch.setattr(autoattack, "QUERIES", 100)
     model = Net(3).train()
     data = images(model, 6, wrong=2)
@@ -60,30 +60,30 @@ def test_contract(attack, ball, capfd, caplog, monkeypatch):
             robust_accuracy(model, data, ball, attack)
         return
     with caplog.at_level(logging.DEBUG):
-        found = robust_accuracy(model, data, ball, attack, keep=True)
+        result = robust_accuracy(model, data, ball, attack, keep=True)
     assert model.training
     assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
     assert all(parameter.grad is None and parameter.requires_grad for parameter in model.parameters())
     assert torch.equal(torch.get_rng_state(), generator)
     assert capfd.readouterr() == ("", "")
     assert not caplog.records
-    assert not found.right[:2].any()
-    assert torch.equal(found.fooled_by[:2], torch.full((2,), -1, dtype=torch.int8))
-    assert torch.equal(found.adv[:2], data.pixels[:2])
-    x, fooled = data.pixels, found.fooled_by >= 0
-    assert torch.equal(predictions(model, found.adv)[2:] == data.labels[2:], found.right[2:])
-    assert ((found.adv != x).flatten(1).any(1) == fooled).all()
-    assert found.adv.min() >= 0
-    assert found.adv.max() <= 1
+    assert not result.right[:2].any()
+    assert torch.equal(result.fooled_by[:2], torch.full((2,), -1, dtype=torch.int8))
+    assert torch.equal(result.adv[:2], data.pixels[:2])
+    x, fooled = data.pixels, result.fooled_by >= 0
+    assert torch.equal(predictions(model, result.adv)[2:] == data.labels[2:], result.right[2:])
+    assert ((result.adv != x).flatten(1).any(1) == fooled).all()
+    assert result.adv.min() >= 0
+    assert result.adv.max() <= 1
     if spec.bounded:
-        assert ball.distance(found.adv, x).max() <= ball.eps * 1.0001
-        assert found.largest == pytest.approx(float(ball.distance(found.adv, x).max()), rel=1e-4, abs=1e-7)
-    assert found.refused == 0
+        assert ball.distance(result.adv, x).max() <= ball.eps * 1.0001
+        assert result.largest == pytest.approx(float(ball.distance(result.adv, x).max()), rel=1e-4, abs=1e-7)
+    assert result.refused == 0
 
 
 @pytest.fixture
 def traced():
-    """What measures coverage goes on afterwards: pyautoattack's own checks end by sys.settrace(None)."""
+    """Coverage is measured afterwards too: pyautoattack's own checks end with sys.settrace(None)."""
     trace = sys.gettrace()
     yield
     sys.settrace(trace)
@@ -120,11 +120,11 @@ def test_few_classes(classes, targets, loss, monkeypatch):
     monkeypatch.setattr(autoattack, "QUERIES", 100)
     model = Net(classes).eval()
     data = images(model, 3)
-    found = robust_accuracy(model, data, Linf(0.3), "autoattack").to_json()
-    assert (found["targets"], found["fab_targets"], found["loss"]) == (targets, targets, loss)
-    assert f"{classes} classes: the targeted attacks take all {targets} wrong ones" in found["note"]
-    assert ("the margin of the logits takes its place" in found["note"]) == (loss == "margin")
-    assert found["accuracy"] < 1
+    figures = robust_accuracy(model, data, Linf(0.3), "autoattack").to_json()
+    assert (figures["targets"], figures["fab_targets"], figures["loss"]) == (targets, targets, loss)
+    assert f"{classes} classes: the targeted attacks take all {targets} wrong ones" in figures["note"]
+    assert ("the margin of the logits takes its place" in figures["note"]) == (loss == "margin")
+    assert figures["accuracy"] < 1
     alone = robust_accuracy(model, data, Linf(0.3), "apgd-dlr").to_json()
     assert alone["loss"] == loss
 
@@ -159,9 +159,9 @@ def test_custom_pgd():
     model = Net(5).eval()
     data = images(model, 40)
     plain = robust_accuracy(model, data, Linf(0.04), "pgd")
-    settings = robust_accuracy(model, data, Linf(0.04), "pgd", steps=5, step_size=0.01, restarts=3, loss="margin")
-    found = settings.to_json()
-    assert {key: found[key] for key in ("steps", "step_size", "random_start", "restarts", "loss")} == {
+    custom = robust_accuracy(model, data, Linf(0.04), "pgd", steps=5, step_size=0.01, restarts=3, loss="margin")
+    figures = custom.to_json()
+    assert {key: figures[key] for key in ("steps", "step_size", "random_start", "restarts", "loss")} == {
         "steps": 5,
         "step_size": 0.01,
         "random_start": True,
@@ -190,16 +190,16 @@ def test_dlr_is_the_papers():
 
 class TestTime:
     def test_a_batch_at_a_time_until_it_is_over(self):
-        """Those judged are judged in full; without more time than none, one batch is."""
+        """Finished examples went through all stages; with no time at all, one batch is finished."""
         model = Net(3).eval()
         data = images(model, 10)
         protocol = build_protocol(model, data, Linf(0.05), "pgd-strong")
         verdicts = Verdicts.fresh(data, 10, keep=False)
         events = list(run_protocol(model, data, protocol, verdicts, batch_size=4, until=0.0))
-        found = summarize(protocol, verdicts)
-        assert found.n == 4
+        accuracy = summarize(protocol, verdicts)
+        assert accuracy.n == 4
         assert events[-1].n == 4
-        assert torch.equal(found.right, robust_accuracy(model, data, Linf(0.05), "pgd-strong", n=4).right)
+        assert torch.equal(accuracy.right, robust_accuracy(model, data, Linf(0.05), "pgd-strong", n=4).right)
 
     def test_blocks_do_not_matter_to_our_attacks(self):
         model = Net(3).eval()

@@ -1,6 +1,6 @@
-"""Attacks against the truth: nearest adversarial examples of a linear model and of a small ReLU network, computed here.
+"""Attacks on models whose nearest adversarial examples are known: a linear model and a small ReLU network.
 
-Nothing may claim to break an image at 98 % of its exact radius, and the worst case over attacks must break it at 102 %.
+No attack may break an image at 98 % of its exact radius, and the worst case over attacks must break it at 102 %.
 """
 
 import itertools
@@ -20,15 +20,13 @@ from atmc.evaluation.statistics import worst_case
 from atmc.robust.threats import BALLS, L2, Linf
 
 DUAL = {"linf": 1, "l2": 2, "l1": math.inf}
-BOUNDED = [name for name in ATTACKS if name != "wrm"]  # wrm has no ball
 
 
 def of_norm(norm: str, side: int) -> list[str]:
-    """The attacks that exist for a norm and images of side x side."""
+    """The attacks within a ball that exist for a norm and images of side x side: Square needs 5x5 but for linf."""
     small = side < 5 and norm != "linf"
-    return [
-        name for name in BOUNDED if (name != "cw" or norm == "l2") and not (small and name in ("square", "autoattack"))
-    ]
+    specs = {name: spec for name, spec in ATTACKS.items() if spec.bounded and norm in (spec.norms or (norm,))}
+    return [name for name, spec in specs.items() if not (small and spec.gradient_free)]
 
 
 def linear_model(classes: int, side: int) -> nn.Module:
@@ -42,7 +40,7 @@ def linear_model(classes: int, side: int) -> nn.Module:
 def at_radius(model: nn.Module, norm: str, radius: float, n: int, side: int) -> Images:
     """Images whose exact distance to the nearest wrong class is radius, far enough from the box not to feel it.
 
-    Towards class t the margin falls by at most the dual norm of w_y - w_t a unit of distance. The margins are set by
+    Towards class t the margin falls by at most the dual norm of w_y - w_t per unit of distance. The margins are set by
     moving along the pseudoinverse, to radius * dual norm for one class and to three times as much for the others.
     """
     weight = model[1].weight.detach()
@@ -70,7 +68,7 @@ def test_linear_model(norm, radius, classes, monkeypatch):
     monkeypatch.setattr(autoattack, "QUERIES", 500)
     for name in names:
         assert robust_accuracy(model, images, inside, name).accuracy == 1.0, f"{name} broke what cannot be broken"
-    broken = [robust_accuracy(model, images, outside, name) for name in names if name not in ("square", "autoattack")]
+    broken = [robust_accuracy(model, images, outside, name) for name in names if not ATTACKS[name].gradient_free]
     assert worst_case(broken).accuracy == 0.0
     assert robust_accuracy(model, images, outside, "fab").accuracy == 0.0
 
@@ -112,7 +110,7 @@ def exact_radius(model: nn.Module, x: np.ndarray, y: int, norm: str) -> float:
 
 
 def nearest(g: np.ndarray, h: np.ndarray, norm: str) -> float:
-    """min |delta| subject to g delta >= h, infinite where nothing satisfies it."""
+    """min |delta| subject to g delta >= h; infinite if no delta satisfies it."""
     d = g.shape[1]
     if norm == "l2":  # Lawson and Hanson 1974, chapter 23: least distance programming by nonnegative least squares
         stacked = np.concatenate([g.T, h[None]])
@@ -128,8 +126,8 @@ def nearest(g: np.ndarray, h: np.ndarray, norm: str) -> float:
     below = np.concatenate(
         [np.hstack([-g, np.zeros((len(g), extra))]), np.hstack([np.eye(d), -bound]), np.hstack([-np.eye(d), -bound])]
     )
-    found = linprog(cost, below, np.concatenate([-h, np.zeros(2 * d)]), bounds=[(None, None)] * (d + extra))
-    return float(found.fun) if found.success else math.inf
+    program = linprog(cost, below, np.concatenate([-h, np.zeros(2 * d)]), bounds=[(None, None)] * (d + extra))
+    return float(program.fun) if program.success else math.inf
 
 
 @pytest.mark.parametrize("norm", ["linf", "l2", "l1"])
@@ -144,7 +142,7 @@ def test_relu_network(norm, monkeypatch):
         for image, label in zip(x, y, strict=True)
     ]
     names = of_norm(norm, side)
-    cheap = [name for name in names if name not in ("square", "autoattack")]
+    cheap = [name for name in names if not ATTACKS[name].gradient_free]
     tried = [i for i, radius in enumerate(radii) if 0.02 < radius < 0.5 * BALLS[norm](0.1).largest_eps(4)][:4]
     assert len(tried) == 4
     for position, i in enumerate(tried):
@@ -160,11 +158,11 @@ def test_relu_network(norm, monkeypatch):
 
 
 def test_exact_radius_of_a_linear_model_agrees_with_its_closed_form():
-    """The solver of this file, held against the formula of this file."""
+    """The solver of this file agrees with the formula of this file."""
     rows, margin = torch.randn(1, 4, generator=torch.Generator().manual_seed(0)).double().numpy(), 0.3
     for norm, dual in DUAL.items():
-        found = nearest(-rows, np.array([margin]), norm)
-        assert found == pytest.approx(margin / np.linalg.norm(rows[0], ord=dual), rel=1e-6)
+        distance = nearest(-rows, np.array([margin]), norm)
+        assert distance == pytest.approx(margin / np.linalg.norm(rows[0], ord=dual), rel=1e-6)
     assert nearest(np.array([[1.0], [-1.0]]), np.array([1.0, 1.0]), "l2") == math.inf
 
 

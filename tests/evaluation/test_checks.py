@@ -1,4 +1,4 @@
-"""The evaluation's doubts: for each a model made defective on purpose that fools plain PGD; quiet on honest ones."""
+"""Checks: each catches a model that is defective on purpose and misleads plain PGD, and none fails on honest models."""
 
 import copy
 import warnings
@@ -85,7 +85,7 @@ def all_on_faces(x: Tensor) -> Tensor:
 
 
 class Defective(nn.Module):
-    """Another model's outputs, in a way that hides from an attack."""
+    """Another model's outputs, computed in a way that misleads an attack."""
 
     def __init__(self, base: nn.Module, defect: str) -> None:
         super().__init__()
@@ -119,11 +119,11 @@ class Defective(nn.Module):
 
 def failed(model: nn.Module, images: Images, **options) -> set[str]:
     """Names of the failed checks; a warning is there just if there are any."""
-    with warnings.catch_warnings(record=True) as said:
+    with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always", EvaluationWarning)
         report = atmc.evaluate(model, images, threat=options.pop("threat", THREAT), **options)
-    assert bool(said) == bool(report.failed)
-    assert all(check.name in str(said[0].message) for check in report.failed)
+    assert bool(caught) == bool(report.failed)
+    assert all(check.name in str(caught[0].message) for check in report.failed)
     assert [check.name for check in report.checks] == NAMES
     return {check.name for check in report.failed}
 
@@ -161,7 +161,7 @@ def with_norms(norm: type[nn.BatchNorm1d]) -> nn.Module:
 
 
 def test_training_mode_batch_norm(two_tone):
-    """Where a whole batch is attacked, its statistics undo part of it: the same weights seem far more robust."""
+    """The statistics of an attacked batch undo part of the attack: the same weights seem far more robust."""
     torch.manual_seed(0)
     honest = fitted(with_norms(nn.BatchNorm1d), two_tone[0], None, steps=300)
     model = with_norms(OfTheBatch).eval()
@@ -192,29 +192,29 @@ def test_mislabelled(two_tone, natural):
 
 
 def test_images_outside_the_box(two_tone, natural):
-    """Refused at the door; the check is for what comes another way, and for attacks that leave the ball."""
+    """`evaluate` refuses them; the check is for other callers, and for attacks that leave the ball."""
     x, y = two_tone[1].pixels[:20], two_tone[1].labels[:20]
     clean = clean_accuracy(natural, Images(x, y))
     assert pixel_range(collect_check_inputs(natural, Images(x, y), THREAT, clean, {})).ok is True
-    found = pixel_range(collect_check_inputs(natural, Images(x * 2 - 0.5, y), THREAT, clean, {}))
-    assert found.ok is False
-    assert "images from -0.5 to 1.5" in found.detail
+    check = pixel_range(collect_check_inputs(natural, Images(x * 2 - 0.5, y), THREAT, clean, {}))
+    assert check.ok is False
+    assert "images from -0.5 to 1.5" in check.detail
     outside = Accuracy(0.5, 20, torch.zeros(20, dtype=torch.bool), refused=3)
-    found = pixel_range(collect_check_inputs(natural, Images(x, y), THREAT, clean, {"pgd": outside}))
-    assert found.ok is False
-    assert "3 images of attacks" in found.detail
+    check = pixel_range(collect_check_inputs(natural, Images(x, y), THREAT, clean, {"pgd": outside}))
+    assert check.ok is False
+    assert "3 images of attacks" in check.detail
     with pytest.raises(ValueError, match=r"expected pixels in \[0, 1\]"):
         atmc.evaluate(natural, (x * 2, y), threat=THREAT)
 
 
 @pytest.mark.parametrize("threat", [Linf(0.05), Linf(0.15), L2(0.6), L1(2.0)], ids=str)
-def test_quiet_on_honest_models(two_tone, natural, robust, threat):
+def test_no_check_fails_on_honest_models(two_tone, natural, robust, threat):
     for model in (natural, robust):
         assert failed(model, two_tone[1], threat=threat, attack="pgd-strong") == set()
 
 
 def test_square_of_the_evaluation_is_used(two_tone, natural, monkeypatch):
-    """Its own verdicts, where it ran: the check asks for no second run."""
+    """If the evaluation ran Square, its verdicts are used and it is not run again."""
     monkeypatch.setattr(autoattack, "QUERIES", 301)
     few = two_tone[1].take(slice(0, 60))
     model = Defective(natural, "wrong gradient")
@@ -225,8 +225,8 @@ def test_square_of_the_evaluation_is_used(two_tone, natural, monkeypatch):
     assert f"pgd leave {before} of 60, Square, 301 queries, then {after}" in detail
 
 
-def test_square_is_held_against_all_images_that_both_saw(two_tone, natural, monkeypatch):
-    """More than the 100 that the other checks look at; and AutoAttack's own gradients count among the white box."""
+def test_square_is_compared_on_all_images_that_both_saw(two_tone, natural, monkeypatch):
+    """They may be more than the 100 of the other checks; AutoAttack's gradient-based stages count as white-box."""
     monkeypatch.setattr(autoattack, "QUERIES", 301)
     report = atmc.evaluate(natural, two_tone[1], threat=THREAT, attack=["pgd", "autoattack"])
     detail = next(check.detail for check in report.checks if check.name == "square")
@@ -235,26 +235,26 @@ def test_square_is_held_against_all_images_that_both_saw(two_tone, natural, monk
     assert f"pgd and autoattack leave {before} of 120, Square, 301 queries, then {after}" in detail
 
 
-def test_where_nothing_is_left_there_is_nothing_to_doubt(two_tone, natural):
-    """Within a radius that no image withstands, on few images: no alarm by rounding, chance taken over all labels."""
+def test_no_check_fails_if_nothing_survives(two_tone, natural):
+    """At a radius that no image survives, on few images; the commonest label is counted over all labels."""
     assert robust_accuracy(natural, two_tone[1], Linf(0.6), "pgd-strong", n=5).accuracy == 0
     for n in (5, 100):
         assert failed(natural, two_tone[1], threat=Linf(0.6), attack="pgd-strong", n=n) == set()
 
 
-def test_what_cannot_be_told(two_tone, natural):
-    """None with its reason, not a verdict: no second model; too little fooled; one class; nothing right."""
-    found = {check.name: check for check in _checked(natural, two_tone[1], Linf(0.001))}
-    assert found["transfer"].ok is None
-    assert "--transfer-from" in found["transfer"].detail
-    assert found["noise_weaker"].ok is None
-    assert "too few to tell" in found["noise_weaker"].detail
+def test_checks_that_cannot_be_run(two_tone, natural):
+    """The verdict is None with a reason: no second model; too few images fooled; one class; no image right."""
+    checks = {check.name: check for check in _checked(natural, two_tone[1], Linf(0.001))}
+    assert checks["transfer"].ok is None
+    assert "--transfer-from" in checks["transfer"].detail
+    assert checks["noise_weaker"].ok is None
+    assert "too few to tell" in checks["noise_weaker"].detail
     zeros = two_tone[1].take(two_tone[1].labels == 0)
     assert labels(collect_check_inputs(natural, zeros, THREAT, clean_accuracy(natural, zeros), {})).ok is None
     wrong = Images(two_tone[1].pixels[:9], (natural(two_tone[1].pixels[:9]).argmax(1) + 1) % 10)
-    found = {check.name: check for check in _checked(natural, wrong, THREAT)}
-    assert found["zero_gradient"].ok is None
-    assert found["eps_curve"].ok is None
+    checks = {check.name: check for check in _checked(natural, wrong, THREAT)}
+    assert checks["zero_gradient"].ok is None
+    assert checks["eps_curve"].ok is None
 
 
 def _checked(model: nn.Module, images: Images, threat: Linf) -> Iterator:
@@ -270,7 +270,7 @@ def test_checks_can_be_left_out(two_tone, natural):
         atmc.evaluate(Defective(natural, "softmax"), two_tone[1], threat=THREAT, checks=False)
 
 
-def test_a_figure_does_not_change_by_being_doubted(two_tone, natural):
+def test_checks_change_no_figure(two_tone, natural):
     with_checks = atmc.evaluate(natural, two_tone[1], threat=THREAT, n=50, attack="pgd-strong")
     without = atmc.evaluate(natural, two_tone[1], threat=THREAT, n=50, attack="pgd-strong", checks=False)
     assert torch.equal(with_checks.attacks["pgd-strong"].right, without.attacks["pgd-strong"].right)

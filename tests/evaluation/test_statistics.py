@@ -41,11 +41,11 @@ def ramp(n: int = 100) -> Images:
 @given(st.lists(st.tuples(st.booleans(), st.booleans()), min_size=1, max_size=40))
 def test_mcnemar_is_the_exact_binomial_test(verdicts):
     a, b = (torch.tensor([pair[side] for pair in verdicts]) for side in (0, 1))
-    found = compare(a, b)
-    apart = found.only_a + found.only_b
+    comparison = compare(a, b)
+    apart = comparison.only_a + comparison.only_b
     assert apart == int((a != b).sum())
-    expected = binomtest(found.only_a, apart, 0.5).pvalue if apart else 1.0
-    assert found.p == pytest.approx(expected)
+    expected = binomtest(comparison.only_a, apart, 0.5).pvalue if apart else 1.0
+    assert comparison.p == pytest.approx(expected)
 
 
 def test_comparison_in_words():
@@ -99,13 +99,13 @@ class TestExamples:
 
     def test_round_trip_and_replay(self, tmp_path):
         model, images, attacks = self.kept()
-        found = adversarial_file.collect(model, images.labels, attacks, threat="linf:0.1")
-        found.save(tmp_path / "e.npz")
-        held = adversarial_file.read(tmp_path / "e.npz")
-        assert torch.equal(held.adv, found.adv)
-        assert held.about == {"attacks": ["fgsm", "pgd"], "threat": "linf:0.1"}
-        assert int(held.fooled.sum()) == 20
-        assert torch.equal(held.adv[~held.fooled], images.pixels[~held.fooled])
+        written = adversarial_file.collect(model, images.labels, attacks, threat="linf:0.1")
+        written.save(tmp_path / "e.npz")
+        read = adversarial_file.read(tmp_path / "e.npz")
+        assert torch.equal(read.adv, written.adv)
+        assert read.about == {"attacks": ["fgsm", "pgd"], "threat": "linf:0.1"}
+        assert int(read.fooled.sum()) == 20
+        assert torch.equal(read.adv[~read.fooled], images.pixels[~read.fooled])
         again = adversarial_file.replay(tmp_path / "e.npz", model)
         assert again.agreement.accuracy == 1.0
         assert again.accuracy.accuracy == pytest.approx(again.attacked_accuracy) == pytest.approx(0.8)
@@ -113,9 +113,9 @@ class TestExamples:
     def test_another_engine(self, tmp_path):
         """A NumPy function that has the threshold a little higher disagrees where the images fall between."""
         model, images, attacks = self.kept()
-        found = adversarial_file.collect(model, images.labels, attacks)
-        found.save(tmp_path / "e.npz")
-        first = found.adv[:, 0, 0, 0].numpy()
+        examples = adversarial_file.collect(model, images.labels, attacks)
+        examples.save(tmp_path / "e.npz")
+        first = examples.adv[:, 0, 0, 0].numpy()
 
         def engine(x: np.ndarray) -> np.ndarray:
             assert x.dtype == np.float32
@@ -147,15 +147,15 @@ class TestGallery:
     def test_pictures_are_where_they_should_be(self):
         """The three pictures of the first row hold the clean image, the change and the adversarial image."""
         model, images = threshold_model(), ramp()
-        found = robust_accuracy(model, images, Linf(0.1), "pgd", keep=True)
-        shown = select_fooled(model, images.pixels, found.adv, images.labels, count=3)
+        accuracy = robust_accuracy(model, images, Linf(0.1), "pgd", keep=True)
+        shown = select_fooled(model, images.pixels, accuracy.adv, images.labels, count=3)
         assert [example.index for example in shown] == [40, 41, 42]
         with Image.open(io.BytesIO(draw_gallery(shown, Linf(0.1)))) as image:
             pixels = np.asarray(image.convert("RGB"))
         side, top = 112, 22
         clean, attacked = pixels[top : top + side, 8 : 8 + side], pixels[top : top + side, 248 : 248 + side]
         assert clean[10, 10].tolist() == [round(float(images.pixels[40, 0, 0, 0]) * 255)] * 3
-        assert attacked[10, 10].tolist() == [round(float(found.adv[40, 0, 0, 0]) * 255)] * 3
+        assert attacked[10, 10].tolist() == [round(float(accuracy.adv[40, 0, 0, 0]) * 255)] * 3
         assert clean[100, 100].tolist() == [128] * 3
         change = pixels[top : top + side, 128 : 128 + side]
         assert change[10, 10].tolist() != change[100, 100].tolist()
@@ -203,8 +203,8 @@ class TestCertificate:
     def test_wrong_classes_are_not_certified(self):
         images = ramp(20)
         wrong = Images(images.pixels, 1 - images.labels)
-        found = certify(wrong, samples=500)
-        assert (found.radii < 0).all()
+        certificate = certify(wrong, samples=500)
+        assert (certificate.radii < 0).all()
 
     def test_depends_on_the_seed_alone(self):
         one, two = (certify(ramp(10), samples=200).radii for _ in range(2))

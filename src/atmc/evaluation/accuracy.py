@@ -125,7 +125,7 @@ def run_protocol(
     """
     n = len(verdicts.right)
     if survivors is not None:
-        verdicts.right &= survivors  # of a state that goes on: the earlier attack may have come further since
+        verdicts.right &= survivors  # of a continued state: the earlier attack may have come further since
     block = n if until is None else batch_size
     while verdicts.start < n and not (until is not None and verdicts.start and time.monotonic() >= until):
         end = min(verdicts.start + block, n)
@@ -146,8 +146,8 @@ def _block(
     whole = torch.arange(verdicts.start, end)
     if verdicts.stage < 0:
         for part in torch.split(whole, batch_size):
-            where = part.to(images.labels.device)
-            verdicts.right[part] = (predictions(model, images.float_pixels(where)) == images.labels[where]).cpu()
+            rows = part.to(images.labels.device)
+            verdicts.right[part] = (predictions(model, images.float_pixels(rows)) == images.labels[rows]).cpu()
         if survivors is not None:
             verdicts.right[whole] &= survivors[whole]
         verdicts.stage, verdicts.done, verdicts.queue = 0, 0, whole[verdicts.right[whole]]
@@ -165,9 +165,9 @@ def _block(
 @full_float32()
 def _attack_batch(model: nn.Module, images: Images, protocol: Protocol, verdicts: Verdicts, part: Tensor) -> None:
     """Attack one batch with the current stage; an image outside the ball or [0, 1] does not count."""
-    where = part.to(images.labels.device)
-    x, y = images.float_pixels(where), images.labels[where]
-    adv = protocol.stages[verdicts.stage].perturb(x, y, where)
+    rows = part.to(images.labels.device)
+    x, y = images.float_pixels(rows), images.labels[rows]
+    adv = protocol.stages[verdicts.stage].perturb(x, y, rows)
     distance = protocol.threat.distance(adv, x) if protocol.threat else torch.zeros(len(x), device=x.device)
     limit = protocol.threat.eps * (1 + SLACK) if protocol.threat else 0.0
     in_box = (adv.flatten(1).amin(1) >= 0) & (adv.flatten(1).amax(1) <= 1)  # false if a pixel is not a number

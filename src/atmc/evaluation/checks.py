@@ -97,17 +97,17 @@ class CheckInputs:
     def attack_survivors(self, attack: Callable[[Tensor, Tensor, Tensor], Tensor]) -> Tensor:
         """Return (m,) verdicts after an attack (x, y, rows among the m) on the survivors."""
         left = self.survivors.clone()
-        where = left.nonzero()[:, 0]
-        if len(where):
-            adv = attack(self.x[where], self.y[where], where)
-            left[where] = predictions(self.model, adv) == self.y[where]
+        rows = left.nonzero()[:, 0]
+        if len(rows):
+            adv = attack(self.x[rows], self.y[rows], rows)
+            left[rows] = predictions(self.model, adv) == self.y[rows]
         return left
 
     def run_pgd(self, settings: PgdSettings, noise: Noise | None) -> Tensor:
         """Return (m,) verdicts after PGD on the survivors, from random points if noise is given."""
 
-        def attack(x: Tensor, y: Tensor, where: Tensor) -> Tensor:
-            return settings.attack(self.model, x, y, self.threat, noise=None if noise is None else noise.take(where))
+        def attack(x: Tensor, y: Tensor, rows: Tensor) -> Tensor:
+            return settings.attack(self.model, x, y, self.threat, noise=None if noise is None else noise.take(rows))
 
         return self.attack_survivors(attack)
 
