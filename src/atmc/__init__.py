@@ -78,7 +78,7 @@ def __dir__() -> list[str]:
 
 
 class _Package(ModuleType):
-    """The package ``atmc``: importing the subpackage ``atmc.compress`` must not hide the function of that name."""
+    """The package ``atmc``: the import of the subpackage ``atmc.compress`` must not hide the function of that name."""
 
     def __setattr__(self, name: str, value: object) -> None:
         if not (name == "compress" and isinstance(value, ModuleType)):
