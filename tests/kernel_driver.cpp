@@ -1,5 +1,5 @@
 // Runs programs that a test wrote to files, on every instruction set of this machine and on 1 and 2 threads, in memory
-// of exactly the sizes that they say: for a compiler's sanitizers. Writes the logits of all runs.
+// of exactly the sizes that they ask for, under a compiler's sanitizers. Writes the logits of all runs.
 
 #include <cstdio>
 #include <cstdlib>
@@ -30,16 +30,16 @@ static void run_file(const char *path, FILE *results) {
     const Table<float> images(n[5], file);
     std::fclose(file);
     for (int64_t threads = 1; threads <= 2; threads++) {
-        void *team = atmc_team(threads);
+        void *group = atmc_start_threads(threads);
         for (int64_t i = 0; const char *set = atmc_instructions(i); i++) {
             const Table<float> arena(n[6]), logits(n[7]);
             for (int64_t at = 0; at < n[6]; at++) arena.at[at] = 1e30f;
-            if (atmc_run(team, set, ops.at, n[0], arena.at, nonzeros.at, starts.at, floats.at, masks.at, images.at,
+            if (atmc_run(group, set, ops.at, n[0], arena.at, nonzeros.at, starts.at, floats.at, masks.at, images.at,
                          logits.at))
                 std::abort();
             std::fwrite(logits.at, sizeof(float), n[7], results);
         }
-        atmc_dismiss(team);
+        atmc_stop_threads(group);
     }
 }
 

@@ -25,8 +25,8 @@ def open_library() -> ctypes.CDLL | None:
             if library.atmc_op_size() != OP.itemsize:
                 return None
             library.atmc_instructions.argtypes, library.atmc_instructions.restype = [_INTEGER], ctypes.c_char_p
-            library.atmc_team.argtypes, library.atmc_team.restype = [_INTEGER], _POINTER
-            library.atmc_dismiss.argtypes, library.atmc_dismiss.restype = [_POINTER], None
+            library.atmc_start_threads.argtypes, library.atmc_start_threads.restype = [_INTEGER], _POINTER
+            library.atmc_stop_threads.argtypes, library.atmc_stop_threads.restype = [_POINTER], None
             library.atmc_run.argtypes = [_POINTER, ctypes.c_char_p, _POINTER, _INTEGER, *[_POINTER] * 7]
             library.atmc_run.restype = _INTEGER
             return library
@@ -53,8 +53,8 @@ class NativeKernel:
         library = open_library()
         assert library is not None
         self._library, self._instructions = library, instructions.encode()
-        self._team = library.atmc_team(threads)
-        if not self._team:
+        self._group = library.atmc_start_threads(threads)
+        if not self._group:
             raise MemoryError(f"cannot start {threads} threads")
 
     def bind(self, program: Program, arena: FloatArray, images: FloatArray, logits: FloatArray) -> Callable[[], None]:
@@ -65,7 +65,7 @@ class NativeKernel:
         """
         arrays = program.ops, arena, program.nonzeros, program.starts, program.floats, program.masks, images, logits
         ops, *tables = (array.ctypes.data for array in arrays)
-        run, arguments = self._library.atmc_run, (self._team, self._instructions, ops, len(program.ops), *tables)
+        run, arguments = self._library.atmc_run, (self._group, self._instructions, ops, len(program.ops), *tables)
 
         def call(_: object = (self, arrays)) -> None:  # keeps the kernel and the arrays alive as long as itself
             failed = run(*arguments)
@@ -74,5 +74,5 @@ class NativeKernel:
         return call
 
     def __del__(self) -> None:
-        if getattr(self, "_team", None):
-            self._library.atmc_dismiss(self._team)
+        if getattr(self, "_group", None):
+            self._library.atmc_stop_threads(self._group)

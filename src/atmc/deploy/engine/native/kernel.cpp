@@ -1,9 +1,9 @@
-// Runs a program of `deploy/program.py`: a network's inference, operation by operation, in one block of memory.
+// Runs a program of `../program.py`: a network's inference, operation by operation, in one block of memory.
 //
-// An activation is a stream for each channel: all images of the batch one after the other, each its rows from the top,
-// with columns and rows of zeros between them that serve as the padding of both neighbours. So a convolution of stride
-// 1 adds, for every nonzero weight, a shifted copy of a whole input stream to an output stream. What it computes in
-// the padding is masked to zero. The program is trusted: `program.py` makes every offset, this file checks none.
+// An activation has one stream per channel: all images of the batch one after the other, row by row from the top, with
+// columns and rows of zeros between them that are the padding of both neighbors. So a convolution of stride 1 adds, for
+// every nonzero weight, a shifted copy of a whole input stream to an output stream. Sums at positions of padding are
+// masked to zero. The program is trusted: `program.py` computes every offset, and this file checks none.
 
 #include <algorithm>
 #include <atomic>
@@ -15,10 +15,10 @@
 
 struct Nonzero {
     float weight;
-    int32_t offset;  // in floats, from the position that is computed
+    int32_t offset;  // in floats, relative to the position that is computed
 };
 
-// Field for field `program.OP`. Lengths and offsets are in floats; `vectors` in units of 16 floats.
+// The same fields as `OP` of program.py. Lengths and offsets are in floats, `vectors` in units of 16 floats.
 struct Op {
     int64_t kind, in, other, out, lead, channels, in_stride, out_stride, vectors, mask, rows, bias;
     int64_t batch, height, width, row, image, out_height, out_width, out_row, out_image;
@@ -40,31 +40,31 @@ enum Kind { PACK, CONVOLVE, CONVOLVE_FOURS, DOT, PHASES, ELEMENTWISE, MAX_POOL, 
 
 #if defined(__x86_64__) || defined(_M_X64)
 #define LANES 16
-#define MOST 8
-#define MOST_FOURS 6
+#define MAX_REGISTERS 8
+#define MAX_FOURS 6
 #define SUFFIX avx512
 #define TARGET __attribute__((target("avx512f,avx512dq,avx512bw,avx512vl,avx2,fma")))
 #include "lanes.inc"
 #undef LANES
-#undef MOST
-#undef MOST_FOURS
+#undef MAX_REGISTERS
+#undef MAX_FOURS
 #undef SUFFIX
 #undef TARGET
 #define LANES 8
-#define MOST 10
-#define MOST_FOURS 2
+#define MAX_REGISTERS 10
+#define MAX_FOURS 2
 #define SUFFIX avx2
 #define TARGET __attribute__((target("avx2,fma")))
 #include "lanes.inc"
 #undef LANES
-#undef MOST
-#undef MOST_FOURS
+#undef MAX_REGISTERS
+#undef MAX_FOURS
 #undef SUFFIX
 #undef TARGET
 #endif
 #define LANES 4
-#define MOST 10
-#define MOST_FOURS 2
+#define MAX_REGISTERS 10
+#define MAX_FOURS 2
 #define SUFFIX portable
 #define TARGET
 #include "lanes.inc"
@@ -107,7 +107,7 @@ static inline void zero_lead(const Op &op, const Memory &m, int64_t first) {
     if (first == 0) std::memset(m.arena + op.out - op.lead, 0, op.lead * sizeof(float));
 }
 
-// Zeros behind what an operation computes of a channel's stream, up to the next channel: of one group's share of them.
+// Sets each channel's stream to zero after the vectors that an operation computes, for one group of channels.
 static inline void zero_tails(const Op &op, const Memory &m, int64_t group, int64_t groups) {
     const int64_t first = op.channels * group / groups, last = op.channels * (group + 1) / groups;
     for (int64_t channel = first; channel < last; channel++) {
@@ -116,7 +116,7 @@ static inline void zero_tails(const Op &op, const Memory &m, int64_t group, int6
     }
 }
 
-// Images (n, c, h, w) into streams, times scale plus shift.
+// Copies images (n, c, h, w) into streams, multiplied by scale plus shift.
 static void pack(const Op &op, const Memory &m, int64_t first, int64_t last) {
     for (int64_t channel = first; channel < last; channel++) {
         const float scale = m.floats[op.bias + 2 * channel], shift = m.floats[op.bias + 2 * channel + 1];
@@ -131,7 +131,7 @@ static void pack(const Op &op, const Memory &m, int64_t first, int64_t last) {
     }
 }
 
-// Linear layer of one image: features are neighbours in memory.
+// Computes a linear layer for one image: its features are contiguous in memory.
 static void dot(const Op &op, const Memory &m, int64_t first, int64_t last) {
     const float *in = m.arena + op.in;
     for (int64_t channel = first; channel < last; channel++) {
@@ -147,8 +147,8 @@ static void dot(const Op &op, const Memory &m, int64_t first, int64_t last) {
     }
 }
 
-// Every stride_y-th row from pad_y and stride_x-th column from pad_x: one phase of each channel of the input.
-// Output channel = input channel * phases + phase, where mask is the phase and kernel_y the number of phases.
+// Copies one phase of each input channel: every stride_y-th row from pad_y on, and stride_x-th column from pad_x on.
+// The output channel is input channel * number of phases + phase; the field mask is the phase, kernel_y their number.
 static void phases(const Op &op, const Memory &m, const Instructions &with, int64_t first, int64_t last) {
     const int64_t rows = (op.height - op.pad_y + op.stride_y - 1) / op.stride_y;
     const int64_t count = (op.width - op.pad_x + op.stride_x - 1) / op.stride_x;
@@ -171,7 +171,7 @@ static void phases(const Op &op, const Memory &m, const Instructions &with, int6
     }
 }
 
-// Largest or mean of the window whose first pixel is (top, side), whatever of it lies outside the image.
+// Returns the maximum or mean of the pixels of a window that lie in the image; (top, side) is its first pixel.
 static float window(const Op &op, const float *in, int64_t top, int64_t side) {
     float best = -std::numeric_limits<float>::infinity(), total = 0;
     int64_t count = 0;
@@ -195,19 +195,21 @@ static float window(const Op &op, const float *in, int64_t top, int64_t side) {
     return total / (float)count;
 }
 
-static bool in_pairs(const Op &op) {  // 2 x 2, stride 2, all windows inside the image
+// Whether a pooling is a maximum over 2 x 2 pixels, stride 2, with all windows inside the image.
+static bool is_max_of_pairs(const Op &op) {
     return op.kind == MAX_POOL && op.kernel_y == 2 && op.kernel_x == 2 && op.stride_y == 2 && op.stride_x == 2 &&
            op.dilation_y == 1 && op.dilation_x == 1 && op.pad_y == 0 && op.pad_x == 0 &&
            2 * op.out_height <= op.height && 2 * op.out_width <= op.width;
 }
 
-static bool of_all(const Op &op) {
+// Whether a pooling is the mean of all pixels.
+static bool is_global_mean(const Op &op) {
     return op.kind == MEAN_POOL && op.kernel_y == op.height && op.kernel_x == op.width && op.out_height == 1 &&
            op.out_width == 1 && op.pad_y == 0 && op.pad_x == 0;
 }
 
 static void pool(const Op &op, const Memory &m, const Instructions &with, int64_t first, int64_t last) {
-    const bool pairs = in_pairs(op), all = of_all(op);
+    const bool pairs = is_max_of_pairs(op), all = is_global_mean(op);
     for (int64_t channel = first; channel < last; channel++) {
         float *const out = m.arena + op.out + channel * op.out_stride, *const end = out + op.out_stride;
         std::memset(out, 0, op.out_stride * sizeof(float));
@@ -229,7 +231,7 @@ static void pool(const Op &op, const Memory &m, const Instructions &with, int64_
     }
 }
 
-// Streams to features: feature (channel, y, x) of image n at ((channel h + y) w + x) * out_stride + n.
+// Copies streams to features: feature (channel, y, x) of image n goes to ((channel h + y) w + x) * out_stride + n.
 static void flatten(const Op &op, const Memory &m, int64_t first, int64_t last) {
     for (int64_t channel = first; channel < last; channel++) {
         const float *in = m.arena + op.in + channel * op.in_stride;
@@ -251,7 +253,7 @@ static void unpack(const Op &op, const Memory &m) {
         for (int64_t f = 0; f < op.channels; f++) m.logits[n * op.channels + f] = m.arena[op.in + f * op.in_stride + n];
 }
 
-// How the work of an operation is cut: blocks of positions times groups of channels.
+// How the work of an operation is divided: into blocks of positions times groups of channels.
 struct Cut {
     int64_t blocks, groups;
 };
@@ -285,11 +287,11 @@ static void run_part(const Op &op, const Memory &m, const Instructions &with, co
     }
 }
 
-// Threads that run one program together. Every operation is cut into parts, numbered through the program, which whoever
-// is free takes in turn; a part waits until all of the operations before its own are done, but for no thread as such:
-// one that the machine does not run holds nobody up unless it has taken a part.
-struct Team {
-    explicit Team(int64_t threads) : threads(threads) {
+// Threads that run one program together. Every operation is divided into parts, numbered through the program; a thread
+// that is free takes the next one. A part waits until all parts of the operations before its own are done.
+// It does not wait for threads: one that is not scheduled delays the others only if it has taken a part.
+struct ThreadGroup {
+    explicit ThreadGroup(int64_t threads) : threads(threads) {
         try {
             for (int64_t i = 1; i < threads; i++) members.emplace_back([this] { work(); });
         } catch (...) {
@@ -298,7 +300,7 @@ struct Team {
         }
     }
 
-    ~Team() { stop(); }
+    ~ThreadGroup() { stop(); }
 
     void run(const Op *program, int64_t length, const Memory &memory, const Instructions &set) {
         while (guests.load() != 0) pause();
@@ -334,7 +336,7 @@ struct Team {
             started.wait(seen);
             seen = started.load();
             if (stopped.load()) return;
-            guests.fetch_add(1);  // from here on the next run waits before it changes anything
+            guests.fetch_add(1);  // from here on the next run waits before it changes the program
             if (open.load()) take_parts();
             guests.fetch_sub(1);
         }
@@ -369,7 +371,7 @@ struct Team {
     const Op *ops = nullptr;
     Memory m{};
     const Instructions *with = nullptr;
-    std::vector<int64_t> ends;  // parts up to each operation, itself left out
+    std::vector<int64_t> ends;  // number of parts before each operation, and of all
     std::atomic<int64_t> next{0}, done{0}, guests{0};
     std::atomic<uint64_t> started{0};
     std::atomic<bool> open{false}, stopped{false};
@@ -379,31 +381,31 @@ extern "C" {
 
 int64_t atmc_op_size() { return sizeof(Op); }
 
-// Names of the instruction sets that run here, the fastest first; nullptr past the last.
+// Returns the name of an instruction set that this machine runs, the fastest first; nullptr after the last.
 const char *atmc_instructions(int64_t index) {
     for (const Instructions &set : SETS)
         if (runs_here(set.name) && index-- == 0) return set.name;
     return nullptr;
 }
 
-// nullptr where the machine has no room for so many threads.
-void *atmc_team(int64_t threads) {
+// Starts threads; nullptr if they cannot be started.
+void *atmc_start_threads(int64_t threads) {
     try {
-        return new Team(threads);
+        return new ThreadGroup(threads);
     } catch (...) {
         return nullptr;
     }
 }
 
-void atmc_dismiss(void *team) { delete static_cast<Team *>(team); }
+void atmc_stop_threads(void *group) { delete static_cast<ThreadGroup *>(group); }
 
-// Runs the program on the instruction set of that name; 0, or 1 where there is none.
-int64_t atmc_run(void *team, const char *set, const Op *ops, int64_t count, float *arena, const Nonzero *nonzeros,
+// Runs a program with the instruction set of that name. Returns 0, or 1 if there is no such set.
+int64_t atmc_run(void *group, const char *set, const Op *ops, int64_t count, float *arena, const Nonzero *nonzeros,
                  const int32_t *starts, const float *floats, const int32_t *masks, const float *images, float *logits) {
     const Memory m = {arena, nonzeros, starts, floats, masks, images, logits};
     for (const Instructions &candidate : SETS)
         if (!std::strcmp(candidate.name, set) && runs_here(set)) {
-            static_cast<Team *>(team)->run(ops, count, m, candidate);
+            static_cast<ThreadGroup *>(group)->run(ops, count, m, candidate);
             return 0;
         }
     return 1;
