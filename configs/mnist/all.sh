@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Every MNIST result, two runs at a time on two cores; interrupted, it goes on where it stopped.
+# Make every MNIST result, two runs at a time on two cores; if interrupted, call it again to resume.
 set -euo pipefail
 atmc=${ATMC:-.venv/bin/atmc}
 go() { "$atmc" compress --config "configs/mnist/$1.toml" --out "results/mnist/$1" --resume; }

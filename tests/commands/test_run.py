@@ -172,10 +172,10 @@ def test_killed_just_after_the_metrics(here):
 def test_nothing_is_overwritten_unless_asked(here):
     metrics = finish(here / "out")
     before = (here / "out" / "model.atmc").read_bytes()
-    with pytest.raises(ValueError, match="add --resume to go on with it or --overwrite"):
+    with pytest.raises(ValueError, match="add --resume to continue it or --overwrite"):
         finish(here / "out")
     assert finish(here / "out", resume=True) == metrics  # finished: shown again
-    with pytest.raises(ValueError, match="begun with other settings: seed was 0, is 5"):
+    with pytest.raises(ValueError, match="started with other settings: seed was 0, is 5"):
         finish(here / "out", resume=True, changes={"seed": 5})
     assert (here / "out" / "model.atmc").read_bytes() == before
     finish(here / "out", overwrite=True, changes={"seed": 5})

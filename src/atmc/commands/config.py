@@ -284,7 +284,7 @@ def check_same(asked: RunConfig, stored: RunConfig, name: str) -> None:
         pairs[f"training.{key}"] = (ours["training"][key], list(before) if isinstance(before, tuple) else before)
     changed = [f"{key} was {before!r}, is {now!r}" for key, (now, before) in pairs.items() if now != before]
     if changed:
-        raise ValueError(f"{name} was begun with other settings: {'; '.join(changed)}")
+        raise ValueError(f"{name} was started with other settings: {'; '.join(changed)}")
 
 
 def _describe(problem: dict[str, Any]) -> str:

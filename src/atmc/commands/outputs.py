@@ -49,7 +49,7 @@ def check_run_folder(folder: Path, *, resume: bool, overwrite: bool) -> bool:
         raise ValueError(f"{folder} is a file: give a folder")
     started = (folder / CONFIG).exists()
     if started and not (resume or overwrite):
-        raise ValueError(f"{folder} holds a run already: add --resume to go on with it or --overwrite to replace it")
+        raise ValueError(f"{folder} holds a run already: add --resume to continue it or --overwrite to replace it")
     if folder.exists() and not started and any(not path.name.startswith(".") for path in folder.iterdir()):
         raise ValueError(f"{folder} is not empty and holds no run of atmc: choose another folder")
     return started and resume

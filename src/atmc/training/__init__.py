@@ -1,1 +1,1 @@
-"""Train a model: settings, methods, the loop, and what is decided after the last epoch."""
+"""Train a model: settings, methods, the loop, and what is chosen after the last epoch."""
