@@ -464,7 +464,7 @@ class TestFolders:
     def test_a_run_that_is_there_is_left(self, done, capsys):
         before = {path.name: path.read_bytes() for path in done.iterdir()}
         command = ["compress", "--config", "run.toml", "--out", done]
-        assert "add --resume to go on with it or --overwrite" in refused(capsys, *command)
+        assert "add --resume to continue it or --overwrite" in refused(capsys, *command)
         assert "seed was 0, is 4" in refused(capsys, *command, "--resume", "--seed", 4)
         assert {path.name: path.read_bytes() for path in done.iterdir()} == before
 
