@@ -141,7 +141,8 @@ def test_w_is_built_once_per_step_not_once_per_pass(few, monkeypatch, objective)
 
     monkeypatch.setattr(Factors, "forward", counted)
     settings = {"epochs": {"dense": 0, "l0": 0, "admm": 2, "tune": 0}, "attack_steps": 3, "interval": 1}
-    for event in job(few, objective=objective, ratio=0.3, **settings).run():
+    threat = atmc.L2(0.5) if OBJECTIVES[objective].norms == ("l2",) else None
+    for event in job(few, objective=objective, threat=threat, ratio=0.3, **settings).run():
         if isinstance(event, StepDone):
             builds.append((event.step, sorted(built)))
         built.clear()
@@ -334,6 +335,7 @@ class TestRefused:
             ({"epochs": -1}, "epochs >= 0"),
             ({"optimizer": "lion"}, "unknown optimizer"),
             ({"objective": "robust"}, "unknown objective 'robust'"),
+            ({"objective": "gaussian"}, "objective 'gaussian' is for l2 threats, got linf:0.1"),
             ({"augment": "mixup"}, "unknown augment"),
             ({"attack_steps": 0}, "attack_steps >= 1"),
             ({"val_clean_n": 0}, "val_clean_n >= 1"),

@@ -19,6 +19,7 @@ from atmc.core.files import write_beside
 from atmc.data import Images, mix_classes
 from atmc.evaluation.evaluate import check_model, takes_channels_last
 from atmc.pack import artifact
+from atmc.robust.objectives import OBJECTIVES
 from atmc.robust.threats import Threat, check_threat
 from atmc.training.batch_norm import restore_batch_norm
 from atmc.training.dead_weights import probe_images
@@ -72,6 +73,7 @@ class Job:
     ) -> None:
         shape = cast(tuple[int, int, int], tuple(train.pixels.shape[1:]))
         check_threat(threat, train.pixels[0].numel())
+        OBJECTIVES[recipe.objective].check_threat(recipe.objective, threat)
         classes = check_model(model, train, classes)
         check_model(model, val, classes)
         check_compressible(model, exclude=recipe.exclude)
