@@ -1,11 +1,11 @@
-"""Where our engine's time goes: the operations of a network, one image, one thread.
+"""Profile the sparse engine by operation: one image, one thread.
 
     python benchmarks/engine_profile.py --out results/deploy [--only resnet18-trained-99 ...]
 
-The cases are those of engines.py. An operation's time is that of the program up to it less that of the program
-before it: medians of 15 times 20 runs. Adds to profile.json, by kind of operation and side of its output: how many,
-microseconds, multiply-adds, and those done: with a layer's padding to whole registers, and where four outputs are
-taken together with the zeros among them.
+The cases are those of engines.py. The time of an operation is that of the program up to and including it minus that of
+the program before it; both are medians of 15 times 20 runs. profile.json gets, by kind of operation and side of its
+output: the number of operations, microseconds, the multiply-adds needed, and those done. The latter include those
+in padding up to whole registers, and those of zeros in groups of four outputs.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from engines import CASES, ROOT, Case, sparse, update
+from engines import CASES, ROOT, Case, build_sparse, update
 
 import atmc
 from atmc.deploy.engine.engine import Engine
@@ -29,25 +29,25 @@ from atmc.deploy.engine.sparse import SparseNetwork, allocate_aligned, open_kern
 ROUNDS, RUNS = 15, 20
 
 
-def seconds(network: SparseNetwork, program: Program, images: np.ndarray) -> list[float]:
-    """Of the first k operations, k = 0, 1, ...; they take turns."""
-    parts = [replace(program, ops=program.ops[:count].copy()) for count in range(len(program.ops) + 1)]
+def time_prefixes(program: Program, images: np.ndarray) -> list[float]:
+    """Return the seconds of the first k operations of a program, for k = 0, 1, ...; the prefixes take turns."""
+    prefixes = [replace(program, ops=program.ops[:count].copy()) for count in range(len(program.ops) + 1)]
     arena, logits = allocate_aligned(program.arena_floats), np.empty((1, program.classes), np.float32)
     kernel, _ = open_kernel()
-    found: list[list[float]] = [[] for _ in parts]
+    times: list[list[float]] = [[] for _ in prefixes]
     for _ in range(ROUNDS):
-        for part, times in zip(parts, found, strict=True):
-            call = kernel.bind(part, arena, images, logits)
+        for prefix, prefix_times in zip(prefixes, times, strict=True):
+            call = kernel.bind(prefix, arena, images, logits)
             call()
             start = time.perf_counter()
             for _ in range(RUNS):
                 call()
-            times.append((time.perf_counter() - start) / RUNS)
-    return [statistics.median(times) for times in found]
+            prefix_times.append((time.perf_counter() - start) / RUNS)
+    return [statistics.median(prefix_times) for prefix_times in times]
 
 
-def work(program: Program, op: Any) -> tuple[int, int]:
-    """Multiply-adds of an operation: of nonzeros and pixels, and all that the kernel does."""
+def count_macs(program: Program, op: Any) -> tuple[int, int]:
+    """Return the multiply-adds of an operation: those of nonzeros and pixels, and all that the kernel does."""
     if KINDS[op["kind"]] not in ("convolve", "convolve_fours", "dot"):
         return 0, 0
     outputs = -(-int(op["channels"]) // 4) if KINDS[op["kind"]] == "convolve_fours" else int(op["channels"])
@@ -57,21 +57,21 @@ def work(program: Program, op: Any) -> tuple[int, int]:
     return nonzeros * int(op["out_height"] * op["out_width"]), (end - begin) * lanes
 
 
-def profiled(case: Case) -> dict[str, Any]:
-    """Rows by kind and side, and what a call costs before it does anything."""
+def profile(case: Case) -> dict[str, Any]:
+    """Return rows by kind and side, the time of a call without operations, and that of all."""
     with tempfile.TemporaryDirectory() as folder:
         file = ROOT / case.file if case.file else Path(folder, "model.atmc")
         if not case.file:
-            atmc.save(sparse(case), file)
+            atmc.save(build_sparse(case), file)
         graph = Engine(file, threads=1, prefer="sparse").graph
     network = SparseNetwork(graph, threads=1)
     program, images = network.program(1), np.random.default_rng(0).random((1, *graph.input_shape), np.float32)
     rows: dict[tuple[str, int], dict[str, Any]] = {}
-    times = seconds(network, program, images)
+    times = time_prefixes(program, images)
     for op, last, now in zip(program.ops, times, times[1:], strict=False):
         key = KINDS[op["kind"]], int(op["out_height"])
         row = rows.setdefault(key, {"kind": key[0], "side": key[1], "ops": 0, "us": 0.0, "macs": 0, "done": 0})
-        macs, done = work(program, op)
+        macs, done = count_macs(program, op)
         for name, value in (("ops", 1), ("us", 1e6 * (now - last)), ("macs", macs), ("done", done)):
             row[name] += value
     ends = {"call_us": 1e6 * times[0], "total_us": 1e6 * times[-1]}
@@ -79,16 +79,18 @@ def profiled(case: Case) -> dict[str, Any]:
 
 
 def main() -> None:
-    """Profile every case that was asked for."""
+    """Profile the cases that were named."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, default=ROOT / "results" / "deploy")
     parser.add_argument("--only", nargs="*", choices=CASES, default=["resnet18-uniform-99", "resnet18-trained-99"])
-    given = parser.parse_args()
-    for name in given.only:
-        found = profiled(CASES[name])
-        update(given.out / "profile.json", lambda old, name=name, found=found: old.update({name: found}))  # type: ignore[misc]
-        print(name, found["kernel"], f"{found['total_us']:.1f} us, {found['call_us']:.1f} of them for the call")
-        for row in sorted(found["rows"], key=lambda row: -row["us"]):
+    options = parser.parse_args()
+    for name in options.only:
+        profiled = profile(CASES[name])
+        update(options.out / "profile.json", lambda cases, name=name, new=profiled: cases.update({name: new}))  # type: ignore[misc]
+        print(
+            name, profiled["kernel"], f"{profiled['total_us']:.1f} us, {profiled['call_us']:.1f} of them for the call"
+        )
+        for row in sorted(profiled["rows"], key=lambda row: -row["us"]):
             rate = row["macs"] / row["us"] / 1e3
             print("  {kind:>14} side {side:>2}: {ops:>2} ops {us:8.1f} us".format(**row), f"{rate:6.1f} GMAC/s", end="")
             print(f", {row['done'] / max(row['macs'], 1):.2f} times the multiply-adds needed" if row["macs"] else "")

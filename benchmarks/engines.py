@@ -1,10 +1,11 @@
-"""Whole networks on our engine and on every dense engine installed: one thread, batch 1 and 64, medians.
+"""Time whole networks on the sparse engine and on every installed dense engine: one thread, batch sizes 1 and 64.
 
     python benchmarks/engines.py --out results/deploy [--only resnet18-uniform-99 ...]
 
-Adds a session to each case in engines.json: the figures of `atmc bench`, whose engines take turns. Random networks,
-seed 0: `uniform` ones have that share of zeros in every convolution and linear layer, depthwise ones left whole;
-`layerwise` ones, ResNet-34, have the densities of the layers of the trained ResNet-18. `trained`: files of results/.
+Appends the figures of `atmc bench`, whose engines take turns, to the "sessions" of each case in engines.json. The cases
+`uniform` and `layerwise` are random networks, seed 0. In `uniform` ones that percentage of every convolution and linear
+layer is zero, except in depthwise ones, which have no zeros; `layerwise` ones are ResNet-34s with the densities of the
+layers of the trained ResNet-18. The cases `trained` are files of results/.
 """
 
 from __future__ import annotations
@@ -24,7 +25,7 @@ from torch import nn
 
 import atmc
 from atmc.commands.bench.bench import Benched, BenchRequest, bench
-from atmc.core.files import write_beside
+from atmc.commands.outputs import write_json
 
 ROOT = Path(__file__).parents[1]
 DATA = ROOT.parent / "shared" / "data"
@@ -34,7 +35,7 @@ BATCHES = (1, 64)
 
 @dataclass(frozen=True)
 class Case:
-    """A network to run. zeros: their share, in percent."""
+    """A network to run; zeros: percentage of its weights."""
 
     network: str
     pattern: str
@@ -44,7 +45,7 @@ class Case:
 
     @property
     def name(self) -> str:
-        """'resnet18-uniform-99'."""
+        """The name of the case, such as "resnet18-uniform-99"."""
         return f"{self.network}-{self.pattern}-{self.zeros:g}"
 
 
@@ -56,7 +57,7 @@ FILES = {
     99.5: "results/cifar10/brief-05/model.atmc",
 }
 OTHERS = [Case("wrn-16-8", "uniform", zeros) for zeros in (90, 99)]
-OTHERS += [Case("mobilenetv2", "uniform", zeros) for zeros in (90, 95)]  # of 99 nothing is left: all paths end
+OTHERS += [Case("mobilenetv2", "uniform", zeros) for zeros in (90, 95)]  # at 99 no path from input to output is left
 TRAINED = [Case("resnet18", "trained", zeros, file, CIFAR) for zeros, file in FILES.items()]
 TRAINED += [Case("resnet34", "layerwise", zeros) for zeros in FILES]
 TRAINED += [Case("lenet", "trained", 99.4, "results/mnist/atmc8-006/model.atmc", MNIST)]
@@ -64,8 +65,8 @@ CASES = {case.name: case for case in [*RESNETS, *TRAINED, *OTHERS]}
 
 
 @torch.no_grad()
-def sparse(case: Case) -> nn.Module:
-    """A zoo network with random weights, zeros placed at random; the others scaled, so that signals live."""
+def build_sparse(case: Case) -> nn.Module:
+    """Build a network of the zoo with random zeros; its other weights are scaled, so that signals keep their size."""
     model = atmc.models.build(case.network, 10, input_shape=(3, 32, 32), seed=0).eval()
     noise, densities = torch.Generator().manual_seed(0), layer_densities(case)
     for name, parameter in model.named_parameters():
@@ -79,7 +80,7 @@ def sparse(case: Case) -> nn.Module:
 
 
 def layer_densities(case: Case) -> dict[str, float]:
-    """Of `layerwise` cases: those of the ResNet-18 that was trained for this share of zeros."""
+    """Return, for `layerwise` cases, the densities of the layers of the ResNet-18 with this percentage of zeros."""
     if case.pattern != "layerwise":
         return {}
     trained = atmc.load(ROOT / FILES[case.zeros])
@@ -87,16 +88,16 @@ def layer_densities(case: Case) -> dict[str, float]:
 
 
 def counterpart(name: str) -> str:
-    """The layer of a ResNet-18 for one of a ResNet-34: blocks beyond the second are like the second."""
-    return re.sub(r"^(layer\d)\.\d+", lambda found: f"{found[1]}.{min(int(found[0][-1]), 1)}", name)
+    """Return the layer of a ResNet-18 for one of a ResNet-34: blocks after the second correspond to the second."""
+    return re.sub(r"^(layer\d)\.\d+", lambda match: f"{match[1]}.{min(int(match[0][-1]), 1)}", name)
 
 
-def measured(case: Case, *, reps: int, n: int) -> dict[str, Any]:
-    """The figures of one session."""
+def measure(case: Case, *, reps: int, n: int) -> dict[str, Any]:
+    """Run `atmc bench` on a case and return its figures."""
     with tempfile.TemporaryDirectory() as folder:
         file = ROOT / case.file if case.file else Path(folder, "model.atmc")
         if not case.file:
-            atmc.save(sparse(case), file)
+            atmc.save(build_sparse(case), file)
         data = str(case.data) if case.data else None
         request = BenchRequest(
             file=file, data=data, threads=(1,), batches=BATCHES, reps=reps, n=n, unsimplified=bool(case.file)
@@ -108,29 +109,29 @@ def measured(case: Case, *, reps: int, n: int) -> dict[str, Any]:
 
 
 def update(path: Path, change: Callable[[dict[str, Any]], None]) -> None:
-    """Read a JSON object, which may not be there yet, change it and write it."""
-    found = json.loads(path.read_text()) if path.exists() else {}
-    change(found)
-    write_beside(path, (json.dumps(found, indent=1) + "\n").encode())
+    """Change a JSON object in a file; it is empty if the file does not exist yet."""
+    value = json.loads(path.read_text()) if path.exists() else {}
+    change(value)
+    write_json(path, value)
 
 
 def main() -> None:
-    """Measure every case that was asked for."""
+    """Measure the cases that were named, or all."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, default=ROOT / "results" / "deploy")
     parser.add_argument("--only", nargs="*", choices=CASES, default=list(CASES))
     parser.add_argument("--reps", type=int, default=9)
     parser.add_argument("--n", type=int, default=500)
-    given = parser.parse_args()
-    given.out.mkdir(parents=True, exist_ok=True)
-    for name in given.only:
-        case, figures = CASES[name], measured(CASES[name], reps=given.reps, n=given.n)
-        about = {"network": case.network, "pattern": case.pattern, "zeros": case.zeros}
+    options = parser.parse_args()
+    options.out.mkdir(parents=True, exist_ok=True)
+    for name in options.only:
+        case, figures = CASES[name], measure(CASES[name], reps=options.reps, n=options.n)
+        row = {"network": case.network, "pattern": case.pattern, "zeros": case.zeros, "sessions": []}
 
-        def add(found: dict[str, Any], name: str = name, about: dict[str, Any] = about, new: Any = figures) -> None:
-            found.setdefault(name, {**about, "sessions": []})["sessions"].append(new)
+        def add(rows: dict[str, Any], name: str = name, row: dict[str, Any] = row, figures: Any = figures) -> None:
+            rows.setdefault(name, row)["sessions"].append(figures)
 
-        update(given.out / "engines.json", add)
+        update(options.out / "engines.json", add)
         print(name, *figures["verdict"], sep="\n  ", flush=True)
 
 
