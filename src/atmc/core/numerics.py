@@ -1,7 +1,7 @@
 """Set for a while how torch computes: float32 at full precision, or repeatable; then restore the user's settings.
 
-Meant for CUDA devices. The tests, which run on the CPU, cover the switching itself; results/cifar10 states what was tried
-on a GPU.
+Meant for CUDA devices. The tests run on the CPU and cover the switching itself; results/cifar10/README.md says what was
+tried on a GPU.
 """
 
 from __future__ import annotations
