@@ -1,7 +1,7 @@
 """The models of the golden files in tests/golden, and the script that wrote them once: python tests/golden_files.py.
 
-Their values follow from a rule, so that a test can tell what must come out; a change of the bytes is a change of the
-format, and calls for a new VERSION.
+Their values follow from a rule, so that a test can compute what must come out. A change of the bytes is a change of the
+format, and requires a new VERSION.
 """
 
 from pathlib import Path
@@ -20,7 +20,7 @@ ABOUT = {"input_shape": (1, 4, 4), "classes": 3, "threat": "linf:0.1", "method":
 
 
 def spread(shape: tuple[int, ...], every: int, values: list[float]) -> torch.Tensor:
-    """Zeros, and at each `every`-th place one of the values in turn."""
+    """Return zeros with one of the values in turn at each `every`-th place."""
     flat = np.zeros(int(np.prod(shape)), np.float32)
     places = range(every // 2, len(flat), every)
     flat[list(places)] = [values[i % len(values)] for i in range(len(places))]
@@ -28,7 +28,7 @@ def spread(shape: tuple[int, ...], every: int, values: list[float]) -> torch.Ten
 
 
 class Net(nn.Module):
-    """A convolution, batch norm where asked for, and a linear layer, for images of 1 x 4 x 4."""
+    """A convolution, batch norm if asked for, and a linear layer, for images of 1 x 4 x 4."""
 
     def __init__(self, num_classes: int, *, norm: bool = False) -> None:
         super().__init__()
@@ -46,7 +46,7 @@ def normed(num_classes: int) -> nn.Module:
 
 
 def fill(model: nn.Module, every: int, values: list[float]) -> nn.Module:
-    """Weights and factors spread by the rule, biases 0.5, 0.25 and so on in turn."""
+    """Fill weights and factors by `spread`, biases with 0.5, -0.25, 0 and 0.125 in turn; in place, and returned."""
     with torch.no_grad():
         for parts in factors(model).values():
             for parameter in parts.values():
@@ -58,23 +58,23 @@ def fill(model: nn.Module, every: int, values: list[float]) -> nn.Module:
 
 
 def codebook() -> nn.Module:
-    """A zoo LeNet with a codebook of three values a weight."""
+    """Build a zoo LeNet with a codebook of three values per weight."""
     return fill(models.build("lenet", 10, seed=0), 4001, [0.5, -1.25, 3.0])
 
 
 def sparse() -> nn.Module:
-    """Distinct values that float16 holds exactly, at few places."""
+    """Build a network of distinct values that float16 holds exactly, at few places."""
     return fill(Net(3), 3, [1 + i / 64 for i in range(300)])
 
 
 def ranked() -> nn.Module:
-    """One weight as U V + C, the other as U V of rank 2, in float32."""
+    """Build a network with one weight as U V + C, the other as U V of rank 2, in float32."""
     model = factorize(Net(3), exclude=("head.*",))
     return fill(cut_ranks(model, {"head.weight": 2}), 4, [0.1, -0.7, 0.3])
 
 
 def dense() -> nn.Module:
-    """No zeros, and batch norm with statistics."""
+    """Build a network without zeros, with batch norm and its statistics."""
     model = fill(normed(3), 1, [i / 7 - 2 for i in range(31)])
     with torch.no_grad():
         model.norm.weight.copy_(torch.tensor([1.0, 2.0, 0.5, -1.0, 0.25]))
@@ -89,7 +89,7 @@ FACTORIES = {"codebook": None, "sparse": Net, "ranked": Net, "dense": normed}
 
 
 def to_bytes(name: str) -> bytes:
-    """The bytes of a golden file, as this release would write them; the caller sees to the version that is named."""
+    """Return the bytes of a golden file as this release writes them; the caller sets the version that is named."""
     return artifact.to_bytes(MODELS[name](), **(ABOUT if FACTORIES[name] else {}))
 
 

@@ -1,4 +1,4 @@
-"""The model file: round trips bit for bit, golden bytes, and every way a file can be wrong has its named error."""
+"""Model files: round trips bit for bit, golden bytes, and a named error for every way in which a file can be wrong."""
 
 import json
 import struct
@@ -24,8 +24,8 @@ from atmc.pack.inspect import inspect_file
 from atmc.training.loop import assign
 
 
-def squeezed(kind: str, bits: int | None = 2) -> nn.Module:
-    """A LeNet with random values that satisfy a budget, in each structure a method can leave."""
+def random_lenet(kind: str, bits: int | None = 2) -> nn.Module:
+    """Build a LeNet with random values that satisfy a budget, in each structure that a method can leave."""
     torch.manual_seed(3)
     model = models.build("lenet", 10, seed=1)
     if kind in ("identity", "svd"):
@@ -48,7 +48,7 @@ def same(one: nn.Module, two: nn.Module) -> bool:
 
 
 def parts_of(data: bytes) -> list[bytes]:
-    """The parts of a whole file, metadata first."""
+    """Return the parts of a whole file, metadata first."""
     reader, parts = Reader(data[6:], "file"), []
     while not reader.done:
         parts.append(reader.take(reader.varint()))
@@ -56,8 +56,8 @@ def parts_of(data: bytes) -> list[bytes]:
     return parts
 
 
-def sealed(parts: list[bytes]) -> bytes:
-    """A file of these parts with checksums that hold, as a malicious author would make it."""
+def seal(parts: list[bytes]) -> bytes:
+    """Return a file of these parts with valid checksums, as a malicious author would make it."""
     data = b"ATMC\x03\x00"
     check = zlib.crc32(data)
     for part in parts:
@@ -71,7 +71,7 @@ def sealed(parts: list[bytes]) -> bytes:
     [("pruned", None), ("pruned", 1), ("identity", 4), ("svd", 2), ("ranks", None)],
 )
 def test_round_trip_is_bit_for_bit(kind, bits, tmp_path):
-    model = squeezed(kind, bits)
+    model = random_lenet(kind, bits)
     size = artifact.save(model, tmp_path / "m.atmc", threat="linf:0.1", method="atmc")
     loaded = artifact.load(tmp_path / "m.atmc")
     assert same(loaded, fold(model))
@@ -119,7 +119,7 @@ def test_golden_bytes(name, monkeypatch):
 
 
 def test_golden_values():
-    """What the golden files decode to, told without the format's own code."""
+    """The golden files decode to values that are computed here without the format's own code."""
     read = {
         name: artifact.from_bytes((golden_files.FOLDER / f"{name}.atmc").read_bytes(), factory=factory)
         for name, factory in golden_files.FACTORIES.items()
@@ -143,7 +143,7 @@ SMALL = {name: (golden_files.FOLDER / f"{name}.atmc").read_bytes() for name in (
 
 
 def test_the_example_of_the_documentation(capsys):
-    """docs/file-format.md takes a file apart by hand: those are its bytes."""
+    """The example by hand in docs/file-format.md shows the bytes that the code writes."""
     page = (Path(__file__).parents[2] / "docs" / "file-format.md").read_text()
     section = page[page.index("## An example by hand") :].split("\n## ")[0]
     exec(section.split("```python\n")[1].split("```")[0], {})
@@ -160,7 +160,7 @@ def test_the_example_of_the_documentation(capsys):
 
 
 class TestWrongFiles:
-    data = artifact.to_bytes(squeezed("identity"))
+    data = artifact.to_bytes(random_lenet("identity"))
 
     def test_not_an_artifact(self):
         for other in (b"", b"PK\x03\x04 zip", b"ATM"):
@@ -199,7 +199,7 @@ class TestWrongFiles:
         part[place] = (part[place] + change) % 256
         try:
             model = artifact.from_bytes(
-                sealed([*parts[:which], bytes(part), *parts[which + 1 :]]), factory=golden_files.FACTORIES[name]
+                seal([*parts[:which], bytes(part), *parts[which + 1 :]]), factory=golden_files.FACTORIES[name]
             )
         except artifact.ArtifactError:
             return
@@ -208,7 +208,7 @@ class TestWrongFiles:
     def test_parts_cannot_change_places(self):
         parts = parts_of(self.data)
         whole = [varint(len(part)) + part for part in parts]
-        checks = [sealed(parts[: i + 1])[-4:] for i in range(len(parts))]
+        checks = [seal(parts[: i + 1])[-4:] for i in range(len(parts))]
         order = [0, 2, 1, *range(3, len(parts))]
         with pytest.raises(artifact.ChecksumMismatch, match="a checksum does not hold"):
             artifact.unpack(self.data[:6] + b"".join(whole[i] + checks[i] for i in order))
@@ -216,10 +216,10 @@ class TestWrongFiles:
     def test_numbers_of_parts(self):
         parts = parts_of(self.data)
         with pytest.raises(artifact.ChecksumMismatch, match="cut off"):
-            artifact.unpack(sealed(parts[:1]))
+            artifact.unpack(seal(parts[:1]))
         for some in (parts[:-1], [*parts, b""]):
             with pytest.raises(artifact.Malformed, match=f"{len(some) - 2} weights; its model has 4"):
-                artifact.from_bytes(sealed(some))
+                artifact.from_bytes(seal(some))
 
     def test_lengths(self):
         for part in (b"\xff" * 6, varint(10**9) + b"1234"):
@@ -243,11 +243,11 @@ class TestWrongFiles:
     def test_weights_that_make_no_sense(self, part, message):
         parts = parts_of(self.data)
         with pytest.raises(artifact.Malformed, match=message):
-            artifact.from_bytes(sealed([parts[0], part, *parts[2:]]))
+            artifact.from_bytes(seal([parts[0], part, *parts[2:]]))
 
     def test_biases_that_make_no_sense(self):
         with pytest.raises(artifact.Malformed, match=r"biases and norms: (the code is cut off|a value)"):
-            artifact.from_bytes(sealed([*parts_of(self.data)[:-1], b"\x55"]))
+            artifact.from_bytes(seal([*parts_of(self.data)[:-1], b"\x55"]))
 
     @pytest.mark.parametrize(
         ("change", "error", "message"),
@@ -266,21 +266,21 @@ class TestWrongFiles:
             artifact.from_bytes(pack_parts(metadata, parts_of(self.data)[1:]))
 
     def test_metadata_that_is_not_deflated_json(self):
-        def deflated(text: bytes) -> bytes:
+        def deflate(text: bytes) -> bytes:
             packer = zlib.compressobj(9, zlib.DEFLATED, -15, 9, zlib.Z_DEFAULT_STRATEGY, DICTIONARY)
             return packer.compress(text) + packer.flush()
 
         texts = [b"\xff\xfe", b"[" * 100_000, b"3", b'{"model":{}', b"9" * 5000]
-        for part in (*map(deflated, texts), b"\xff\xff", b"", deflated(b'{"model":{}}') + b"x"):
+        for part in (*map(deflate, texts), b"\xff\xff", b"", deflate(b'{"model":{}}') + b"x"):
             with pytest.raises(artifact.Malformed, match=r"not deflated JSON|describes no model|or cut off"):
-                artifact.unpack(sealed([part, b"", b""]))
+                artifact.unpack(seal([part, b"", b""]))
 
     def test_metadata_that_expand_without_end(self):
         """A kilobyte that inflates to a gigabyte is inflated to a mebibyte."""
         packer = zlib.compressobj(9, zlib.DEFLATED, -15, 9, zlib.Z_DEFAULT_STRATEGY, DICTIONARY)
         part = packer.compress(b" " * (200 * MAX_METADATA)) + packer.flush()
         with pytest.raises(artifact.Malformed, match="metadata of more than 1,048,576 bytes"):
-            artifact.unpack(sealed([part, b""]))
+            artifact.unpack(seal([part, b""]))
 
     @pytest.mark.parametrize(
         ("tensors", "error", "message"),
@@ -445,7 +445,7 @@ class TestFactories:
 
 def test_an_interrupted_save_leaves_the_old_file(tmp_path, monkeypatch):
     path = tmp_path / "m.atmc"
-    artifact.save(squeezed("pruned"), path)
+    artifact.save(random_lenet("pruned"), path)
     before = path.read_bytes()
 
     def full(*_):
@@ -453,14 +453,14 @@ def test_an_interrupted_save_leaves_the_old_file(tmp_path, monkeypatch):
 
     monkeypatch.setattr(files.os, "fsync", full)
     with pytest.raises(OSError, match="No space left"):
-        artifact.save(squeezed("dense"), path)
+        artifact.save(random_lenet("dense"), path)
     assert path.read_bytes() == before
     assert [entry.name for entry in tmp_path.iterdir()] == ["m.atmc"]
 
 
 @pytest.mark.parametrize("kind", ["identity", "ranks", "dense"])
 def test_inspection_accounts_for_every_byte(tmp_path, kind):
-    model = squeezed(kind)
+    model = random_lenet(kind)
     size = artifact.save(model, tmp_path / "m.atmc")
     inspection = inspect_file(tmp_path / "m.atmc")
     assert inspection["file_bytes"] == size

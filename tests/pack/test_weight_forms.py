@@ -1,4 +1,4 @@
-"""A weight as its factors, merged, or itself: whichever is shortest, and all of them the same W."""
+"""The forms of a weight (factors, merged, or itself): the shortest is taken, and all of them give the same W."""
 
 import numpy as np
 import torch

@@ -1,1 +1,1 @@
-"""Make it a file: the coder and the format."""
+"""Write a model to a file and read it back: the format and its entropy coder."""

@@ -437,9 +437,7 @@ def _build(content: Content, factory: Callable[..., nn.Module] | None, max_value
         )
     classes = metadata.get("classes")
     if not (type(classes) is int and 1 <= classes <= MAX_CLASSES):
-        raise content.malformed(
-            f"expected 1 to {MAX_CLASSES:,} classes of its model, got {classes!r:.40}"
-        )
+        raise content.malformed(f"expected 1 to {MAX_CLASSES:,} classes of its model, got {classes!r:.40}")
     _expect_few_values(content, read_fields(content), max_values)
     try:
         model = call_factory(factory, classes)

@@ -68,12 +68,14 @@ class Content:
     Args:
         metadata: what the file says of its model; "classes" and "input_shape" are always among the keys.
         parts: the bytes of each weight's part and of the last part, still encoded.
+        size: bytes of the whole file.
         source: name of the file in errors.
     """
 
     metadata: dict[str, Any]
     parts: tuple[bytes, ...]
-    source: str = "file"
+    size: int
+    source: str
 
     def malformed(self, text: str) -> Malformed:
         """Return the error that says this of the file."""
@@ -123,7 +125,7 @@ def unpack(data: bytes, source: str = "file") -> Content:
         parts.append(part)
     if len(parts) < 2:
         raise ChecksumMismatch(f"{source} is cut off after {len(data)} bytes")
-    return Content(_read_metadata(parts[0], source), tuple(parts[1:]), source)
+    return Content(_read_metadata(parts[0], source), tuple(parts[1:]), len(data), source)
 
 
 class Reader:

@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import os
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from atmc.pack.artifact import MAX_VALUES, decode, unpack
+from atmc.pack.artifact import MAX_VALUES, decode, read
 from atmc.pack.sortable_floats import fits_float16
 from atmc.pack.weight_coder import CodeLengths, entropy_bits, log2_binomial
 from atmc.pack.weight_forms import PLAIN, Weight
@@ -28,8 +27,7 @@ def inspect_file(path: str | os.PathLike[str], *, max_values: int = MAX_VALUES) 
     Raises:
         ArtifactError: as `artifact.load`. OSError: the file cannot be read.
     """
-    data = Path(path).read_bytes()
-    content = unpack(data, str(path))
+    content = read(path)
     decoded = decode(content, max_values=max_values)
     rows, factorized, dead = [], {}, {}
     for name, (weight, lengths) in decoded.weights.items():
@@ -43,7 +41,7 @@ def inspect_file(path: str | os.PathLike[str], *, max_values: int = MAX_VALUES) 
     sums = {key: round(sum(row["bytes"][key] for row in rows), 3) for key in COLUMNS}
     return {
         "file": str(path),
-        "file_bytes": len(data),
+        "file_bytes": content.size,
         "metadata": content.metadata,
         "tensors": rows,
         "totals": {
@@ -51,7 +49,7 @@ def inspect_file(path: str | os.PathLike[str], *, max_values: int = MAX_VALUES) 
             **sums,
             "floor": round(sum(row["bytes"].get("floor", 0.0) for row in rows), 3),
             "excess": round(sum(row["bytes"].get("excess", 0.0) for row in rows), 3),
-            "metadata and checksums": round(len(data) - sum(sums.values()), 3),
+            "metadata and checksums": round(content.size - sum(sums.values()), 3),
             "dead_outputs": sum(outputs for outputs, _ in dead.values()),
             "dead_inputs": sum(inputs for _, inputs in dead.values()),
         },
