@@ -292,7 +292,7 @@ def _run_attacks(
             survivors[: len(first)] = first
         mark = resume.compute_fingerprint(model, images, count, **asked) if options.state else ""
         if name in stored and stored[name][0] != mark:
-            raise ValueError(f"{options.state} is of another evaluation: remove it, or evaluate what it is of")
+            raise ValueError(f"{options.state} is of another evaluation: remove it, or repeat that evaluation")
         stored.setdefault(name, (mark, Verdicts.fresh(images, count, keep=options.keep)))
         verdicts, start, until = stored[name][1], time.monotonic(), None
         if options.seconds is not None:  # the attacks that remain share the time that remains
