@@ -348,23 +348,32 @@ class TestObjectives:
 
     @pytest.mark.parametrize(("name", "option"), [(n, o) for n, spec in OBJECTIVES.items() for o in spec.options])
     def test_options_reach_the_loss(self, name, option):
-        """The loss is linear in each option, and the default is the one of the table."""
+        """A loss with half an option's default is another one, and the default is the one of the table."""
+        model, y = linear_model(classes=3), torch.arange(8) % 3
+        value = OBJECTIVES[name].options[option].default
+        default, same, other = (
+            objective(name, **options)(model, images(), y, self.perturb(model))
+            for options in ({}, {option: value}, {option: value / 2})
+        )
+        assert default == same
+        assert not torch.allclose(default, other, rtol=1e-4)
+
+    @pytest.mark.parametrize(("name", "option"), [("trades", "beta"), ("mart", "weight")])
+    def test_the_loss_is_linear_in_the_weight_of_the_divergence(self, name, option):
         model, y = linear_model(classes=3), torch.arange(8) % 3
         values = {
             size: objective(name, **{option: size})(model, images(), y, self.perturb(model)) for size in (0, 1, 2)
         }
         assert values[1] > values[0]
         assert torch.allclose(values[2] - values[1], values[1] - values[0], rtol=1e-4)
-        default = objective(name)(model, images(), y, self.perturb(model))
-        at_default = values[0] + OBJECTIVES[name].options[option].default * (values[1] - values[0])
-        assert torch.allclose(default, at_default, rtol=1e-4)
 
     @pytest.mark.parametrize("name", OBJECTIVES)
     def test_options_are_filled(self, name):
         options = OBJECTIVES[name].options
         assert OBJECTIVES[name].fill_options(name, None) == {key: one.default for key, one in options.items()}
         for key in options:
-            assert OBJECTIVES[name].fill_options(name, {key: 9})[key] == 9
+            half = options[key].default / 2
+            assert OBJECTIVES[name].fill_options(name, {key: half})[key] == half
 
     @pytest.mark.parametrize(
         ("text", "expected"),

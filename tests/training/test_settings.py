@@ -78,12 +78,12 @@ OPTIONS = [(name, key, option) for name, spec in OBJECTIVES.items() for key, opt
 @pytest.mark.parametrize(("objective", "key", "option"), OPTIONS)
 def test_objective_options_are_the_same_in_python_and_in_toml(objective, key, option):
     assert default_recipe(MODEL, objective=objective).objective_options[key] == option.default
-    given = {"objective": objective, "objective_options": {key: option.low + 3}}
+    given = {"objective": objective, "objective_options": {key: option.default / 2}}
     recipe = default_recipe(MODEL, **given)
     config = parse({**RUN, "training": given})
-    assert recipe.objective_options[key] == config.recipe(MODEL).objective_options[key] == option.low + 3
+    assert recipe.objective_options[key] == config.recipe(MODEL).objective_options[key] == option.default / 2
     assert config.completed(recipe).training.objective_options == recipe.objective_options
-    for options in ({key: option.low - 1}, {"gamma": 1.0}):
+    for options in ({key: option.bounds.low - 1}, {"gamma": 1.0}):
         wrong = {"objective": objective, "objective_options": options}
         assert refusal(**wrong)
         assert refusal(**wrong) in toml_refusal(**wrong)
@@ -138,7 +138,7 @@ def objectives_table() -> str:
     lines = ["| objective | loss | options | threats |", "|---|---|---|---|"]
     for name, spec in OBJECTIVES.items():
         options = "; ".join(
-            f"`{key}` {option.default:g}, >= {option.low:g}: {option.help}" for key, option in spec.options.items()
+            f"`{key}` {option.default:g}, {option.bounds}: {option.help}" for key, option in spec.options.items()
         )
         threats = "all" if spec.norms is None else ", ".join(spec.norms)
         lines.append(f"| `{name}` | {spec.help} | {options} | {threats} |")

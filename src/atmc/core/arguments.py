@@ -1,9 +1,43 @@
-"""Check what a Python user hands over: each function returns it in the form that is used, or raises one sentence."""
+"""Check what a Python user hands over: numbers, devices, modules. What is wrong is refused in one sentence."""
 
 from __future__ import annotations
 
+import math
+from dataclasses import dataclass
+
 import torch
 from torch import nn
+
+
+@dataclass(frozen=True, kw_only=True)
+class Bounds:
+    """The values that a number may take: from low to high, without an end that is open."""
+
+    low: float = -math.inf
+    high: float = math.inf
+    open_low: bool = False
+    open_high: bool = False
+
+    def contain(self, value: float) -> bool:
+        """Return whether a value is finite and within the bounds."""
+        above = self.low < value if self.open_low else self.low <= value
+        below = value < self.high if self.open_high else value <= self.high
+        return math.isfinite(value) and above and below
+
+    def __str__(self) -> str:
+        """Describe the bounds.
+
+        >>> str(Bounds(low=0, high=1, open_high=True))
+        '>= 0 and < 1'
+        """
+        low = f"{'>' if self.open_low else '>='} {self.low:g}"
+        high = f"{'<' if self.open_high else '<='} {self.high:g}"
+        return low if self.high == math.inf else f"{low} and {high}"
+
+
+POSITIVE = Bounds(low=0, open_low=True)
+NOT_NEGATIVE = Bounds(low=0)
+AT_LEAST_ONE = Bounds(low=1)
 
 
 def parse_device(device: str | torch.device) -> torch.device:

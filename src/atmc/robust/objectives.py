@@ -13,7 +13,6 @@ To add an objective, write its function and one `ObjectiveSpec` in `OBJECTIVES`.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from functools import partial
@@ -23,6 +22,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from atmc.core.arguments import NOT_NEGATIVE, Bounds
 from atmc.core.errors import unknown
 from atmc.core.rng import Noise
 from atmc.robust.attacks import Loss, attack_mode, kl_from, pgd
@@ -154,10 +154,10 @@ def _evaluation_log_probabilities(model: nn.Module, x: Tensor) -> Tensor:
 
 @dataclass(frozen=True)
 class Option:
-    """A number that an objective takes: its default, its smallest value, and its meaning in one line."""
+    """A number that an objective takes: its default, the values that it may have, and its meaning in one line."""
 
     default: float
-    low: float
+    bounds: Bounds
     help: str
 
 
@@ -186,9 +186,9 @@ class ObjectiveSpec:
                 raise ValueError(f"objective {name!r} has no options, got {key!r}")
             if key not in self.options:
                 raise unknown(f"option of objective {name!r}", key, self.options)
-            low = self.options[key].low
-            if isinstance(value, bool) or not isinstance(value, int | float) or not low <= value < math.inf:
-                raise ValueError(f"expected {key} >= {low:g} for objective {name!r}, got {value!r}")
+            bounds = self.options[key].bounds
+            if isinstance(value, bool) or not isinstance(value, int | float) or not bounds.contain(value):
+                raise ValueError(f"expected {key} {bounds} for objective {name!r}, got {value!r}")
 
     def fill_options(self, name: str, given: Mapping[str, float] | None) -> dict[str, float]:
         """Return all options with their values, given or default.
@@ -219,13 +219,15 @@ OBJECTIVES: dict[str, ObjectiveSpec] = {
     "trades": ObjectiveSpec(
         loss=trades,
         help="clean cross-entropy plus beta times the divergence under attack (Zhang et al. 2019)",
-        options={"beta": Option(6.0, 0.0, "weight of the divergence of adversarial from clean outputs")},
+        options={"beta": Option(6.0, NOT_NEGATIVE, "weight of the divergence of adversarial from clean outputs")},
     ),
     "mart": ObjectiveSpec(
         loss=mart,
         help="boosted adversarial cross-entropy plus a weighted divergence (Wang et al. 2020)",
         options={
-            "weight": Option(5.0, 0.0, "weight of the divergence, which counts more for images of low confidence")
+            "weight": Option(
+                5.0, NOT_NEGATIVE, "weight of the divergence, which counts more for images of low confidence"
+            )
         },
     ),
 }

@@ -14,6 +14,7 @@ from typing import Any, Literal, get_args
 
 from torch import nn
 
+from atmc.core.arguments import AT_LEAST_ONE, NOT_NEGATIVE, POSITIVE, Bounds
 from atmc.core.errors import unknown
 from atmc.core.rng import check_seed
 from atmc.data.augment import AUGMENTATIONS
@@ -26,37 +27,6 @@ LEARNING_RATES = {
     "sgd": {"dense": 0.1, "l0": 0.02, "admm": 0.01, "tune": 0.005},
 }
 FactorStart = Literal["identity", "svd"]
-
-
-@dataclass(frozen=True, kw_only=True)
-class Bounds:
-    """The values that a numeric setting may take: from low to high, without an end that is open."""
-
-    low: float = -math.inf
-    high: float = math.inf
-    open_low: bool = False
-    open_high: bool = False
-
-    def contain(self, value: float) -> bool:
-        """Return whether a value is finite and within the bounds."""
-        above = self.low < value if self.open_low else self.low <= value
-        below = value < self.high if self.open_high else value <= self.high
-        return math.isfinite(value) and above and below
-
-    def __str__(self) -> str:
-        """Describe the bounds.
-
-        >>> str(Bounds(low=0, high=1, open_high=True))
-        '>= 0 and < 1'
-        """
-        low = f"{'>' if self.open_low else '>='} {self.low:g}"
-        high = f"{'<' if self.open_high else '<='} {self.high:g}"
-        return low if self.high == math.inf else f"{low} and {high}"
-
-
-POSITIVE = Bounds(low=0, open_low=True)
-NOT_NEGATIVE = Bounds(low=0)
-AT_LEAST_ONE = Bounds(low=1)
 
 
 def setting(
