@@ -36,7 +36,7 @@ IMAGES = np.random.default_rng(0).random((5, 1, 28, 28), np.float32)
 
 @pytest.fixture
 def pruned(lenet):
-    """A LeNet without nine tenths of its weights."""
+    """A LeNet in which nine tenths of the weights are zero."""
     noise = torch.Generator().manual_seed(0)
     with torch.no_grad():
         for parameter in lenet.parameters():
@@ -62,7 +62,7 @@ def error(logits, expected):
 
 
 @pytest.mark.parametrize("channels_last", [False, True])
-def test_torch_runs_a_module_and_gives_its_threads_back(pruned, expected, channels_last):
+def test_torch_runs_a_module_and_restores_the_thread_count(pruned, expected, channels_last):
     before = torch.get_num_threads()
     assert error(dense.open_torch(pruned, before + 1, channels_last=channels_last)(IMAGES), expected) < 1e-5
     assert torch.get_num_threads() == before
@@ -86,7 +86,7 @@ def test_openvino_in_float32_and_in_its_own_precision(pruned, expected):
     assert dense.openvino_precision() in ("f32", "bf16", "f16")
 
 
-def test_best_dense_is_onnxruntime_where_it_is_installed_else_torch(pruned, expected, monkeypatch):
+def test_the_fastest_dense_engine_is_onnxruntime_if_installed_else_torch(pruned, expected, monkeypatch):
     graph = simplify(pruned)
     name, run = dense.open_fastest(graph, 1)
     assert name == "ONNX Runtime"
@@ -124,7 +124,7 @@ def verdict(*rows):
     return describe_fastest({"threads": [1], "batches": [8], "engines": [row("atmc", "float32", 1.9, 2, 2.1), *rows]})
 
 
-def test_the_verdict_says_who_wins_and_by_how_much():
+def test_the_verdict_names_the_fastest_engine_and_the_factor():
     assert verdict() == ["1 thread, batch 8: atmc takes 2.00 ms; there is nothing to compare it with."]
     fast, slow = row("A", "float32", 29, 30, 31), row("B", "float32", 90, 90, 90)
     assert verdict(fast, slow) == [
@@ -209,7 +209,7 @@ def test_an_onnx_model_that_cannot_be_made_leaves_its_engines_out(pruned, tmp_pa
     assert set(left_out) == {kind.name for kind in KINDS if "onnx" in kind.packages}
 
 
-def test_a_worker_weighs_what_its_engine_takes(monkeypatch, tmp_path):
+def test_a_worker_measures_the_memory_of_its_engine(monkeypatch, tmp_path):
     megabytes = 1 << 18
 
     def load(files, threads):
@@ -227,7 +227,7 @@ def test_a_worker_weighs_what_its_engine_takes(monkeypatch, tmp_path):
     assert 145e6 < run < 200e6
 
 
-def test_a_worker_says_why_it_cannot(monkeypatch, tmp_path):
+def test_a_worker_says_why_loading_failed(monkeypatch, tmp_path):
     def load(files, threads):
         raise KeyError("Conv")
 
@@ -243,18 +243,18 @@ def test_a_worker_says_why_it_cannot(monkeypatch, tmp_path):
     assert not thread.is_alive()
 
 
-def test_an_error_of_nobody_ends_a_worker(monkeypatch, tmp_path):
-    class Unheard(Exception):
+def test_an_unexpected_error_ends_a_worker(monkeypatch, tmp_path):
+    class Unexpected(Exception):
         pass
 
     def load(files, threads):
-        raise Unheard
+        raise Unexpected
 
     monkeypatch.setattr(worker, "KINDS", (EngineKind("broken", "float32", (), "model", load),))
     files = ModelFiles(*[tmp_path] * 5, TINY_SHAPE)
     pipe, worker_pipe = Pipe()
     pipe.send(("load", (1,)))
-    with pytest.raises(Unheard):
+    with pytest.raises(Unexpected):
         worker.serve(worker_pipe, "broken", files, files)
 
 
@@ -273,7 +273,7 @@ def test_a_tiny_network_needs_the_whole_decoder():
 
 @pytest.fixture
 def in_threads(monkeypatch):
-    """Workers are threads: no time goes into starting processes."""
+    """Run workers in threads, which start faster than processes."""
 
     @contextmanager
     def threaded_worker(kind, files, tiny_files):

@@ -82,7 +82,7 @@ def test_onnx(lenet, digits, tmp_path, capsys):
     assert out.read_bytes() == first
 
 
-def test_a_class_of_ones_own(here, tmp_path, capsys):
+def test_a_users_own_class(here, tmp_path, capsys):
     command = ["export", "mine.atmc", "--to", "onnx", "--out", tmp_path / "mine.onnx"]
     assert "give the factory that builds it" in refused(capsys, *command)
     command += ["--model", "export_models:build"]
@@ -97,7 +97,7 @@ def test_a_class_of_ones_own(here, tmp_path, capsys):
 
 
 def test_safetensors(lenet, tmp_path, capsys):
-    """The state dict goes into the same architecture as it is."""
+    """The state dict can be loaded into the same architecture."""
     out = tmp_path / "lenet.safetensors"
     assert call("export", lenet, "--to", "safetensors", "--out", out) == 0
     assert capsys.readouterr().out.splitlines()[1] == "  the state dict of lenet: 10 tensors"
@@ -151,7 +151,7 @@ def test_refusals(lenet, capsys, monkeypatch, options, message):
     assert {path.name: path.stat().st_mtime_ns for path in lenet.parent.iterdir()} == before
 
 
-def test_files_that_are_none(lenet, tmp_path, capsys):
+def test_files_that_are_no_models(lenet, tmp_path, capsys):
     data = bytearray(lenet.read_bytes())
     data[4] = 1
     (tmp_path / "old.atmc").write_bytes(data)

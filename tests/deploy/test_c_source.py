@@ -131,7 +131,7 @@ def networks():
 
 
 def drawn(seed):
-    """A network drawn at random: maps of one shape that are read again later, then pooled."""
+    """Draw a network: maps of one shape that are read again later, then pooled."""
     rng = np.random.default_rng(seed)
     nodes = [Node(conv(rng, 3, 3, (3, 3), padding=(1, 1)), (0,))]
     for _ in range(10):
@@ -317,7 +317,7 @@ def test_values_of_every_kind_arrive_exactly(tmp_path):
         np.testing.assert_array_equal(logits[0], scale)
 
 
-def test_batch_norm_stays_apart_where_that_is_smaller():
+def test_batch_norm_stays_apart_if_that_is_smaller():
     torch.manual_seed(0)
     net = torch.nn.Sequential(
         torch.nn.Conv2d(1, 16, 3, padding=1, bias=False),
@@ -356,7 +356,7 @@ def test_what_cannot_be_written():
         to_c(chain((2, 1, 1), Affine(np.array([1, np.nan], np.float32), np.zeros(2, np.float32))))
 
 
-def test_factors_are_used_where_they_make_smaller_tables():
+def test_factors_are_used_if_their_tables_are_smaller():
     u, v, c = np.zeros((64, 1), np.float32), np.zeros((1, 64), np.float32), np.zeros((64, 64), np.float32)
     rng = np.random.default_rng(0)
     u[:12, 0], v[0, :12], c[0, 63] = rng.random(12), rng.random(12), 0.5  # 144 nonzeros of W, 25 of the factors

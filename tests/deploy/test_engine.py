@@ -1,4 +1,4 @@
-"""atmc.Engine: what users give it, what it refuses, and that it computes what PyTorch does."""
+"""atmc.Engine: the inputs that it takes and refuses, and that it computes what PyTorch does."""
 
 import threading
 
@@ -91,7 +91,7 @@ def test_a_users_own_class(tmp_path):
 
 
 @pytest.mark.parametrize("prefer", ["sparse", "dense", "auto"])
-def test_few_zeros_go_where_it_is_fastest(prefer, monkeypatch):
+def test_networks_with_few_zeros_run_on_the_fastest_engine(prefer, monkeypatch):
     model = atmc.models.build("lenet", 10, seed=0).eval()
     images = images_of(20, 1, 28, 28)
     times = {"sparse": [3.0, 1.0, 3.0, 1.0], "dense": [2.0, 2.0]}  # at one image and at many; by one thread and by two
@@ -129,7 +129,7 @@ def test_images_of_any_strides(lenet, file):
     first = run(one)
     kept = first.copy()
     run(images[1:2])
-    np.testing.assert_array_equal(first, kept)  # what a call has returned is the caller's
+    np.testing.assert_array_equal(first, kept)  # a later call does not change what was returned
 
 
 @pytest.mark.parametrize(

@@ -1,4 +1,4 @@
-"""Simplified graphs compute what the module computes, with the channels that a closed form says."""
+"""Simplified graphs compute what the module computes; their channels are those of a closed form."""
 
 import copy
 from dataclasses import replace
@@ -36,7 +36,7 @@ from atmc.robust.threats import Linf
 
 
 def sparse(draw: np.random.Generator, *shape: int) -> np.ndarray:
-    """Values of which many rows, columns and single entries are zero."""
+    """Draw values in which many rows, columns and single entries are zero."""
     values = draw.standard_normal(shape) * (draw.random(shape) < 0.7)
     for axis in range(min(2, len(shape))):
         dead = draw.random(shape[axis]) < 0.2
@@ -71,7 +71,7 @@ def random_op(draw: np.random.Generator, shape: tuple[int, ...]):
 
 
 def random_graph(seed: int) -> Graph:
-    """A chain with branches: every node reads one of the last values, additions two of one shape."""
+    """Draw a chain with branches: every node reads one of the last values, additions two of one shape."""
     draw = np.random.default_rng(seed)
     graph = Graph((2, 6, 7), ())
     for _ in range(int(draw.integers(3, 16))):
@@ -152,7 +152,7 @@ class TestDeadChannels:
         least = simplify_graph(chain(conv(ones(2, 1, 3, 3)), Relu(), MaxPool((2, 2), (2, 2)), Relu(), Flatten()))
         assert [type(node.op) for node in least.nodes] == [Conv, Relu, MaxPool, Flatten]
 
-    def test_what_nobody_reads(self):
+    def test_channels_that_are_not_read(self):
         """Features 4 to 7, channel 1 before it was flattened, and what that alone reads."""
         last = ones(3, 12)
         last[:, 4:8] = 0
@@ -183,7 +183,7 @@ class TestDeadChannels:
         assert least.nodes[1].op.weight.shape == (4, 2, 3, 3)
 
     @pytest.mark.parametrize(("one", "two", "left"), [([1], [2], 4), ([1, 3], [3, 0], 3), ([0], [0, 1], 3)])
-    def test_an_addition_loses_what_is_dead_on_both_sides(self, one, two, left):
+    def test_an_addition_loses_channels_that_are_dead_on_both_sides(self, one, two, left):
         first, second = ones(4, 1, 1, 1), 2 * ones(4, 4, 1, 1)
         first[one], second[two] = 0, 0
         nodes = (
@@ -201,7 +201,7 @@ class TestDeadChannels:
         assert least.shapes()[sum_ + 1][0] == left
 
     def test_a_sum_of_features_that_were_channels_and_of_others(self):
-        """Channel 1 of the convolution, 9 of the features, is read by nothing, but not taken out of such a sum."""
+        """Nothing reads channel 1 of the convolution (9 of the features), but such a sum keeps it."""
         middle = ones(18, 18)
         middle[:, 9:] = 0
         nodes = (
@@ -230,7 +230,7 @@ class TestDeadChannels:
         np.testing.assert_array_equal(least.nodes[2].op.weight[:, :, 0, 0], [[0, 0], [1, 1]])
         np.testing.assert_array_equal(least.nodes[2].op.bias, [5, 0])
 
-    def test_a_dead_branch_vanishes(self):
+    def test_a_dead_branch_is_removed(self):
         nodes = (
             Node(conv(ones(2, 1, 1, 1)), (0,)),
             Node(Relu(), (1,)),
@@ -250,7 +250,7 @@ class TestDeadChannels:
 
 
 class TestAffines:
-    def test_go_back_through_pooling_and_sums(self):
+    def test_are_folded_back_through_pooling_and_sums(self):
         scale, shift = np.array([2.0, 0.5]), np.array([1.0, -1.0])
         nodes = (
             Node(conv(ones(2, 1, 3, 3)), (0,)),
@@ -280,21 +280,21 @@ class TestAffines:
         assert sum(isinstance(node.op, Affine) for node in least.nodes) == left
 
     @pytest.mark.parametrize(("padding", "shift", "left"), [(0, 1.0, 0), (1, 1.0, 1), (1, 0.0, 0)])
-    def test_of_images_go_on_into_the_first_layer(self, padding, shift, left):
+    def test_of_images_are_folded_into_the_first_layer(self, padding, shift, left):
         graph = chain(Affine(4 * ones(1), shift * ones(1)), conv(ones(2, 1, 3, 3), padding=(padding, padding)), *HEAD)
         least = simplify_graph(graph)
         assert sum(isinstance(node.op, Affine) for node in least.nodes) == left
         if not left:
             np.testing.assert_allclose(least.nodes[0].op.bias, 9 * shift)
 
-    def test_go_on_into_groups(self):
+    def test_are_folded_into_grouped_layers(self):
         scale, shift = np.array([1.0, 2.0, 3.0, 4.0]), np.array([0.0, 0.0, 0.0, 1.0])
         graph = chain(Relu(), Affine(scale, shift), conv(ones(6, 2, 1, 1), groups=2), Flatten(), shape=(4, 1, 1))
         _, layer, _ = simplify_graph(graph).nodes
         np.testing.assert_allclose(layer.op.weight[:, :, 0, 0], [[1, 2]] * 3 + [[3, 4]] * 3)
         np.testing.assert_allclose(layer.op.bias, [0] * 3 + [1] * 3)
 
-    def test_go_on_through_flattening(self):
+    def test_are_pushed_through_flattening(self):
         graph = chain(
             Relu(), Affine(np.array([2.0, 3.0]), np.array([0.0, 1.0])), Flatten(), Linear(ones(1, 8), ones(1))
         )
@@ -315,7 +315,7 @@ class TestAffines:
 
 
 class Calls(nn.Module):
-    """A module of one function."""
+    """A module that calls a function."""
 
     def __init__(self, function, **parts):
         super().__init__()
@@ -433,14 +433,14 @@ def test_what_a_graph_cannot_hold_is_named(model, message):
         simplify(model, (2, 8, 8))
 
 
-def test_shapes_that_are_not_known():
+def test_unknown_and_wrong_image_shapes():
     with pytest.raises(ValueError, match=r"expected input_shape=\(c, h, w\)"):
         simplify(nn.Flatten())
     with pytest.raises(ValueError, match=r"to be \(c, h, w\), got \(8, 8\)"):
         simplify(nn.Flatten(), (8, 8))
 
 
-def test_the_model_is_left_as_it_is():
+def test_the_model_is_not_changed():
     model = nn.Sequential(nn.Conv2d(1, 2, 3), nn.BatchNorm2d(2), nn.Flatten()).train()
     before = copy.deepcopy(model.state_dict())
     simplify(model, (1, 5, 5))
@@ -449,7 +449,7 @@ def test_the_model_is_left_as_it_is():
 
 
 def pruned(name: str, images: torch.Tensor) -> nn.Module:
-    """A network with most weights zero, some whole channels, random norms, and logits that vary with the image."""
+    """Build a network with most weights and some whole channels zero, random norms, and logits that vary per image."""
     torch.manual_seed(0)
     if name == "resnet10":
         model = ResNet(BasicBlock, (1, 1, 1, 1), 10, 1, normalize=models.Normalize([0.2], [0.3]))
@@ -467,7 +467,7 @@ def pruned(name: str, images: torch.Tensor) -> nn.Module:
                 module.weight[torch.rand(len(module.weight)) < 0.1] = 0
                 module.bias.normal_()
                 module.momentum = 1.0
-        model(images)  # statistics of what the layers really give, none of them so small that it magnifies rounding
+        model(images)  # real statistics, none of them so small that it magnifies rounding
         for name, buffer in model.named_buffers():
             if name.endswith("running_var"):
                 buffer.clamp_(min=0.01)
@@ -524,7 +524,7 @@ def test_layers_as_their_factors(start, tmp_path, digits):
         simplify(fold(model), factors=wrong)
 
 
-def test_norms_go_into_factors_too():
+def test_norms_are_folded_into_factors():
     torch.manual_seed(0)
     model = nn.Sequential(nn.Conv2d(8, 40, 3, padding=1), nn.BatchNorm2d(40), nn.ReLU(), nn.Flatten())
     factorize(model)

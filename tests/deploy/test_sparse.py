@@ -1,4 +1,4 @@
-"""The sparse engine on every kernel: what PyTorch computes, whatever the batch, the threads and the memory's past."""
+"""The sparse engine computes what PyTorch does, on every kernel, for any batch, threads and contents of memory."""
 
 import itertools
 from functools import cache
@@ -42,7 +42,7 @@ def agrees(kernel: dict, key: object, n: int) -> None:
 
 
 def single(*geometry: object) -> Graph:
-    """A convolution or a pool, and a layer that reads all of it."""
+    """Build a convolution or a pool, and a layer that reads all of its output."""
     rng = np.random.default_rng(len(repr(geometry)))
     match geometry:
         case "conv", stride, padding, kernel, dilation, groups:
@@ -113,7 +113,7 @@ def test_any_number_of_images(kernel):
     graph = EXTREMES["fork"]
     network = SparseNetwork(graph, **kernel)
     assert network(images_of(graph, 0)).shape == (0, 5)
-    images = images_of(graph, 5 * network.chunk + 3)  # so many that threads take whole chunks
+    images = images_of(graph, 5 * network.chunk + 3)  # enough for threads to take whole chunks
     assert network.chunk > 1
     expected = logits_of(graph, images)
     for n in (len(images), network.chunk + 1, network.chunk, 1, len(images)):
@@ -158,7 +158,7 @@ def test_a_kernel_may_change_its_program_and_its_memory(kernel):
     graph, images, expected = expected_of(0, 5)
     network = SparseNetwork(graph, **kernel)
     for _ in range(2):
-        for n in (5, 1, 2, 3, 4, 5):  # more than it remembers
+        for n in (5, 1, 2, 3, 4, 5):  # more batch sizes than are kept
             assert distance(network(images[:n]), expected[:n]) < 1e-5
     program, logits = network.program(5), np.empty_like(expected, np.float32)
     runs, _ = open_kernel(**kernel)
