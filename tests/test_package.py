@@ -38,5 +38,6 @@ def test_unknown_names_are_attribute_errors():
 )
 def test_compress_is_the_function_whatever_was_imported_first(code):
     """The subpackage of the same name stays importable, and does not take the function's place."""
-    code += "; from atmc.compress.projections import keep_largest; print(callable(atmc.compress), keep_largest.__name__)"
+    code += "; from atmc.compress.projections import keep_largest"
+    code += "; print(callable(atmc.compress), keep_largest.__name__)"
     assert run(code) == "True keep_largest"
