@@ -111,7 +111,7 @@ def build_program(network: LoweredNetwork, batch: int) -> Program:
     """Return the program that runs `batch` images at once.
 
     Raises:
-        ValueError: the activations of so many images take more floats than an offset of 32 bits can address.
+        ValueError: the activations of the batch take more floats than an offset of 32 bits can address.
     """
     places, arena = _place_all(network, batch)
     if arena > np.iinfo(np.int32).max:

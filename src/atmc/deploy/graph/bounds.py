@@ -71,7 +71,7 @@ def _layer_bounds(layer: Layer, low: FloatArray, high: FloatArray) -> Bounds:
 
 
 def _multiply(layer: Layer, weight: FloatArray, bound: FloatArray) -> FloatArray:
-    """Multiply a weight by bounds that may be infinite, all of one sign where they are; 0 times infinity is 0."""
+    """Multiply a weight by bounds, some of which may be one infinity; 0 times infinity is 0."""
     infinite = np.isinf(bound)
     total = multiply_groups(weight, to_float64(np.where(infinite, 0, bound)), layer)
     if not infinite.any():
