@@ -15,7 +15,14 @@ from torch import nn
 
 from atmc import models
 from atmc.compress.constraints import Codebook, NonzeroBudget
-from atmc.compress.factorize import compressible_parameters, compressible_weights, cut_ranks, factorize, fold
+from atmc.compress.factorize import (
+    compressible_parameters,
+    compressible_weights,
+    cut_ranks,
+    factor_structure,
+    factorize,
+    fold,
+)
 from atmc.core import files
 from atmc.models import batch_norm
 from atmc.pack import artifact, weight_coder
@@ -88,6 +95,30 @@ def test_round_trip_is_bit_for_bit(kind, bits, tmp_path):
         assert np.array_equal(stored.reshape(-1), tensor.detach().numpy().reshape(-1))
     assert same(artifact.from_bytes(artifact.to_bytes(loaded)), loaded)
     assert artifact.to_bytes(model, threat="linf:0.1", method="atmc") == (tmp_path / "m.atmc").read_bytes()
+
+
+@pytest.mark.parametrize("kind", ["identity", "ranks", "pruned"])
+def test_open_gives_model_factors_and_metadata_of_one_decoding(kind, tmp_path):
+    model = random_lenet(kind)
+    artifact.save(model, tmp_path / "m.atmc", threat="linf:0.1")
+    loaded = artifact.open(tmp_path / "m.atmc")
+    assert same(loaded.model, artifact.load(tmp_path / "m.atmc"))
+    assert loaded.metadata == artifact.read(tmp_path / "m.atmc").metadata
+    assert loaded.input_shape == (1, 28, 28)
+    assert loaded.source == str(tmp_path / "m.atmc")
+    assert {name: (weight.form, weight.rank) for name, weight in loaded.factors.items()} == factor_structure(model)
+    for name, weight in loaded.factors.items():
+        assert np.array_equal(weight.value(), loaded.model.state_dict()[name].numpy())
+
+
+@pytest.mark.parametrize("shape", [[3], [1, 2, 0], [1, 2, 2.0], "none", [1, 2, True]])
+def test_an_input_shape_that_is_none(shape, tmp_path):
+    artifact.save(Own(3), tmp_path / "m.atmc", classes=3)
+    assert artifact.open(tmp_path / "m.atmc", factory=Own).input_shape is None
+    metadata = {**artifact.read(tmp_path / "m.atmc").metadata, "input_shape": shape}
+    (tmp_path / "m.atmc").write_bytes(pack_parts(metadata, parts_of((tmp_path / "m.atmc").read_bytes())[1:]))
+    with pytest.raises(artifact.Malformed, match="its images have no valid shape"):
+        artifact.open(tmp_path / "m.atmc", factory=Own).input_shape  # noqa: B018 (a property that checks)
 
 
 @pytest.mark.parametrize("name", ["wrn-10-1", "mobilenetv2"])
