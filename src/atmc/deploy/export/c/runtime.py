@@ -28,15 +28,15 @@ typedef struct {
 _BITS = """
 static uint32_t take(table *t, int count)
 {
-    uint32_t found;
+    uint32_t bits;
     while (t->ready < count) {
         t->window |= (uint32_t)*t->bytes++ << t->ready;
         t->ready += 8;
     }
-    found = t->window & ((1u << count) - 1u);
+    bits = t->window & ((1u << count) - 1u);
     t->window >>= count;
     t->ready -= count;
-    return found;
+    return bits;
 }
 
 static void advance(table *t)
@@ -119,13 +119,13 @@ _HELPERS = {
 /* The next row of a matrix of one column. */
 static float entry(table *t)
 {
-    float found = 0.0f;
+    float entry_value = 0.0f;
     if (t->next == 0) {
-        found = value(t);
+        entry_value = value(t);
         step(t);
     }
     t->next--;
-    return found;
+    return entry_value;
 }
 """,
     "dot": """

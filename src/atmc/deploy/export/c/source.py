@@ -148,20 +148,20 @@ static const float *forward({parameter})
 
 void {name}_run(const float *image, float *logits)
 {{
-    const float *found;
+    const float *output;
     int i;
-{unused}    found = forward({argument});
+{unused}    output = forward({argument});
     for (i = 0; i < {upper}_CLASSES; i++)
-        logits[i] = found[i];
+        logits[i] = output[i];
 }}
 
 int {name}_classify(const float *image)
 {{
-    const float *found;
+    const float *logits;
     int i, best = 0;
-{unused}    found = forward({argument});
+{unused}    logits = forward({argument});
     for (i = 1; i < {upper}_CLASSES; i++)
-        if (found[i] > found[best])
+        if (logits[i] > logits[best])
             best = i;
     return best;
 }}
