@@ -36,7 +36,7 @@ from numpy.typing import NDArray
 
 from atmc.compress.projections import zero_kmeans
 from atmc.pack import artifact, weight_coder
-from atmc.pack.container import varint
+from atmc.pack.container import encode_varint
 from atmc.pack.inspect import inspect_file
 from atmc.pack.sortable_floats import fits_float16
 from atmc.pack.weight_coder import CodeLengths, Layout, entropy_bits, log2_binomial
@@ -261,7 +261,7 @@ def size_at_error(tensors: Sequence[Stored], limit: float) -> dict[str, Any]:
         chosen = [min(tried, key=lambda option: option[0] + price * option[1] / norm) for tried in options]
         error = math.sqrt(sum(option[1] for option in chosen) / norm)
         low, high = (low, price) if error <= limit else (price, high)
-        size = sum(len(varint(option[0])) + option[0] + 4 for option in chosen)
+        size = sum(len(encode_varint(option[0])) + option[0] + 4 for option in chosen)
         if error <= limit and size < best.get("bytes", math.inf):
             best = {"bytes": size, "error": error, "levels": [option[2] for option in chosen]}
     return best
@@ -307,13 +307,13 @@ def file_figures(path: Path, python: str | None) -> dict[str, Any]:
         for (part, values), part_lengths in zip(weight.parts.items(), lengths, strict=True):
             tensors.append(Stored(name if part == "W" else f"{name}.{part}", values, part_lengths))
     rows = [figures(tensor) for tensor in tensors]
-    ours = sum(len(varint(len(part))) + len(part) + 4 for part in content.parts[:-1])
+    ours = sum(len(encode_varint(len(part))) + len(part) + 4 for part in content.parts[:-1])
     totals = inspect_file(path)["totals"]
     return {
         "file": str(path.relative_to(ROOT)),
         "bytes": len(data),
         "weights_bytes": ours,
-        "biases_norms_bytes": len(content.parts[-1]) + len(varint(len(content.parts[-1]))) + 4,
+        "biases_norms_bytes": len(content.parts[-1]) + len(encode_varint(len(content.parts[-1]))) + 4,
         "codebook_bytes": totals["codebook"],
         **sum_rows(rows),
         **compare(ours, [tensor for tensor in tensors if tensor.flat.any()], whole, python),

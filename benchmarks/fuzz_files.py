@@ -41,7 +41,7 @@ from atmc.compress.constraints import Codebook, NonzeroBudget
 from atmc.compress.factorize import compressible_parameters, cut_ranks, factorize
 from atmc.models.batch_norm import make_affine
 from atmc.pack import artifact
-from atmc.pack.container import DICTIONARY, Reader, pack_parts, varint
+from atmc.pack.container import DICTIONARY, Reader, encode_varint, pack_parts
 from atmc.training.loop import assign
 
 LIMIT_S = 2.0
@@ -175,7 +175,7 @@ def parts_of(data: bytes) -> list[bytes]:
     """Return the parts of a whole file, metadata first."""
     reader, parts = Reader(data[6:], "file"), []
     while not reader.done:
-        parts.append(reader.take(reader.varint()))
+        parts.append(reader.take(reader.take_varint()))
         reader.take(4)
     return parts
 
@@ -186,7 +186,7 @@ def seal(parts: Sequence[bytes]) -> bytes:
     data, check = empty, zlib.crc32(empty)
     for part in parts:
         check = zlib.crc32(part, check)
-        data += varint(len(part)) + part + check.to_bytes(4, "little")
+        data += encode_varint(len(part)) + part + check.to_bytes(4, "little")
     return data
 
 

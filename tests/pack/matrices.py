@@ -14,7 +14,7 @@ KINDS = {
 
 @st.composite
 def weights(draw) -> tuple[np.ndarray, tuple[int, ...]]:
-    """Values of a weight: some share zero, the others a few values, float16, any float32, or all of one magnitude."""
+    """Draw a weight, of few values, float16, float32 or any finite bits, with some share of zeros; and its shape."""
     shape = draw(st.sampled_from(SHAPES))
     rng = np.random.default_rng(draw(st.integers(0, 2**32 - 1)))
     kind = draw(st.sampled_from([*KINDS, "fp16", "fp32", "any bits"]))
@@ -30,7 +30,7 @@ def weights(draw) -> tuple[np.ndarray, tuple[int, ...]]:
 
 
 def random_counts(rows: int, seed: int) -> np.ndarray:
-    """Return input counts, nonzeros per row of a weight before."""
+    """Draw input counts: the nonzeros of each row of the weight before."""
     return np.random.default_rng(seed).integers(0, 20, rows).astype(np.int64)
 
 

@@ -373,7 +373,7 @@ def decode_weight(part: bytes, shape: Sequence[int], counts: Sequence[int] | Non
 
 
 def decode_others(data: bytes, tensors: Sequence[Tensor]) -> dict[str, list[float]]:
-    """Return the values of all tensors that are no weights."""
+    """Return the values of all tensors that are not weights."""
     decoder = Decoder(data)
     sets: dict[tuple[str, str], Contexts] = {}
 

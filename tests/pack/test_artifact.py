@@ -26,7 +26,7 @@ from atmc.compress.factorize import (
 from atmc.core import files
 from atmc.models import batch_norm
 from atmc.pack import artifact, weight_coder
-from atmc.pack.container import DICTIONARY, MAX_METADATA, Reader, pack_parts, varint
+from atmc.pack.container import DICTIONARY, MAX_METADATA, Reader, encode_varint, pack_parts
 from atmc.pack.inspect import inspect_file
 from atmc.training.loop import assign
 
@@ -58,7 +58,7 @@ def parts_of(data: bytes) -> list[bytes]:
     """Return the parts of a whole file, metadata first."""
     reader, parts = Reader(data[6:], "file"), []
     while not reader.done:
-        parts.append(reader.take(reader.varint()))
+        parts.append(reader.take(reader.take_varint()))
         reader.take(4)
     return parts
 
@@ -69,7 +69,7 @@ def seal(parts: list[bytes]) -> bytes:
     check = zlib.crc32(data)
     for part in parts:
         check = zlib.crc32(part, check)
-        data += varint(len(part)) + part + struct.pack("<I", check)
+        data += encode_varint(len(part)) + part + struct.pack("<I", check)
     return data
 
 
@@ -112,7 +112,7 @@ def test_open_gives_model_factors_and_metadata_of_one_decoding(kind, tmp_path):
 
 
 @pytest.mark.parametrize("shape", [[3], [1, 2, 0], [1, 2, 2.0], "none", [1, 2, True]])
-def test_an_input_shape_that_is_none(shape, tmp_path):
+def test_an_invalid_input_shape_is_refused(shape, tmp_path):
     artifact.save(Own(3), tmp_path / "m.atmc", classes=3)
     assert artifact.open(tmp_path / "m.atmc", factory=Own).input_shape is None
     metadata = {**artifact.read(tmp_path / "m.atmc").metadata, "input_shape": shape}
@@ -141,7 +141,7 @@ def test_models_with_batch_norm(name, affine):
 
 @pytest.mark.parametrize("name", golden_files.MODELS)
 def test_golden_bytes(name, monkeypatch):
-    """Written once by tests/golden_files.py; a change of these bytes is a change of the format."""
+    """The files were written once by tests/golden_files.py; a change of these bytes is a change of the format."""
     monkeypatch.setattr(artifact, "__version__", golden_files.TOOL)
     data = (golden_files.FOLDER / f"{name}.atmc").read_bytes()
     assert golden_files.to_bytes(name) == data
@@ -238,13 +238,13 @@ class TestWrongFiles:
 
     def test_parts_cannot_change_places(self):
         parts = parts_of(self.data)
-        whole = [varint(len(part)) + part for part in parts]
+        whole = [encode_varint(len(part)) + part for part in parts]
         checks = [seal(parts[: i + 1])[-4:] for i in range(len(parts))]
         order = [0, 2, 1, *range(3, len(parts))]
         with pytest.raises(artifact.ChecksumMismatch, match="a checksum does not hold"):
             artifact.unpack(self.data[:6] + b"".join(whole[i] + checks[i] for i in order))
 
-    def test_numbers_of_parts(self):
+    def test_too_few_or_too_many_parts_are_refused(self):
         parts = parts_of(self.data)
         with pytest.raises(artifact.ChecksumMismatch, match="cut off"):
             artifact.unpack(seal(parts[:1]))
@@ -252,8 +252,8 @@ class TestWrongFiles:
             with pytest.raises(artifact.Malformed, match=f"{len(some) - 2} weights; its model has 4"):
                 artifact.from_bytes(seal(some))
 
-    def test_lengths(self):
-        for part in (b"\xff" * 6, varint(10**9) + b"1234"):
+    def test_lengths_beyond_the_file_are_refused(self):
+        for part in (b"\xff" * 6, encode_varint(10**9) + b"1234"):
             with pytest.raises(artifact.ChecksumMismatch, match=r"more than 5 bytes|1000000000 bytes expected, 4 left"):
                 artifact.unpack(b"ATMC\x03\x00" + part)
 
@@ -263,20 +263,20 @@ class TestWrongFiles:
             (b"", "1 bytes expected, 0 left"),
             (b"\x05", "no valid form: 5"),
             (b"\x03\x00", "rank 0"),
-            (b"\x03" + varint(10**9), "rank 1000000000"),
-            (b"\x03" + varint(21), r"rank 21, its shape is \(20, 1, 5, 5\)"),
-            (b"\x01" + varint(3), "rank 3"),
+            (b"\x03" + encode_varint(10**9), "rank 1000000000"),
+            (b"\x03" + encode_varint(21), r"rank 21, its shape is \(20, 1, 5, 5\)"),
+            (b"\x01" + encode_varint(3), "rank 3"),
             (b"\x04\x02\x09\x00", "9 bytes expected, 1 left"),
-            (b"\x02" + varint(20), "rank 20"),
+            (b"\x02" + encode_varint(20), "rank 20"),
             (b"\x00\x13\x57\xff", r"tensor conv\d\.weight: "),
         ],
     )
-    def test_weights_that_make_no_sense(self, part, message):
+    def test_malformed_weights_are_refused(self, part, message):
         parts = parts_of(self.data)
         with pytest.raises(artifact.Malformed, match=message):
             artifact.from_bytes(seal([parts[0], part, *parts[2:]]))
 
-    def test_biases_that_make_no_sense(self):
+    def test_malformed_biases_are_refused(self):
         with pytest.raises(artifact.Malformed, match=r"biases and norms: (the code is cut off|a value)"):
             artifact.from_bytes(seal([*parts_of(self.data)[:-1], b"\x55"]))
 
@@ -285,29 +285,29 @@ class TestWrongFiles:
         [
             ({"schema": 1}, artifact.ModelMismatch, "the tensors of lenet are not those of this release"),
             ({"model": {"name": "lenet", "num_classes": -1}}, artifact.Malformed, "keys"),
-            ({"model": 3}, artifact.Malformed, "describes no model"),
+            ({"model": 3}, artifact.Malformed, "describe no model"),
             ({"model": {"name": "x" * 3}}, artifact.Malformed, "expected"),
             ({"model": {"name": 7}}, artifact.FactoryNeeded, "give the factory"),
             ({"norms": "yes", "schema": None}, artifact.ModelMismatch, "lenet"),
         ],
     )
-    def test_metadata_that_makes_no_sense(self, change, error, message):
+    def test_wrong_metadata_are_refused(self, change, error, message):
         metadata = {**artifact.unpack(self.data).metadata, **change}
         with pytest.raises(error, match=message):
             artifact.from_bytes(pack_parts(metadata, parts_of(self.data)[1:]))
 
-    def test_metadata_that_is_not_deflated_json(self):
+    def test_metadata_that_are_not_deflated_json(self):
         def deflate(text: bytes) -> bytes:
             packer = zlib.compressobj(9, zlib.DEFLATED, -15, 9, zlib.Z_DEFAULT_STRATEGY, DICTIONARY)
             return packer.compress(text) + packer.flush()
 
         texts = [b"\xff\xfe", b"[" * 100_000, b"3", b'{"model":{}', b"9" * 5000]
         for part in (*map(deflate, texts), b"\xff\xff", b"", deflate(b'{"model":{}}') + b"x"):
-            with pytest.raises(artifact.Malformed, match=r"not deflated JSON|describes no model|or cut off"):
+            with pytest.raises(artifact.Malformed, match=r"not deflated JSON|describe no model|or cut off"):
                 artifact.unpack(seal([part, b"", b""]))
 
-    def test_metadata_that_expand_without_end(self):
-        """A kilobyte that inflates to a gigabyte is inflated to a mebibyte."""
+    def test_metadata_are_inflated_to_a_limit(self):
+        """Metadata of 200 MiB, which take 200 kB in the file, are inflated to one mebibyte and refused."""
         packer = zlib.compressobj(9, zlib.DEFLATED, -15, 9, zlib.Z_DEFAULT_STRATEGY, DICTIONARY)
         part = packer.compress(b" " * (200 * MAX_METADATA)) + packer.flush()
         with pytest.raises(artifact.Malformed, match="metadata of more than 1,048,576 bytes"):
@@ -331,7 +331,7 @@ class TestWrongFiles:
             ([["a", [2**25], "int64"]], artifact.Malformed, "the code is cut off"),
         ],
     )
-    def test_lists_of_tensors_that_make_no_sense(self, tmp_path, tensors, error, message):
+    def test_wrong_lists_of_tensors_are_refused(self, tmp_path, tensors, error, message):
         metadata = {"model": {"name": None}, "tensors": tensors, "norms": False}
         weights = [b"\0"] if "2" in str(tensors) and "float32" in str(tensors) else []
         (tmp_path / "m.atmc").write_bytes(pack_parts(metadata, [*weights, b"\x13\x57" * 9]))
@@ -414,8 +414,8 @@ def failing(num_classes: int) -> nn.Module:
     raise KeyError("width")
 
 
-def changed(**modules: nn.Module):
-    """A factory whose model has other layers."""
+def factory_with(**modules: nn.Module):
+    """Return a factory whose model has other layers."""
 
     def make(num_classes: int) -> nn.Module:
         model = Own(num_classes)
@@ -438,16 +438,16 @@ class TestFactories:
             (lambda num_classes: "net", artifact.FactoryFailed, "to return a torch.nn.Module, got str"),
             (lambda: Own(3), artifact.FactoryFailed, "callable with num_classes alone"),
             (
-                changed(layer=nn.Linear(9, 3)),
+                factory_with(layer=nn.Linear(9, 3)),
                 artifact.ModelMismatch,
                 r"tensor layer\.weight has shape \(3, 4\), the model's is \(3, 9\); .*make is not its factory, which "
                 r"was 'nets:Own'$",
             ),
             (lambda num_classes: Own(5), artifact.ModelMismatch, r"\(3, 4\), the model's is \(5, 4\); .*is not its"),
             (lambda num_classes: nn.Linear(4, 3), artifact.ModelMismatch, "no tensor weight, .*; .*is not its factory"),
-            (changed(layer=nn.Linear(4, 3, bias=False)), artifact.ModelMismatch, r"layer\.bias, which the model has"),
-            (changed(layer=nn.Linear(4, 3).double()), artifact.ModelMismatch, "float32, the model's is float64"),
-            (changed(more=nn.Linear(1, 1)), artifact.ModelMismatch, r"has no tensor more\.weight"),
+            (factory_with(layer=nn.Linear(4, 3, bias=False)), artifact.ModelMismatch, r"layer\.bias, which the model lacks"),
+            (factory_with(layer=nn.Linear(4, 3).double()), artifact.ModelMismatch, "float32, the model's is float64"),
+            (factory_with(more=nn.Linear(1, 1)), artifact.ModelMismatch, r"has no tensor more\.weight"),
         ],
         ids=["fails", "no module", "no argument", "width", "classes", "names", "fewer", "type", "more"],
     )

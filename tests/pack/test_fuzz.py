@@ -32,7 +32,7 @@ def test_damaged_files_are_errors_or_finite_models(fuzzer):
 
 
 def test_a_wrong_model_would_be_noticed(fuzzer):
-    """If checksums are repaired over damage, the fuzzer tells another model from the same one."""
+    """The fuzzer tells another model from the same one, and allows it only if checksums were repaired over damage."""
     base = fuzzer.bases()[1]
     parts = fuzzer.parts_of(base.data)
     other = fuzzer.seal([*parts[:-1], parts[-1][:-1] + bytes([parts[-1][-1] ^ 1])])
@@ -41,7 +41,7 @@ def test_a_wrong_model_would_be_noticed(fuzzer):
     assert fuzzer.try_file(base, base.data, False, inspecting=False) == ("the same model", True)
 
 
-def test_the_committed_runs_found_nothing():
+def test_the_committed_runs_have_no_failures():
     runs = [json.loads(path.read_text()) for path in sorted((ROOT / "results" / "files").glob("fuzz*.json"))]
     assert sum(run["files"] - run["outcomes"]["a whole file"] for run in runs) >= 200_000
     for run in runs:

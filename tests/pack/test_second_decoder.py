@@ -57,7 +57,7 @@ def test_a_committed_file():
 
 
 def network(num_classes: int) -> nn.Module:
-    """Kernels of one and two dimensions, a square weight, one of more rows than columns, norms, and other types."""
+    """Build layers with kernels of one and two dimensions, a square weight, a tall one, norms, and other types."""
     model = nn.Sequential(nn.Conv2d(2, 6, (3, 2)), nn.BatchNorm2d(6), nn.Conv1d(6, 8, 4), nn.Linear(8, 8))
     model.add_module("tall", nn.Linear(8, 30))
     model.add_module("head", nn.Linear(30, num_classes))
@@ -106,7 +106,7 @@ def test_any_matrix(weight, counted, seed):
 @pytest.mark.parametrize("shape", [(50, 80), (20, 10, 3, 3), (6, 5, 17, 16), (30, 40, 4)])
 @pytest.mark.parametrize("levels", [1, 6, 256, None])
 def test_values_that_depend_on_their_neighbors(shape, levels):
-    """Signs and sizes shared in a kernel, a row or a channel, so that the encoder uses those contexts."""
+    """Values share their signs in a kernel or a channel, so that the encoder uses the contexts of neighbors."""
     rng = np.random.default_rng(0)
     sign = np.where(rng.random((*shape[:2], *(1 for _ in shape[2:]))) < 0.5, -1, 1)
     size = rng.random(shape) + 1 if levels is None else rng.integers(1, levels + 1, shape)
@@ -119,7 +119,7 @@ def test_values_that_depend_on_their_neighbors(shape, levels):
 
 
 def test_a_matrix_of_a_single_group_size():
-    """More than 2^19 entries."""
+    """A matrix of more than 2^19 entries has one group size."""
     values = np.zeros((1, 600_000), np.float32)
     values[0, ::90_001] = [1, -1, 0.5, 2, 1, 1, 3]
     data, _ = weight_coder.encode_matrix(values, Layout.of(values.shape))
@@ -138,7 +138,7 @@ def test_more_roles_than_have_contexts_of_their_own():
 
 
 def test_shapes_cover_every_layout():
-    """The shapes that random matrices are drawn from: with and without kernels, groups larger than 256 among them."""
+    """Random matrices are drawn with and without kernels, also with kernels of more than 256 entries."""
     layouts = [Layout.of(shape) for shape in SHAPES]
     assert {len(layout.group_sizes()) for layout in layouts} == {1, 2, 3}
     assert any(layout.kernel > 256 for layout in layouts)

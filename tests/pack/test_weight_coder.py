@@ -1,4 +1,4 @@
-"""The coder of tensors: bit-for-bit round trips, code lengths near what theory allows, no trust in bytes."""
+"""The coder of tensors: bit-for-bit round trips, code lengths near the floor, and untrusted bytes."""
 
 import math
 import sys
@@ -16,8 +16,8 @@ from atmc.pack.other_tensors import decode_other_tensors, encode_other_tensors
 from atmc.pack.weight_coder import CodeLengths, CodingError, Layout, entropy_bits, log2_binomial
 
 
-def close(length: int, bits: float) -> bool:
-    """Whether so many bytes are what an ideal code of so many bits takes: zeros may be cut off, an end be added."""
+def has_ideal_length(length: int, bits: float) -> bool:
+    """Return whether a code has its ideal length, but for zero bytes that are cut off and the bytes of its end."""
     return -9 - 1e-4 * bits / 8 <= length - bits / 8 <= 4 + 1e-4 * bits / 8
 
 
@@ -31,7 +31,7 @@ def test_a_weight_round_trips_bit_for_bit(weight, hinted, seed):
     decoded, decoded_lengths = weight_coder.decode_matrix(data, layout, counts)
     assert same_bits(decoded, values)
     assert decoded_lengths == lengths
-    assert close(len(data), lengths.total)
+    assert has_ideal_length(len(data), lengths.total)
     assert weight_coder.encode_matrix(decoded, layout, counts)[0] == data
 
 
@@ -90,14 +90,14 @@ def test_small_tensors_round_trip_bit_for_bit(drawn):
         data, [(role, values.dtype, len(values)) for role, values in tensors]
     )
     assert decoded_lengths == lengths
-    assert close(len(data), sum(lengths))
+    assert has_ideal_length(len(data), sum(lengths))
     for (_, values), decoded in zip(tensors, arrays, strict=True):
         assert decoded.dtype == values.dtype
         expected = values + np.float32(0) if values.dtype == np.float32 else values
         assert decoded.tobytes() == expected.tobytes()
 
 
-def test_small_tensors_of_more_roles_than_have_statistics_of_their_own(monkeypatch):
+def test_small_tensors_of_more_roles_than_have_contexts_of_their_own(monkeypatch):
     monkeypatch.setattr(other_tensors, "MAX_SETS", 3)
     tensors = [(f"role{i}", np.array([i, 0, 0.1], np.float32)) for i in range(9)]
     data, _ = encode_other_tensors(tensors)
@@ -113,7 +113,7 @@ def test_constants_and_zeros_cost_next_to_nothing():
 
 
 def uniform(shape: tuple[int, ...], nonzeros: int, levels: int, seed: int) -> np.ndarray:
-    """A weight with nonzeros at uniformly random positions, of values that are drawn at random."""
+    """Draw a weight with nonzeros at uniformly random positions."""
     rng = np.random.default_rng(seed)
     values = np.zeros(math.prod(shape), np.float32)
     book = rng.standard_normal(levels).astype(np.float16).astype(np.float32)
@@ -122,7 +122,7 @@ def uniform(shape: tuple[int, ...], nonzeros: int, levels: int, seed: int) -> np
 
 
 def floor(values: np.ndarray) -> float:
-    """log2 C(N, k) + k H(codes), bits."""
+    """Return log2 C(N, k) + k H(codes), bits."""
     nonzero = values[values != 0]
     return log2_binomial(values.size, len(nonzero)) + entropy_bits(nonzero)
 
@@ -152,7 +152,7 @@ def test_on_uniform_positions_within_3_percent_of_the_floor(shape, nonzeros, lev
 )
 @settings(max_examples=8, deadline=None)
 def test_never_above_5_percent_over_the_floor(shape, density, bits, seed):
-    """More than 2,000 nonzeros and at least 40 of them a codebook value."""
+    """The tensors have more than 2,000 nonzeros, and at least 40 per value of the codebook."""
     nonzeros = max(int(density * math.prod(shape)), 2001)
     values = uniform(shape, nonzeros, min(2**bits, nonzeros // 40), seed)
     lengths = weight_coder.encode_matrix(values, Layout.of(shape))[1]
@@ -160,7 +160,7 @@ def test_never_above_5_percent_over_the_floor(shape, density, bits, seed):
 
 
 def test_dead_rows_and_columns_cost_next_to_nothing():
-    """Positions cost those of the part that is alive, and at most four bits more for each dead row and column."""
+    """Positions cost what the live rows and columns cost, and at most four bits per dead row or column."""
     rng = np.random.default_rng(0)
     live = uniform((150, 160), 2_400, 1, seed=1)
     values = np.zeros((300, 400), np.float32)
@@ -183,11 +183,11 @@ def test_dead_inputs_are_known_from_the_weight_before():
     assert hinted < plain - 60
 
 
-class TestSurroundings:
-    """Contexts of a value's row, input channel and neighbours, where they tell something."""
+class TestNeighbors:
+    """Contexts of a value's row, input channel and neighbors make codes shorter if values depend on these."""
 
     def sizes(self, values: np.ndarray, monkeypatch: pytest.MonkeyPatch) -> tuple[float, float]:
-        """Bits of the values as they are coded, and without the contexts; both come back as they were."""
+        """Return the bits of the values with and without the contexts of neighbors; both codes decode to the values."""
         bits = []
         layout = Layout.of(values.shape)
         for limit in (weight_coder.MAX_NEIGHBOR_SIDES, 0):
@@ -216,7 +216,7 @@ class TestSurroundings:
         near, alone = self.sizes((sign * rng.integers(1, 3, (60, 60)) * kept).astype(np.float32), monkeypatch)
         assert near < alone - 0.5 * kept.sum()
 
-    def test_sizes_of_neighbours(self, monkeypatch):
+    def test_sizes_of_neighbors(self, monkeypatch):
         rng = np.random.default_rng(2)
         large = np.repeat(rng.random((40, 40, 1)) < 0.5, 9, axis=2).reshape(40, 40, 3, 3)
         values = (np.where(large, 3, 1) + rng.integers(0, 2, large.shape)) * rng.choice([-1, 1], large.shape)
@@ -229,8 +229,8 @@ class TestSurroundings:
         assert near <= alone + 1
 
 
-class TestStrangers:
-    """Any bytes whatever: an error with a name, or finite values of the right shape."""
+class TestUntrustedBytes:
+    """Any bytes give a CodingError, or finite values of the right shape."""
 
     @given(st.one_of(st.binary(max_size=60), st.integers(0, 40).map(lambda n: b"\xff" * n)), st.sampled_from(SHAPES))
     @settings(max_examples=200, deadline=None)
@@ -255,7 +255,7 @@ class TestStrangers:
         assert all(np.isfinite(values).all() for values in arrays)
 
     def test_plain_bits_beyond_all_parts(self):
-        """Equal parts of an interval leave a rest above the last one, which no encoder reaches: it reads as cut off."""
+        """A code above the last of an interval's equal parts, which no encoder writes, is read as cut off."""
         reader = Stream(DECODE, data=b"\xff" * 40)
         contexts = reader.new_tree_contexts(1, 0)
         reader.code_symbols(np.zeros(3, np.int64), 2, 1, 1, contexts)  # leaves an interval that is no power of two
@@ -265,7 +265,7 @@ class TestStrangers:
         assert reader.over_read
 
     def test_a_short_code_of_a_large_tensor_is_given_up_early(self):
-        """Not after 800 million values, nor with memory for them."""
+        """The decoder stops at the end of the bytes, not after 800 million values."""
         data = weight_coder.encode_matrix(uniform((20, 2000), 3000, 2, seed=0), Layout.of((20, 2000)))[0]
         with pytest.raises(CodingError, match=r"cut off|out of range"):
             weight_coder.decode_matrix(data[: len(data) // 2], Layout.of((20, 2000)))
@@ -285,7 +285,7 @@ class TestStrangers:
             ([(1, 0), (2, 0), (1, 0), (1, 0), (1, 0), (3, 0)], "cut off"),
         ],
     )
-    def test_headers_that_make_no_sense(self, numbers, message):
+    def test_malformed_headers_are_refused(self, numbers, message):
         with pytest.raises(CodingError, match=message):
             weight_coder.decode_matrix(self.code(*numbers), Layout(2, 3))
 
@@ -309,7 +309,7 @@ class TestStrangers:
         with pytest.raises(CodingError, match="codebook value is out of range"):
             weight_coder.decode_matrix(writer.finish(), Layout(2, 3))
 
-    def test_truth_values(self):
+    def test_a_truth_value_is_0_or_1(self):
         data = encode_other_tensors([("flag", np.array([0, 1, 2], np.uint8))])[0]
         with pytest.raises(CodingError, match="neither 0 nor 1"):
             decode_other_tensors(data, [("flag", np.dtype(np.bool_), 3)])

@@ -16,7 +16,7 @@ SHAPES = {"left": (6, 10), "right": (10, 6), "svd": (4, 2, 3, 3), "rank": (7, 9)
 
 
 def random_weight(form: str, seed: int, density: float) -> Weight:
-    """Factors of a form, of a few values, so many of them not zero."""
+    """Draw factors of a form, with few distinct values and about this share of nonzeros."""
     rng = np.random.default_rng(seed)
     shape = SHAPES[form]
     rows, columns = shape[0], int(np.prod(shape[1:]))
@@ -72,7 +72,7 @@ def test_the_shortest_candidate_is_taken(form, seed, density):
 
 
 def network(start: str, seed: int, nonzeros: int, bits: int) -> nn.Module:
-    """Two convolutions and a linear layer, factorized, with random values under a budget."""
+    """Build two convolutions and a linear layer, factorized, with random values under a budget."""
     torch.manual_seed(seed)
     model = nn.Sequential(nn.Conv2d(1, 6, 3), nn.Conv2d(6, 8, 3), nn.Flatten(), nn.Linear(8 * 16, 5))
     if start == "rank":
@@ -101,8 +101,8 @@ def test_choosing_forms_keeps_w_and_never_makes_the_file_longer(start, seed, non
     assert len(artifact.to_bytes(weight_forms.choose_shortest_forms(model))) == len(data)
 
 
-def test_what_is_shortest_as_it_is_stays():
-    """Factors at their start, V = W, are W; a whole term of U V is cheaper as a product."""
+def test_the_shortest_form_is_known_for_a_start_and_for_rank_1():
+    """Factors at their start are written as W, and a weight of rank 1 as its factors."""
     for model in (nn.Linear(6, 4), factorize(nn.Linear(6, 4))):
         assert not factor_structure(weight_forms.choose_shortest_forms(model))
     assert factor_structure(weight_forms.choose_shortest_forms(cut_ranks(nn.Linear(60, 40), {"weight": 1}))) == {
@@ -122,7 +122,7 @@ def test_dead_terms_are_left_out():
 
 
 def test_one_of_two_factorized_weights_of_a_module_becomes_plain():
-    """Attention holds several: what is left factorized stays so, in the model and not in its copies."""
+    """An attention module holds several weights; the others stay factorized, and copies of the model do not change."""
     torch.manual_seed(0)
     model = factorize(nn.MultiheadAttention(8, 2, kdim=6, vdim=4))
     other = fold(model)

@@ -114,7 +114,6 @@ __all__ = [
     "from_bytes",
     "load",
     "open",
-    "pack",
     "read",
     "save",
     "to_bytes",
@@ -207,8 +206,13 @@ def to_bytes(
     affine = batch_norm.is_affine(model)
     fields = list_fields(model, without=batch_norm.affine_statistics(model) if affine else {})
     shape = input_shape or spec.get("input_shape")
-    metadata: dict[str, Any] = {"model": spec, "threat": threat, "method": method, "tool": f"atmc {__version__}"}
-    metadata["norms"] = affine
+    metadata: dict[str, Any] = {
+        "model": spec,
+        "threat": threat,
+        "method": method,
+        "tool": f"atmc {__version__}",
+        "norms": affine,
+    }
     if shape and list(shape) != spec.get("input_shape"):
         metadata["input_shape"] = list(shape)
     if count != spec.get("num_classes"):
@@ -219,13 +223,13 @@ def to_bytes(
         metadata["tensors"] = [[field.name, list(field.shape), field.dtype] for field in fields]
     state = model.state_dict()
     others = [(field, state[field.name].detach().cpu().numpy()) for field in fields if not field.is_weight]
-    return pack(metadata, weight_forms.list_weights(model, fields), others)
+    return _encode(metadata, weight_forms.list_weights(model, fields), others)
 
 
-def pack(
+def _encode(
     metadata: Mapping[str, Any], weights: Sequence[tuple[Field, Weight]], others: Sequence[tuple[Field, np.ndarray]]
 ) -> bytes:
-    """Return the bytes of a file. Raises ValueError as `to_bytes`."""
+    """Return the bytes of a file that holds these tensors. Raises ValueError as `to_bytes` does."""
     if sum(field.size for field, _ in [*weights, *others]) > MAX_VALUES:
         raise ValueError(f"expected at most {MAX_VALUES:,} values in all")
     coder_run.prepare(sum(field.size for field, _ in weights) // 2)  # each option is measured
@@ -396,18 +400,21 @@ def _decode_part(
     form, rank = FORMS[number], 0
     rows, columns = field.shape[0], field.size // field.shape[0]
     if form != PLAIN:
-        rank = reader.varint()
+        rank = reader.take_varint()
         square = {"left": rows, "right": columns}.get(form, rank)  # the identity is added to a square factor
         if not 1 <= rank <= min(rows, columns) or rank != square:
             raise content.malformed(f"tensor {field.name} has rank {rank}, its shape is {field.shape}")
     names = list(weight_forms.part_layouts(form, field.shape, rank))
-    encoded = [reader.take(reader.varint()) for _ in names[:-1]]
+    encoded = [reader.take(reader.take_varint()) for _ in names[:-1]]
     encoded.append(reader.take(len(part) - reader.at))
     return weight_forms.decode_weight(form, field.shape, rank, encoded, input_counts)
 
 
 class _NoInitialValues(TorchFunctionMode):
-    """A mode in which functions of torch.nn.init do nothing: on meta tensors the first takes a second, for imports."""
+    """A mode in which the functions of torch.nn.init do nothing.
+
+    Meta tensors hold no values, and the first such call on one takes a second of imports.
+    """
 
     def __torch_function__(
         self, func: Callable[..., Any], types: Any, args: Sequence[Any] = (), kwargs: Mapping[str, Any] | None = None
@@ -424,7 +431,7 @@ def _build(content: Content, factory: Callable[..., nn.Module] | None, max_value
     name = spec.get("name")
     if is_zoo(spec):
         try:
-            # names and shapes alone: memory is taken only once the file is known to fit
+            # names and shapes only: memory for values is taken after the file's size was checked
             with torch.device("meta"), _NoInitialValues():
                 return build_from_spec(spec)
         except ValueError as error:

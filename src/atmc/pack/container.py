@@ -78,7 +78,7 @@ class Content:
     source: str
 
     def malformed(self, text: str) -> Malformed:
-        """Return the error that says this of the file."""
+        """Return a Malformed error of this text, which names the file."""
         return Malformed(f"{self.source}: {text}")
 
 
@@ -103,12 +103,12 @@ def pack_parts(metadata: Mapping[str, Any], parts: Sequence[bytes]) -> bytes:
     check = zlib.crc32(data)
     for part in [_deflate(text), *parts]:
         check = zlib.crc32(part, check)
-        data += varint(len(part)) + part + struct.pack("<I", check)
+        data += encode_varint(len(part)) + part + struct.pack("<I", check)
     return data
 
 
 def unpack(data: bytes, source: str = "file") -> Content:
-    """Take the bytes of a file apart. Raises `ArtifactError`."""
+    """Take the bytes of a file apart: check version and checksums, and read the metadata. Raises `ArtifactError`."""
     if data[:4] != MAGIC:
         raise NotAnArtifact(f"{source} is not an atmc model file: it does not begin with ATMC")
     if len(data) < 6:
@@ -118,7 +118,7 @@ def unpack(data: bytes, source: str = "file") -> Content:
         raise UnsupportedVersion(f"{source} has format version {version}; this release reads version {VERSION}")
     reader, check, parts = Reader(data[6:], source), zlib.crc32(data[:6]), []
     while not reader.done:
-        part = reader.take(reader.varint())
+        part = reader.take(reader.take_varint())
         check = zlib.crc32(part, check)
         if struct.pack("<I", check) != reader.take(4):
             raise ChecksumMismatch(f"{source} is damaged: a checksum does not hold")
@@ -152,7 +152,7 @@ class Reader:
         self.at += count
         return self._data[self.at - count : self.at]
 
-    def varint(self) -> int:
+    def take_varint(self) -> int:
         """Return an integer of 7 bits per byte, the lowest first, of at most 5 bytes."""
         number = 0
         for shift in range(0, 35, 7):
@@ -163,7 +163,7 @@ class Reader:
         raise self._error(f"{self._source} is damaged: a length of more than 5 bytes")
 
 
-def varint(number: int) -> bytes:
+def encode_varint(number: int) -> bytes:
     """Return the bytes of an integer, 7 bits per byte, the lowest first."""
     octets = []
     while number > 127:
@@ -181,15 +181,14 @@ def _read_metadata(part: bytes, source: str) -> dict[str, Any]:
     unpacker = zlib.decompressobj(-15, DICTIONARY)
     try:
         text = unpacker.decompress(part, MAX_METADATA)
-        if not unpacker.eof or unpacker.unused_data:
-            raise Malformed(f"{source}: metadata of more than {MAX_METADATA:,} bytes, or cut off")
-        metadata = json.loads(text)
+        whole = unpacker.eof and not unpacker.unused_data
+        metadata = json.loads(text) if whole else None
     except (zlib.error, ValueError, RecursionError) as error:
-        if isinstance(error, ArtifactError):
-            raise
-        raise Malformed(f"{source}: metadata is not deflated JSON: {error}") from error
+        raise Malformed(f"{source}: metadata are not deflated JSON: {error}") from error
+    if not whole:
+        raise Malformed(f"{source}: metadata of more than {MAX_METADATA:,} bytes, or cut off")
     if not (isinstance(metadata, dict) and isinstance(metadata.get("model"), dict)):
-        raise Malformed(f"{source}: metadata describes no model")
-    for key in ("input_shape", "classes"):
-        metadata.setdefault(key, metadata["model"].get("num_classes" if key == "classes" else key))
+        raise Malformed(f"{source}: metadata describe no model")
+    for key, name_in_model in (("input_shape", "input_shape"), ("classes", "num_classes")):
+        metadata.setdefault(key, metadata["model"].get(name_in_model))
     return metadata

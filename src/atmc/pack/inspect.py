@@ -1,4 +1,4 @@
-"""Show what is in a model file, tensor by tensor, and how far each is from what information theory allows."""
+"""Show what is in a model file, tensor by tensor, and how far each tensor is from the floor of information theory."""
 
 from __future__ import annotations
 
@@ -32,12 +32,12 @@ def inspect_file(path: str | os.PathLike[str], *, max_values: int = MAX_VALUES) 
     rows, factorized, dead = [], {}, {}
     for name, (weight, lengths) in decoded.weights.items():
         for (part, values), part_lengths in zip(weight.parts.items(), lengths, strict=True):
-            rows.append(_row(name if part == "W" else f"{name}.{part}", values, part_lengths))
+            rows.append(_describe_tensor(name if part == "W" else f"{name}.{part}", values, part_lengths))
         if weight.form != PLAIN:
             factorized[name] = _describe_factors(weight)
         dead[name] = _count_dead(weight)
     for name, (values, bits) in decoded.others.items():
-        rows.append(_row(name, values, CodeLengths(values=bits), is_weight=False))
+        rows.append(_describe_tensor(name, values, CodeLengths(values=bits), is_weight=False))
     sums = {key: round(sum(row["bytes"][key] for row in rows), 3) for key in COLUMNS}
     return {
         "file": str(path),
@@ -58,10 +58,11 @@ def inspect_file(path: str | os.PathLike[str], *, max_values: int = MAX_VALUES) 
     }
 
 
-def _row(name: str, values: np.ndarray, lengths: CodeLengths, *, is_weight: bool = True) -> dict[str, Any]:
+def _describe_tensor(name: str, values: np.ndarray, lengths: CodeLengths, *, is_weight: bool = True) -> dict[str, Any]:
+    """Return the row of a stored tensor, see `inspect_file`."""
     nonzero = values[values != 0]
     levels = len(np.unique(nonzero))
-    stored, bits = _storage(nonzero, levels, lengths)
+    stored, bits = _describe_storage(nonzero, levels, lengths)
     sizes = {
         "positions": lengths.positions / 8,
         "codebook": lengths.codebook / 8,
@@ -84,8 +85,8 @@ def _row(name: str, values: np.ndarray, lengths: CodeLengths, *, is_weight: bool
     }
 
 
-def _storage(nonzero: np.ndarray, levels: int, lengths: CodeLengths) -> tuple[str, int]:
-    """Return how values are stored, and the bits of one before entropy coding."""
+def _describe_storage(nonzero: np.ndarray, levels: int, lengths: CodeLengths) -> tuple[str, int]:
+    """Return how values are stored, and the bits per value before entropy coding."""
     if nonzero.dtype != np.float32:
         return "other", 8 * nonzero.dtype.itemsize
     if not len(nonzero):

@@ -1,4 +1,4 @@
-"""Code all tensors that are no weights (biases, norms, buffers) one after the other in one code."""
+"""Code all tensors that are not weights (biases, norms, buffers), one after another, in one code."""
 
 from __future__ import annotations
 

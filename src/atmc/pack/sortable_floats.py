@@ -1,4 +1,4 @@
-"""Floats as integers in the same order, which is how the coder takes them."""
+"""Convert floats to integers of the same order, the form in which the coder codes them, and back."""
 
 from __future__ import annotations
 

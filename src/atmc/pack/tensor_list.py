@@ -88,7 +88,7 @@ def checksum_fields(fields: Sequence[Field]) -> int:
 
 
 def expect_fields(content: Content, expected: Sequence[Field]) -> None:
-    """Raise ModelMismatch unless the file holds tensors of these names, shapes and types, in this order."""
+    """Raise ModelMismatch unless the file holds exactly the tensors of these names, shapes and types, in this order."""
     metadata, source = content.metadata, content.source
     if is_zoo(metadata["model"]):
         if metadata.get("schema") != checksum_fields(expected):
@@ -104,7 +104,7 @@ def expect_fields(content: Content, expected: Sequence[Field]) -> None:
         if other.dtype != field.dtype:
             raise ModelMismatch(f"{source}: tensor {field.name} is {other.dtype}, the model's is {field.dtype}")
     if stored:
-        raise ModelMismatch(f"{source} has a tensor {next(iter(stored))}, which the model has not")
+        raise ModelMismatch(f"{source} has a tensor {next(iter(stored))}, which the model lacks")
     if [field.name for field in expected] != [field.name for field in read_fields(content)]:
         raise ModelMismatch(f"{source}: the model's tensors are in another order")
 

@@ -44,12 +44,12 @@ class CodingError(ValueError):
 
 
 class TooManySides(CodingError):
-    """The tensor has more rows and columns than any that is written."""
+    """The tensor has more rows and columns together than `MAX_SIDES`."""
 
 
 @dataclass(frozen=True)
 class Layout:
-    """How a weight is laid out as a matrix.
+    """A weight's layout as a matrix.
 
     Args:
         rows, columns: its sides; a column is an input channel and a place in the kernel.
@@ -92,7 +92,7 @@ class Layout:
         """Whether values may be coded under contexts of their neighbors; else these would take too much memory."""
         return self.rows + self.columns // self.kernel <= MAX_NEIGHBOR_SIDES
 
-    def decisions(self, group: int) -> int:
+    def count_decisions(self, group: int) -> int:
         """Return the least number of decisions about groups of that size; a quarter of the entries if group is 0."""
         return self.rows * -(-self.columns // group) if group else self.rows * self.columns // 4
 
@@ -112,7 +112,7 @@ class Layout:
 
 @dataclass(frozen=True)
 class CodeHeader:
-    """What the first bits of a matrix's code say: how the matrix is coded.
+    """The first bits of a matrix's code, which say how the matrix is coded.
 
     Args:
         group: entries of a group of positions; 0 if no entry is zero and positions are left out.
@@ -179,7 +179,7 @@ def encode_matrix(values: np.ndarray, layout: Layout, input_counts: Int64s | Non
     header = _choose_values(nonzero, layout, flags)
     if len(nonzero) < len(flat):
         header = _choose_positions(flags, layout, input_counts, header)
-    decisions = layout.decisions(header.group) + 16 * len(nonzero)
+    decisions = layout.count_decisions(header.group) + 16 * len(nonzero)
     stream = Stream(ENCODE, room=8 * len(nonzero) + len(flat) + 4096, decisions=decisions)
     lengths = _code_matrix(stream, layout, input_counts, header, flags, nonzero)[2]
     return stream.finish(), lengths
@@ -195,7 +195,7 @@ def decode_matrix(data: bytes, layout: Layout, input_counts: Int64s | None = Non
     values = np.zeros(size, np.float32)
     if not data:
         return values, CodeLengths()
-    stream = Stream(DECODE, data=data, decisions=layout.decisions(4) + 8 * len(data))
+    stream = Stream(DECODE, data=data, decisions=layout.count_decisions(4) + 8 * len(data))
     no_flags, no_values = np.zeros(size, np.uint8), values[:0]
     flags, nonzero, lengths = _code_matrix(stream, layout, input_counts, CodeHeader(), no_flags, no_values)
     if stream.over_read:
@@ -327,7 +327,7 @@ def _choose_positions(flags: Flags, layout: Layout, input_counts: Int64s | None,
 
     @cache
     def measure(option: CodeHeader) -> float:
-        stream = Stream(MEASURE, decisions=4 * layout.decisions(1))
+        stream = Stream(MEASURE, decisions=4 * layout.count_decisions(1))
         classes = layout.group_classes(option.group, input_counts)
         sides = (rows, layout.columns, option.group, layout.stride)
         stream.code_positions(flags[: rows * layout.columns], *sides, classes, option.position_scale)

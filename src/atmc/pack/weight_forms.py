@@ -27,7 +27,7 @@ from atmc.compress.factorize import (
     weight_factors,
 )
 from atmc.pack import weight_coder
-from atmc.pack.container import varint
+from atmc.pack.container import encode_varint
 from atmc.pack.sortable_floats import Int64s
 from atmc.pack.tensor_list import Field, list_fields
 from atmc.pack.weight_coder import CodeLengths, Layout
@@ -100,8 +100,8 @@ def encode_part(weight: Weight, input_counts: Int64s | None) -> bytes:
         ValueError: a value is not finite.
     """
     encoded = [data for data, _ in encode_weight(weight, input_counts)]
-    rank = b"" if weight.form == PLAIN else varint(weight.rank)
-    lengths = [*(varint(len(data)) for data in encoded[:-1]), b""]
+    rank = b"" if weight.form == PLAIN else encode_varint(weight.rank)
+    lengths = [*(encode_varint(len(data)) for data in encoded[:-1]), b""]
     body = b"".join(length + data for length, data in zip(lengths, encoded, strict=True))
     return bytes([FORMS.index(weight.form)]) + rank + body
 
@@ -150,7 +150,7 @@ def list_candidates(weight: Weight) -> list[Weight]:
 def part_bytes(weight: Weight, input_counts: Int64s | None) -> int:
     """Return the size of a weight's part in bytes, with its length, without its checksum."""
     size = len(encode_part(weight, input_counts))
-    return size + len(varint(size))
+    return size + len(encode_varint(size))
 
 
 def choose_shortest(weight: Weight, input_counts: Int64s | None) -> tuple[Weight, int]:
