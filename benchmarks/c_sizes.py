@@ -28,8 +28,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from atmc.data import load_data
-from atmc.data.images import Images
+from atmc.data import Images, load_data
 from atmc.deploy.export.c.model import model_to_c
 from atmc.deploy.export.c.source import CSource
 from atmc.pack import artifact

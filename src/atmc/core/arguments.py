@@ -1,4 +1,4 @@
-"""Check what a Python user hands over: numbers, devices, modules. What is wrong is refused in one sentence."""
+"""Check what a Python user passes: numbers, devices, modules. An error is one sentence."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from torch import nn
 
 @dataclass(frozen=True, kw_only=True)
 class Bounds:
-    """The values that a number may take: from low to high, without an end that is open."""
+    """The values that a number may take: from low to high; an open end is not among them."""
 
     low: float = -math.inf
     high: float = math.inf
@@ -41,7 +41,7 @@ AT_LEAST_ONE = Bounds(low=1)
 
 
 def parse_device(device: str | torch.device) -> torch.device:
-    """Return the device that a name means.
+    """Return the torch.device of a name.
 
     Raises:
         ValueError: no such kind of device, or torch sees no such CUDA device.

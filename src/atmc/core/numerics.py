@@ -1,7 +1,7 @@
-"""Set for a while how torch computes: float32 at full precision, or repeatable; then restore the user's settings.
+"""Switch torch's numerics within a context, to full float32 or to repeatable steps, and restore the user's settings.
 
-Meant for CUDA devices. The tests run on the CPU and cover the switching itself; results/cifar10/README.md says what was
-tried on a GPU.
+Both matter on CUDA devices. The tests run on the CPU and cover only the switching; results/cifar10/README.md says what
+was tried on a GPU.
 """
 
 from __future__ import annotations
@@ -26,8 +26,8 @@ def full_float32() -> Iterator[None]:
     """
     backends = _backends()
     precisions = [backend.fp32_precision for backend in backends]
-    products = _readable(torch.get_float32_matmul_precision)
-    convolutions = _readable(lambda: torch.backends.cudnn.allow_tf32)
+    products = _read_or_none(torch.get_float32_matmul_precision)
+    convolutions = _read_or_none(lambda: torch.backends.cudnn.allow_tf32)
     torch.set_float32_matmul_precision("highest")
     torch.backends.cudnn.allow_tf32 = False
     for backend in backends:
@@ -50,7 +50,7 @@ def _backends() -> list[Any]:
     return [backend for backend in backends if hasattr(backend, "fp32_precision")]
 
 
-def _readable(read: Callable[[], _Value]) -> _Value | None:
+def _read_or_none(read: Callable[[], _Value]) -> _Value | None:
     """Return ``read()``, or None if torch refuses to read the setting."""
     try:
         return read()
@@ -62,8 +62,8 @@ def _readable(read: Callable[[], _Value]) -> _Value | None:
 def deterministic(device: torch.device) -> Iterator[None]:
     """Make a training step on a CUDA device repeatable bit for bit, so that a resumed run can end in the same file.
 
-    Within the context no trial runs choose an algorithm, deterministic algorithms are used (torch warns of an operation
-    that has none), and cuBLAS has a fixed workspace. Nothing is changed for other devices.
+    Within the context cuDNN chooses no algorithm by trial runs, torch uses deterministic algorithms (and warns of an
+    operation that has none), and cuBLAS has a fixed workspace. For other devices nothing is changed.
     """
     if device.type != "cuda":
         yield

@@ -1,4 +1,4 @@
-"""Draw random numbers keyed by (seed, purpose, epoch, example), whatever the batch order and the number of processes.
+"""Draw random numbers keyed by (seed, purpose, epoch, example): they depend neither on the batch nor on the process.
 
 A counter-based generator in the spirit of Salmon et al. (SC 2011), "Parallel random numbers: as easy as 1, 2, 3":
 the j-th number of a stream is a bijective mix (the finalizer of SplitMix64, Steele et al. 2014) of the stream's key
@@ -18,7 +18,6 @@ from torch import Tensor
 _GOLDEN = -7046029254386353131  # 0x9E3779B97F4A7C15 as a signed 64-bit integer
 _MIX1 = -4658895280553007687  # 0xBF58476D1CE4E5B9
 _MIX2 = -7723592293110705685  # 0x94D049BB133111EB
-
 
 MAX_SEED = 2**63 - 1
 
@@ -75,7 +74,7 @@ class Noise:
         return len(self._keys)
 
     def take(self, positions: Tensor) -> Noise:
-        """Return the streams of some of the examples, continued from here; positions (k,) int64 in the batch."""
+        """Return the streams of some of the examples, at the same point; positions (k,) int64 in the batch."""
         subset = copy.copy(self)
         subset._keys = self._keys[positions]
         return subset
@@ -95,7 +94,11 @@ class Noise:
         return (numbers.float() * 2.0**-24).view(len(self), *shape)
 
     def integers(self, high: int, shape: Sequence[int]) -> Tensor:
-        """Draw (n, *shape) int64, uniform in 0 .. high-1 (high < 2^31; the bias is below 2^-32)."""
+        """Draw (n, *shape) int64, uniform in 0 .. high-1, with a bias below 2^-32.
+
+        Raises:
+            ValueError: high is not from 1 to 2^31 - 1.
+        """
         if not 1 <= high < 2**31:
             raise ValueError(f"expected 1 <= high < 2**31, got {high}")
         return _shift_right(_shift_right(self.bits(shape), 32) * high, 32)

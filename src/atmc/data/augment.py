@@ -1,6 +1,6 @@
 """Change training images at random, keyed by (seed, epoch, example): the same in any batch and in any process.
 
-Package-private: `atmc.data.batches` applies the changes. The images of a batch are changed together, without a loop.
+`batches` applies the changes, to all images of a batch together.
 """
 
 from __future__ import annotations

@@ -49,7 +49,7 @@ class Data:
 
     @cached_property
     def _moments(self) -> list[tuple[float, float]]:
-        """Mean and standard deviation per channel; for uint8 pixels from exact counts of the 256 levels."""
+        """Mean and standard deviation of each channel; for uint8 pixels from exact counts of the 256 levels."""
         if self.train.pixels.dtype != torch.uint8:
             channels = (self.train.pixels[:, c].double() for c in range(self.input_shape[0]))
             return [(float(x.mean()), float(x.std(correction=0))) for x in channels]

@@ -1,7 +1,4 @@
-"""Hold labelled images in memory, and read them from what a Python user may pass.
-
-Package-private: import `Images` and `as_images` from `atmc.data`.
-"""
+"""Hold labelled images in memory, and read them from what a Python user may pass."""
 
 from __future__ import annotations
 
@@ -134,7 +131,7 @@ def _pairs(source: object) -> Iterator[tuple[object, object]]:
         if not isinstance(item, tuple | list) or len(item) != 2:
             kind = f"{len(item)} values" if isinstance(item, tuple | list) else type(item).__name__
             raise ValueError(
-                f"expected (image, label) pairs, or a pair (images, labels), got {kind} at position {position}"
+                f"expected (image, label) pairs, or one pair (images, labels), got {kind} at position {position}"
             )
         yield item[0], item[1]
 

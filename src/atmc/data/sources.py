@@ -1,7 +1,5 @@
 """Read labelled images as whole splits of uint8 pixels: scikit-learn's digits, parquet files, image folders, the hub.
 
-Package-private: users call `atmc.data.load_data`.
-
 Decoding: 8-bit gray stays one channel, everything else of 8 bits (palette, RGBA, CMYK, ...) becomes RGB, without
 alpha; images of more than 8 bits per channel are refused. If a data set has gray and RGB images, the gray ones are
 repeated over three channels. An orientation noted by a camera is applied.
@@ -33,7 +31,7 @@ _GRAY = {"1", "L", "LA", "La"}  # Pillow's modes of 8 bits and less
 _COLOR = {"P", "PA", "RGB", "RGBA", "RGBa", "RGBX", "CMYK", "YCbCr", "HSV", "LAB"}
 _UNREADABLE = (OSError, SyntaxError, ValueError, EOFError, Image.DecompressionBombError)  # what Pillow raises
 _HUB_ID = re.compile(r"\w[\w.-]*/\w[\w.-]*(:[\w.-]+)?")
-_MAX_UNNAMED = 2**16  # classes of a source that does not name them: more is a column of something else
+_MAX_UNNAMED = 2**16  # most classes of a source that names none; a column of larger numbers does not hold labels
 
 T = TypeVar("T")
 
@@ -64,7 +62,7 @@ def read(name: str, image_column: str | None, label_column: str | None) -> tuple
         {split: _read_parquet_files(paths) for split, paths in files.items()} or _hub_tables(name), name
     )
     return _unify_splits(
-        {split: _read_table(split, t, image_column, label_column) for split, t in tables.items()}, name
+        {split: _read_table(split, table, image_column, label_column) for split, table in tables.items()}, name
     )
 
 
@@ -179,7 +177,7 @@ def _subfolders(folder: Path) -> list[Path]:
 
 
 def _parquet_files(root: Path) -> dict[str, list[Path]]:
-    """Return each split's files: ``train-00000-of-00001.parquet``, ``train.parquet`` or ``train/0000.parquet``."""
+    """List the files of each split: ``train-00000-of-00001.parquet``, ``train.parquet`` or ``train/0000.parquet``."""
     files: dict[str, list[Path]] = {}
     paths = [path for path in sorted(root.rglob("*.parquet")) if "/." not in f"/{path.relative_to(root).as_posix()}"]
     for path in paths:
@@ -218,7 +216,7 @@ def _read_table(split: str, table: Any, image_column: str | None, label_column: 
         label_column = next((name for name in ("label", "fine_label") if name in table.column_names), "label")
     if label_column not in table.column_names:
         columns = ", ".join(table.column_names)
-        raise ValueError(f"found no label column {label_column} in {split}; name one by label_column, of: {columns}")
+        raise ValueError(f"found no label column {label_column} in {split}; choose label_column out of: {columns}")
     column = table.column(label_column)
     if not pa.types.is_integer(column.type) or column.null_count:
         kind = f"{column.type}, {column.null_count} of them missing" if column.null_count else column.type
@@ -258,7 +256,7 @@ def _image_column(schema: Any, features: dict[str, Any], name: str | None) -> st
 
 
 def _image_source(value: bytes | dict[str, Any] | None, place: str) -> bytes | Path:
-    """Return an image's file as bytes, or its path (for image folders of the hub, after the download)."""
+    """Return an image's file as bytes, or its path (for image folders of the hub, which are downloaded first)."""
     content = value.get("bytes") or value.get("path") if isinstance(value, dict) else value
     if not content:
         raise ValueError(f"expected an image in {place}, got none")

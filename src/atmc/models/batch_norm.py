@@ -14,8 +14,6 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-STATISTICS = ("running_mean", "running_var", "num_batches_tracked")
-
 
 def _batch_norms(model: nn.Module) -> Iterator[tuple[str, _BatchNorm]]:
     """Yield path and module of every batch norm that has running statistics and a scale and shift."""
@@ -25,7 +23,7 @@ def _batch_norms(model: nn.Module) -> Iterator[tuple[str, _BatchNorm]]:
 
 
 def _affine_form(norm: _BatchNorm) -> dict[str, Tensor]:
-    """Return the statistics with which a batch norm is affine: mean 0, and a variance of 1 - eps."""
+    """Return the statistics under which a batch norm is x * weight + bias: mean 0 and variance 1 - eps."""
     assert norm.running_mean is not None
     zero = torch.zeros(norm.running_mean.shape)
     return {
@@ -55,7 +53,7 @@ def make_affine(model: nn.Module) -> nn.Module:
 
 
 def is_affine(model: nn.Module) -> bool:
-    """Tell whether the model has batch norm, all of it as `make_affine` leaves it."""
+    """Return whether the model has batch norm, all of it in the form that `make_affine` gives it."""
     norms = [norm for _, norm in _batch_norms(model)]
     return bool(norms) and all(
         torch.equal(getattr(norm, name).cpu(), value) for norm in norms for name, value in _affine_form(norm).items()
@@ -63,7 +61,7 @@ def is_affine(model: nn.Module) -> bool:
 
 
 def affine_statistics(model: nn.Module) -> dict[str, Tensor]:
-    """Return the state dict entries that need not be stored, if all batch norm is affine."""
+    """Return the entries of the state dict that need not be stored if all batch norm is affine, path -> value."""
     return {
         f"{path}.{name}".lstrip("."): value
         for path, norm in _batch_norms(model)

@@ -17,7 +17,7 @@ from torch import nn
 
 from atmc.core.errors import unknown
 
-USER_CODE_ERRORS = (  # what Python raises for a mistake in a user's code; not the exception classes that it defines
+USER_CODE_ERRORS = (  # what a mistake in a user's code raises; exceptions of other classes pass through
     ArithmeticError,
     AssertionError,
     AttributeError,

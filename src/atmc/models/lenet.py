@@ -13,7 +13,7 @@ class LeNet(nn.Module):
     """conv 20 (5x5), ReLU, max-pool 2, conv 50 (5x5), ReLU, max-pool 2, fc 500, ReLU, fc num_classes; all with biases.
 
     Source: LeCun et al. 1998, with the widths of Caffe's ``lenet.prototxt`` and a ReLU after each convolution.
-    430,500 conv and linear weights for 1x28x28 images and 10 classes. PyTorch's default initialisation.
+    430,500 conv and linear weights for 1x28x28 images and 10 classes. PyTorch's default initialization.
 
     Args:
         num_classes: number of logits.

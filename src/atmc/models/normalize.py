@@ -60,30 +60,30 @@ def check_statistics(mean: object, std: object, channels: int | None = None) -> 
         ValueError: one is not a list of numbers, a length is wrong, a value is not finite in float32, or a standard
             deviation is not positive in float32.
     """
-    means, stds = _floats("mean", mean), _floats("std", std)
+    means, stds = _check_floats("mean", mean), _check_floats("std", std)
     expected = len(means) if channels is None else channels
-    for word, values in (("mean", means), ("std", stds)):
+    for name, values in (("mean", means), ("std", stds)):
         if not values or len(values) != expected:
-            raise ValueError(f"expected one value of {word} for each channel ({max(expected, 1)}), got {len(values)}")
+            raise ValueError(f"expected one value of {name} for each channel ({max(expected, 1)}), got {len(values)}")
     for value in stds:
         if not value >= _FLOAT32.tiny:
             raise ValueError(f"expected std > 0, got {value}")
     return means, stds
 
 
-def _floats(word: str, values: object) -> list[float]:
+def _check_floats(name: str, values: object) -> list[float]:
     if not isinstance(values, (list, tuple)):
-        raise ValueError(f"expected {word} to be a list of numbers, got {type(values).__name__}")
-    return [_float(word, value) for value in values]
+        raise ValueError(f"expected {name} to be a list of numbers, got {type(values).__name__}")
+    return [_check_float(name, value) for value in values]
 
 
-def _float(word: str, value: object) -> float:
+def _check_float(name: str, value: object) -> float:
     if isinstance(value, bool) or not isinstance(value, Real):
-        raise ValueError(f"expected {word} to hold numbers only, got {reprlib.repr(value)}")
+        raise ValueError(f"expected {name} to hold numbers only, got {reprlib.repr(value)}")
     try:
         number = float(value)
     except OverflowError:  # an integer beyond float64
         number = math.inf
     if not abs(number) <= _FLOAT32.max:  # also if it is nan
-        raise ValueError(f"expected {word} to be finite in float32, got {number}")
+        raise ValueError(f"expected {name} to be finite in float32, got {number}")
     return number

@@ -76,7 +76,7 @@ ZOO: dict[str, ZooModel] = {
 """The networks by name. Every other ``wrn-D-W`` with D = 4 + 6 n is known too, by `find_model`."""
 
 NAMES = tuple(ZOO)
-"""Names to offer a user."""
+"""The names that help and errors list."""
 
 
 def find_model(name: object) -> ZooModel:
@@ -231,18 +231,18 @@ def _check_shape(shape: object) -> Shape:
     )
 
 
-def _check_integer(word: str, value: object, low: int, high: int) -> int:
+def _check_integer(name: str, value: object, low: int, high: int) -> int:
     if isinstance(value, Integral) and not isinstance(value, bool):
         number = int(value)
         if low <= number <= high:
             return number
-    raise ValueError(f"expected {word} to be an integer from {low} to {high}, got {reprlib.repr(value)}")
+    raise ValueError(f"expected {name} to be an integer from {low} to {high}, got {reprlib.repr(value)}")
 
 
-def _check_number(word: str, value: object) -> float:
+def _check_number(name: str, value: object) -> float:
     if isinstance(value, (int, float)) and not isinstance(value, bool) and abs(value) <= sys.float_info.max:
         return float(value)
-    raise ValueError(f"expected {word} to be a finite number, got {reprlib.repr(value)}")
+    raise ValueError(f"expected {name} to be a finite number, got {reprlib.repr(value)}")
 
 
 def _build_zoo_model(spec: _Spec, seed: int | None) -> nn.Module:
@@ -256,19 +256,19 @@ def _build_zoo_model(spec: _Spec, seed: int | None) -> nn.Module:
     return model
 
 
-def _call_seeded(make: Callable[[], _Built], seed: int | None) -> _Built:
-    """Return ``make()``, with the CPU's generator at ``seed`` and set back afterwards.
+def _call_seeded(build_value: Callable[[], _Built], seed: int | None) -> _Built:
+    """Return ``build_value()``, called with the CPU's generator at a seed, and set the generator back.
 
-    A module is moved to the default device.
+    A module is moved to the default device. Without a seed the call draws from the generator as it is.
     """
     if seed is None:
-        return make()
+        return build_value()
     start = _check_integer("seed", seed, 0, MAX_SEED)
     default_device = torch.get_default_device()
     drawn_on = default_device if default_device.type == "meta" else torch.device("cpu")
     with torch.random.fork_rng(devices=[]), drawn_on:
         torch.default_generator.manual_seed(start)
-        built = make()
+        built = build_value()
     if isinstance(built, nn.Module) and default_device.type != drawn_on.type:
         built.to(default_device)
     return built

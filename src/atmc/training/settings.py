@@ -17,7 +17,7 @@ from torch import nn
 from atmc.core.arguments import AT_LEAST_ONE, NOT_NEGATIVE, POSITIVE, Bounds
 from atmc.core.errors import unknown
 from atmc.core.rng import check_seed
-from atmc.data.augment import AUGMENTATIONS
+from atmc.data import AUGMENTATIONS
 from atmc.robust.objectives import OBJECTIVES
 
 PHASES = ("dense", "l0", "admm", "tune")
