@@ -104,7 +104,7 @@ class Admm:
         }
 
     def restored(self, state: Mapping[str, Any]) -> Admm:
-        """Return this ADMM with what `state` saved in place of its own state."""
+        """Return this ADMM with a state that `state` returned, in place of its own."""
         return replace(
             self,
             rho=state["rho"],

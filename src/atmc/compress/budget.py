@@ -1,6 +1,6 @@
-"""State how small a model must be, and count how small it is by the paper's nominal size.
+"""State how small a model must be, and measure how small it is by the paper's nominal size.
 
-Budgets in bytes are held by `rate_control`.
+`rate_control` keeps budgets in bytes.
 
 Legend: N the number of conv and linear weights of the plain dense model (no biases, no batch norm); k the number of
 nonzeros.
@@ -51,7 +51,7 @@ class Budget:
             raise ValueError(f"expected 1 to 8 bits, or none for 32-bit values, got {self.bits}")
 
     def resolve(self, dense_weights: int, *, floor: int = 1) -> int:
-        """Return k for a model with N = dense_weights; with max_bytes it is a first guess, within the bounds.
+        """Return k for a model with N = dense_weights; with max_bytes it is a first guess from floor to N.
 
         Args:
             floor: the smallest k that the model's layers can work with.
@@ -104,7 +104,7 @@ def bits_of(bits: Bits, name: str) -> int | None:
 
 
 def mean_bits(tensors: Mapping[str, Tensor], bits: Bits) -> float | int | None:
-    """Return the bits of a code, if tensors differ their mean over the nonzeros; None without codebook."""
+    """Return the bits per nonzero: the mean over the nonzeros if tensors differ, None without codebook."""
     if not isinstance(bits, Mapping):
         return bits
     counts = {name: int(tensor.count_nonzero()) for name, tensor in tensors.items()}

@@ -16,7 +16,7 @@ from torch import Tensor
 from atmc.compress.projections import exact_zero_kmeans, keep_largest, zero_kmeans
 
 Tensors = Mapping[str, Tensor]
-WARM_ITERATIONS = 10  # of ZeroKmeans when it starts from known centers; more gain little (benchmarks/projections.py)
+WARM_ITERATIONS = 10  # of ZeroKmeans if it starts from known centers; more gain little (benchmarks/projections.py)
 
 
 class Constraint(Protocol):
@@ -87,14 +87,14 @@ class FixedMask:
     """Entries outside a mask are zero.
 
     Args:
-        masks: name -> bool tensor, True where a value may be.
+        masks: name -> bool tensor, True for the entries that may differ from zero.
     """
 
     masks: Tensors
 
     @classmethod
     def support(cls, tensors: Tensors) -> FixedMask:
-        """Return the constraint that today's zeros stay zero."""
+        """Return the constraint that the present zeros stay zero."""
         return cls({name: tensor != 0 for name, tensor in tensors.items()})
 
     def project(self, tensors: Tensors) -> dict[str, Tensor]:
@@ -174,9 +174,9 @@ class Codebook:
 
 @dataclass(frozen=True)
 class InOrder:
-    """Several constraints, projected on one after the other: each projection must keep the constraints before it.
+    """Several constraints that are projected on in turn: each projection must keep the constraints before it.
 
-    A codebook after a nonzero budget is Q(theta): ZeroKmeans keeps zeros zero, so both hold.
+    A nonzero budget and then a codebook give Q(theta): ZeroKmeans keeps zeros zero, so that both hold.
     """
 
     parts: tuple[Constraint, ...]

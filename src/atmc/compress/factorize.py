@@ -29,7 +29,7 @@ from atmc.core.errors import unknown
 
 Form = Literal["left", "right", "svd", "rank"]
 FORMS: tuple[Form, ...] = ("left", "right", "svd", "rank")
-SPARSE_COST = 20  # cost of a product of two nonzeros that are looked up, in products of dense factors
+SPARSE_COST = 20  # cost of one product of two nonzeros, which must be looked up, in multiply-adds of dense factors
 CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
 TRANSPOSED = (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
 ATTENTION_WEIGHTS = ("in_proj_weight", "q_proj_weight", "k_proj_weight", "v_proj_weight")
@@ -69,7 +69,7 @@ def compressible_weights(model: nn.Module, *, exclude: Sequence[str] = ()) -> li
 
 
 def check_compressible(model: nn.Module, *, exclude: Sequence[str] = ()) -> None:
-    """Raise ValueError for a weight that cannot be compressed: shared, or computed by another parametrization."""
+    """Raise ValueError if a weight cannot be compressed: it is shared, or computed by another parametrization."""
     weights = compressible_weights(model, exclude=exclude)
     for weight in weights:
         if not is_factorized(weight) and not isinstance(weight.tensor, nn.Parameter):
@@ -105,14 +105,14 @@ def all_compressible_weights(model: nn.Module) -> Iterator[CompressibleWeight]:
 
 
 def is_factorized(weight: CompressibleWeight) -> bool:
-    """Tell whether this weight is held as factors by `factorize`."""
+    """Return whether a weight is held as factors."""
     if not parametrize.is_parametrized(weight.module, weight.parameter):
         return False
     return isinstance(_parametrization(weight)[0], Factors)
 
 
 class _Product(torch.autograd.Function):
-    """``u @ v``, values and gradients, without the work for columns of u and rows of v that are zero."""
+    """The product ``u @ v`` and its gradients, without the work for columns of u and rows of v that are zero."""
 
     @staticmethod
     def forward(ctx: Any, u: Tensor, v: Tensor) -> Tensor:
@@ -151,8 +151,8 @@ class Factors(nn.Module):
             w = w + u
         w = w.view(self.shape)
         w = w if c is None else w + c
-        # Convolutions judge the layout by the strides. With one input channel `contiguous` would leave these as they
-        # are: hence a clone.
+        # Convolutions tell the layout from the strides. With one input channel `contiguous` would not change these,
+        # but a clone does.
         return w.clone(memory_format=torch.channels_last) if self.channels_last and w.dim() == 4 else w
 
     def right_inverse(self, w: Tensor) -> tuple[Tensor, ...]:
@@ -210,11 +210,11 @@ def cut_ranks(model: nn.Module, ranks: Mapping[str, int]) -> nn.Module:
 def _register_factors(
     weight: CompressibleWeight, form: Form, rank: int, initial: tuple[Tensor, ...] | None = None
 ) -> None:
-    """Hold a plain weight as factors: the initial ones, or by default those at which the form starts from it."""
+    """Hold a plain weight as factors: the initial ones if they are given, else those at which its form starts."""
     factors_module = Factors(form, weight.tensor.shape, rank)
     factors_module.initial = initial
     factors_module.channels_last = _is_channels_last(weight.tensor)
-    # unsafe: torch's own check would compare W before and after, which a cut rank changes
+    # unsafe skips torch's check that W stays the same: a cut rank and given factors change it
     unsafe = form == "rank" or initial is not None
     parametrize.register_parametrization(weight.module, weight.parameter, factors_module, unsafe=unsafe)
     factors_module.initial = None
@@ -234,9 +234,9 @@ def factor_structure(model: nn.Module) -> dict[str, tuple[Form, int]]:
 
 
 def apply_structure(model: nn.Module, structure: Mapping[str, tuple[str, int]]) -> nn.Module:
-    """Factorize a plain model as `factor_structure` says, in place; return it.
+    """Factorize a plain model as `factor_structure` described it, in place; return the model.
 
-    The values mean nothing until a state dict is loaded.
+    The factors have no meaning until a state dict is loaded.
 
     Raises:
         ValueError: a form is unknown.
@@ -288,7 +288,7 @@ def assign_factors(model: nn.Module, values: Mapping[str, np.ndarray]) -> None:
 
 
 def use_channels_last(model: nn.Module) -> nn.Module:
-    """Give every 4-dimensional parameter, and every W that is built, the layout channels_last; in place, return it."""
+    """Lay out 4-dimensional parameters, and every W that is built, in channels_last; in place, return the model."""
     for parameter in model.parameters():
         if parameter.dim() == 4:
             parameter.data = parameter.data.clone(memory_format=torch.channels_last)
@@ -311,8 +311,8 @@ def cached_weights(model: nn.Module) -> Iterator[None]:
 def compose(form: Form, u: np.ndarray, v: np.ndarray, c: np.ndarray | None) -> np.ndarray:
     """Compute W (out, columns) float32 from its factors, the same bits on every machine.
 
-    Each entry is summed in float64 in a fixed order - the products U[i, j] V[j, :] by rising j if both are nonzero,
-    then the identity's term, then C - and rounded once. Beyond float32's range it is infinite.
+    Each entry is summed in float64 in a fixed order (the products U[i, j] V[j, k] of nonzeros by rising j, then the
+    identity's term, then C) and rounded once. Beyond float32's range it is infinite.
     """
     total = _product(u, v)
     if form == "left":
@@ -326,7 +326,7 @@ def compose(form: Form, u: np.ndarray, v: np.ndarray, c: np.ndarray | None) -> n
 
 
 def product_cost(u: np.ndarray, v: np.ndarray) -> int:
-    """Estimate how long `compose` takes for these factors, in multiply-adds of dense ones."""
+    """Estimate how long `compose` takes for these factors, in multiply-adds of dense factors."""
     return min(u.size * int(v.shape[1]), SPARSE_COST * _count_products(u, v))
 
 

@@ -28,7 +28,7 @@ from atmc.compress.sorted_values import (
 )
 
 _GRID_SIZE = 4096  # quantiles from which the density is estimated
-_MAX_CUTS = 8192  # cuts that are tried at a time, over all intervals
+_MAX_CUTS = 8192  # cuts that one call tries, over all intervals
 _ROUNDING_ERROR = 2.0**-46  # least gain of a change, in parts of the sum of squares: rounding to float32 costs less
 
 
@@ -175,7 +175,7 @@ def _choose_swaps(gains: Float64s, costs: Float64s, unused: int) -> tuple[list[i
 
 
 def _swap_centers(nonzeros: SortedValues, parts: _Partition, levels: int) -> _Partition:
-    """Cut intervals in two and merge others for it, if that lowers the objective."""
+    """Cut intervals in two, and merge others to keep the number of levels, if that lowers the objective."""
     places, gains = _best_splits(nonzeros, parts)
     cut, merged = _choose_swaps(gains, _merge_costs(nonzeros, parts), levels - (len(parts.edges) - 3))
     keep = np.ones(len(parts.edges), dtype=np.bool_)
@@ -187,7 +187,7 @@ def _swap_centers(nonzeros: SortedValues, parts: _Partition, levels: int) -> _Pa
 
 
 def _iterate(nonzeros: SortedValues, centers: Float64s, levels: int) -> Float64s:
-    """Do one iteration: assign values to the nearest centers, move edges, swap centers, then take means.
+    """Return the centers after one iteration, which assigns values to centers, moves edges, swaps centers, takes means.
 
     The first and the last are Lloyd's steps; none of the four raises the objective.
     """
@@ -198,6 +198,7 @@ def _iterate(nonzeros: SortedValues, centers: Float64s, levels: int) -> Float64s
 
 
 def _lloyd(nonzeros: SortedValues, centers: Float64s, levels: int, iterations: int) -> Float64s:
+    """Return the centers after a number of iterations, or fewer if nothing changes any more."""
     for _ in range(iterations):
         before, centers = centers, _iterate(nonzeros, centers, levels)
         if np.array_equal(before, centers):

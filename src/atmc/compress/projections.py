@@ -71,8 +71,10 @@ class _Keys:
     def gather(self, low: int, high: int) -> tuple[int, int, NDArray[Any]]:
         """Return the number of keys above high, the number in low..high, and the keys in low..high.
 
-        With low = high the keys themselves are left out, since all are the same. Raises ValueError if an entry is not
-        finite.
+        If low = high the keys themselves are left out, since all are the same.
+
+        Raises:
+            ValueError: an entry is not finite.
         """
         above, inside, gathered = 0, 0, [np.zeros(0, dtype=f"i{self.dtype.itemsize}")]
         for index, flat in enumerate(self.flats):
@@ -156,7 +158,7 @@ def largest_masks(tensors: Sequence[Tensor], k: int) -> list[Tensor]:
     excess = marked - k
     for flat, mask in zip(reversed(keys.flats), reversed(masks), strict=True):
         if excess <= 0:
-            break  # nearly always at once: the lines below drop the last of several equal magnitudes
+            break  # nearly always at once; otherwise the last ones of several equal magnitudes are dropped
         above = keys.mask_at_least(flat, key + 1)
         ties = mask ^ above
         count = int(ties.count_nonzero())
@@ -196,8 +198,8 @@ def allocate_ranks(singular_values: Sequence[Tensor], costs: Sequence[int], budg
 
     Greedy, global over the layers: after one rank each, the largest singular values come first, as for the nonzeros of
     `keep_largest`. A value that no longer fits is skipped, and with it the rest of its layer, so that cheaper layers
-    may use what remains of the budget: in the end no layer could have one rank more. Zeros are not bought; equal values
-    go by layer.
+    may use what remains of the budget: in the end no layer could have one rank more. Values of zero get no rank; of
+    equal values the first layer's comes first.
 
     Args:
         singular_values: one (n,) tensor per layer, n >= 1, none negative, in any order.

@@ -17,10 +17,11 @@ from atmc.compress.constraints import Codebook, Constraint, InOrder, NonzeroBudg
 from atmc.compress.projections import keep_largest, zero_kmeans
 
 EXACT_BELOW = 20_000  # nonzeros up to which a tensor's final codebook is the exact optimum
-FILLED = 0.985  # part of the byte budget that ends a search when it is used
+FILLED = 0.985  # a search ends if the file takes this part of the budget or more
 BITS_PER_NONZERO = 12.0  # about what a nonzero takes in the file, position and code
 ROUNDING = 8.0  # weight of a squared error of rounding; pruning, which other weights make up for, has 1 (results/rate)
-DEFAULT_BITS = 4
+BITS_PER_CENTER = 10  # about what a value of a codebook takes in the file
+DEFAULT_BITS = 4  # until bits are chosen, and of a tensor without nonzeros
 MARGINAL = 0.02  # quantile of the nonzeros' magnitudes that is taken as the magnitude of the marginal nonzero
 
 
@@ -43,7 +44,7 @@ class Allocation:
         return NonzeroBudget(nonzeros, keep_alive=True)
 
     def constraint(self) -> Constraint:
-        """Return Q: prune to k, every layer keeping something, then quantize."""
+        """Return Q: prune to k, keeping a nonzero in every layer, then quantize."""
         prune = self.step_constraint(self.nonzeros)
         return prune if self.bits is None else InOrder((prune, Codebook(self.bits, exact_below=EXACT_BELOW)))
 
@@ -53,9 +54,9 @@ class RateControl:
     """Choose k and the bits of each tensor so that the model's file fits a budget in bytes.
 
     The coded length of the model as it is now decides k, as a video encoder controls its rate. Bits are chosen by equal
-    slopes: the budget's marginal nonzero, of magnitude m and b bits of code, is worth m^2 / b of squared error per bit;
-    each tensor takes the codebook that is best at this price, which solves the multiple-choice knapsack of distortion
-    and rate up to its integrality gap (Shoham and Gersho 1988).
+    slopes: a bit is worth m^2 / BITS_PER_NONZERO / ROUNDING of squared error, m being the magnitude of the marginal
+    nonzero. Each tensor takes the codebook that is best at this price, which solves the multiple-choice knapsack of
+    distortion and rate up to its integrality gap (Shoham and Gersho 1988).
 
     Args:
         max_bytes: the budget.
@@ -79,7 +80,7 @@ class RateControl:
     def allocate(
         self, model: nn.Module, tensors: Mapping[str, Tensor], now: Allocation, *, choose_bits: bool
     ) -> tuple[Allocation, Allocation, int]:
-        """Return what to project the tensors to now, what training should go on with, and the bytes of the first.
+        """Return the allocation that fits now, the one to continue training with, and the bytes of the first.
 
         The first is verified by coding the model. The second has a larger k if the tensors hold fewer nonzeros than
         the file has room for.
@@ -100,7 +101,7 @@ class RateControl:
             kept = keep_largest(list(values.values()), min(now.nonzeros, nonzeros))
             bits = self._choose_bits(dict(zip(values, kept, strict=True)))
         elif self.most_bits is not None and bits is None:
-            bits = min(DEFAULT_BITS, self.most_bits)  # until there are values to choose by
+            bits = min(DEFAULT_BITS, self.most_bits)  # until `admm` begins
 
         def length(k: int) -> int:
             for name, value in Allocation(k, bits).constraint().project(values).items():
@@ -152,7 +153,7 @@ class RateControl:
         return fits
 
     def _extrapolate(self, k: int, size: int) -> int:
-        """Estimate the k that would just fit, if every nonzero took as many bytes as these k do on average."""
+        """Estimate the k that would just fit if every nonzero took the mean number of bytes that these k take."""
         room = 0.993 * self.max_bytes - self.smallest
         factor = room / max(size - self.smallest, 1)
         return max(int(k * min(max(factor, 0.25), 2.0)), 1)
@@ -170,7 +171,7 @@ class RateControl:
 
 
 def _bit_price(kept: Mapping[str, Tensor]) -> float:
-    """Return the squared error that one bit is worth: that of pruning a small nonzero, per bit that this saves."""
+    """Return the squared error that a bit is worth, from that of pruning the marginal nonzero; see `RateControl`."""
     magnitudes = torch.cat([tensor[tensor != 0].abs().flatten() for tensor in kept.values()])
     marginal = magnitudes.kthvalue(max(int(MARGINAL * len(magnitudes)), 1)).values
     return float(marginal) ** 2 / BITS_PER_NONZERO / ROUNDING
@@ -182,4 +183,4 @@ def _codebook_cost(nonzero: Tensor, bits: int, price: float) -> float:
     error = float((nonzero - quantized).double().square().sum())
     counts = torch.unique(quantized, return_counts=True)[1].double()
     codes = float(-(counts * (counts / counts.sum()).log2()).sum())
-    return error + price * (codes + 10 * len(centers))
+    return error + price * (codes + BITS_PER_CENTER * len(centers))

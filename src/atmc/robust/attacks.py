@@ -158,7 +158,7 @@ def _keep_better(best: Tensor, best_value: Tensor, new: Tensor, value: Tensor) -
 
 
 def check_pgd(*, steps: int | None = None, step_size: float | None = None, restarts: int = 1, loss: str = "ce") -> None:
-    """Raise ValueError for a setting of PGD that makes no sense; None is not checked."""
+    """Raise ValueError for a setting of PGD that makes no sense; a setting that is None is not checked."""
     if steps is not None and steps < 1:
         raise ValueError(f"expected steps >= 1, got {steps}")
     if step_size is not None and not 0 < step_size < math.inf:
@@ -288,7 +288,7 @@ def cw(
     Args:
         steps: steps of Adam per value of c, at least 1.
         searches: values of c that are tried, at least 1.
-        learning_rate: of Adam.
+        learning_rate: the step size of Adam.
 
     Raises:
         ValueError: a setting that makes no sense.
@@ -301,7 +301,7 @@ def cw(
     c, low, high = torch.ones_like(best_distance), torch.zeros_like(best_distance), torch.full_like(best_distance, 1e10)
     with attack_mode(model):
         for _ in range(searches):
-            broken = torch.zeros_like(best_distance, dtype=torch.bool)  # by any step with this c
+            broken = torch.zeros_like(best_distance, dtype=torch.bool)  # whether any step with this c fooled the model
             w, state = start.clone(), (torch.zeros_like(x), torch.zeros_like(x))
             for step in range(1, steps + 1):
                 with torch.enable_grad():

@@ -169,7 +169,7 @@ class ObjectiveSpec:
         loss: the function (model, x, y, perturb, **options) -> scalar loss.
         help: its meaning in one line.
         options: keyword argument of the function -> `Option`.
-        norms: names of the threats it is for; None for every one.
+        norms: names of the threats that it is for; None for every one.
         adversarial: whether it trains against attacks; if not, validation chooses by clean accuracy alone.
     """
 

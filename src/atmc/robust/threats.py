@@ -61,8 +61,8 @@ def _per_example(values: Tensor, like: Tensor) -> Tensor:
     return values.view(-1, *[1] * (like.dim() - 1))
 
 
-def _write(name: str, eps: float) -> str:
-    """Write 'linf:8/255' if eps is a whole number of 255ths (and not a short decimal), else 'linf:0.2'."""
+def _format_threat(name: str, eps: float) -> str:
+    """Return 'linf:8/255' if eps is a whole number of 255ths (and not a short decimal), else 'linf:0.2'."""
     steps = Fraction(eps * 255).limit_denominator(10)
     if float(f"{eps:.3g}") != eps and abs(float(steps) / 255 - eps) < 1e-12 and steps.denominator == 1:
         return f"{name}:{steps.numerator}/255"
@@ -84,7 +84,7 @@ class Linf:
         _check_eps(self.eps)
 
     def __str__(self) -> str:
-        return _write(self.name, self.eps)
+        return _format_threat(self.name, self.eps)
 
     def random_start(self, x: Tensor, noise: Noise) -> Tensor:
         """Draw a uniform point of the ball, then clip to the box; (n, ...) like x."""
@@ -122,7 +122,7 @@ class L2:
         _check_eps(self.eps)
 
     def __str__(self) -> str:
-        return _write(self.name, self.eps)
+        return _format_threat(self.name, self.eps)
 
     def random_start(self, x: Tensor, noise: Noise) -> Tensor:
         """Draw a uniform point of the ball (a normal direction times U^(1/d)), then clip to the box."""
@@ -132,7 +132,7 @@ class L2:
         return (x + direction * _per_example(radius / length, x)).clamp_(0, 1)
 
     def ascent(self, adv: Tensor, grad: Tensor, step_size: float) -> Tensor:
-        """Move along the gradient by the Euclidean length step_size (not at all if the gradient is zero)."""
+        """Move along the gradient by the Euclidean length step_size, or not at all if the gradient is zero."""
         length = grad.flatten(1).norm(dim=1).clamp_min(1e-30)
         return adv + grad * _per_example(step_size / length, grad)
 
@@ -178,7 +178,7 @@ class L1:
         _check_eps(self.eps)
 
     def __str__(self) -> str:
-        return _write(self.name, self.eps)
+        return _format_threat(self.name, self.eps)
 
     def random_start(self, x: Tensor, noise: Noise) -> Tensor:
         """Draw a uniform point of the ball (signed exponentials over their sum with one more), then clip to the box."""
@@ -273,7 +273,7 @@ def parse_threat(text: str) -> Threat:
 
 
 def as_threat(threat: object) -> Threat:
-    """Return a threat, given itself or its text; raise ValueError for anything else.
+    """Return a threat that is given as itself or as its text; raise ValueError for anything else.
 
     >>> str(as_threat("l2:0.5"))
     'l2:0.5'
