@@ -25,7 +25,7 @@ def reestimate_batch_norm(
     Means over all images that pass replace the running averages. The attack sees the model as it was.
 
     Returns:
-        False, and nothing was done, if the model has no batch norm with running statistics.
+        True; False if the model has no batch norm with running statistics, and nothing was done.
     """
     norms = [module for module in model.modules() if isinstance(module, BATCH_NORMS) and module.track_running_stats]
     if not norms:
@@ -58,10 +58,10 @@ def restore_batch_norm(model: nn.Module, images: Images, *, n: int = 2000, batch
 
     A file holds only a scale and a shift (`models.batch_norm.make_affine`). Here every norm gets the statistics of its
     input over the first n images, and the weight and bias with which it computes the same as before in evaluation
-    mode, up to rounding. Without them the first pass in training mode would change the network's output.
+    mode, up to rounding. Otherwise the first pass in training mode would change the network's output.
 
     Returns:
-        False, and nothing was done, if the batch norms are not affine.
+        True; False if the batch norms are not affine, and nothing was done.
     """
     if not is_affine(model):
         return False

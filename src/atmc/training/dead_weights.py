@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from atmc.data import Images
 
-AGREEMENT = 1e-5  # largest change of a logit over the largest |logit|: what rounding may change
+AGREEMENT = 1e-5  # largest change of a logit over the largest |logit| that rounding may cause
 
 
 def probe_images(images: Images, n: int = 64) -> Tensor:
@@ -25,7 +25,7 @@ def probe_images(images: Images, n: int = 64) -> Tensor:
 def zero_dead_weights(model: nn.Module, probe: Tensor) -> int:
     """Zero every parameter that has no effect on any image, in place; return how many nonzeros that removes.
 
-    No weight tensor becomes zero altogether. If the logits of the probe change nevertheless, nothing is done.
+    No weight tensor becomes zero altogether. If the logits of the probe change, the zeroing is undone.
 
     Args:
         model: in evaluation mode, with affine batch norms (`models.batch_norm.make_affine`).

@@ -34,7 +34,7 @@ class Size:
     Args:
         nonzeros: over all tensors.
         nominal_bits: see `compress.budget.nominal_bits`.
-        bits: of a code, the mean over nonzeros if tensors differ; None without a codebook.
+        bits: per nonzero, the mean over nonzeros if tensors differ; None without a codebook.
     """
 
     nonzeros: int
@@ -140,13 +140,12 @@ def finalize_copy(model: nn.Module, probe: Tensor) -> nn.Module:
 
 
 def _simplify(model: nn.Module, probe: Tensor) -> int:
-    """Make norms affine, zero dead weights, give each weight its shortest form; return the number of dead weights."""
+    """Make norms affine, zero dead weights, give each weight its shortest form; return how many weights were dead."""
     make_affine(model).eval()
     dead = zero_dead_weights(model, probe)
     choose_shortest_forms(model)
-    return dead + zero_dead_weights(
-        model, probe
-    )  # a row of W may be dead while V's row, which other rows share, is not
+    # once more: a row of W may be dead while V's row, which other rows share, is not
+    return dead + zero_dead_weights(model, probe)
 
 
 @torch.no_grad()

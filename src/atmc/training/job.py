@@ -128,11 +128,10 @@ class Job:
     def _build_rate_control(
         self, model: nn.Module, budget: Budget, method: str, recipe: Recipe, train: Images
     ) -> RateControl:
-        """Return the rate control of a budget in bytes. Raises BudgetTooSmall if no file of the model is that small."""
+        """Return the rate control of a budget in bytes; raise BudgetTooSmall if no file of the model is that small."""
         if method == "da":
             raise ValueError("method 'da' keeps every weight: leave out max_bytes")
         assert budget.max_bytes is not None
-
         probe = probe_images(train)
 
         def projected_bytes(trained: nn.Module) -> int:
@@ -163,7 +162,7 @@ class Job:
         return copy.deepcopy(self._plain)
 
     def run(self, state: State | None = None) -> Iterator[StepDone | EpochDone]:
-        """Train, from a saved state if there is one; yield after every step and every epoch."""
+        """Train, from a saved state if one is given; yield after every step and every epoch."""
         for event in self.runner.run(state):
             if isinstance(event, EpochDone):
                 self.records.append(event.record)

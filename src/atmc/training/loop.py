@@ -40,7 +40,7 @@ class StepDone:
         seconds: since the epoch began.
         admm: the state of ADMM after the step, if there is one.
         phase: the name of the phase; `fit` leaves it empty, and `Runner` fills it in.
-        fraction: of all the run's epochs, the part that is done; likewise.
+        fraction: the part of all the run's epochs that is done; likewise.
     """
 
     epoch: int
@@ -55,7 +55,7 @@ class StepDone:
 
     @property
     def epoch_done(self) -> bool:
-        """Return whether this was the epoch's last step."""
+        """Whether this was the epoch's last step."""
         return self.step == self.steps
 
 
@@ -79,7 +79,7 @@ class Loop:
         """Yield one epoch's batches, with the images in the memory layout of the run."""
         recipe = self.recipe
         for batch in batches(train, recipe.batch_size, seed=self.seed, epoch=epoch, augment=recipe.augment):
-            if recipe.channels_last and batch.x.dim() == 4:
+            if recipe.channels_last:
                 yield replace(batch, x=batch.x.contiguous(memory_format=torch.channels_last))
             else:
                 yield batch
@@ -99,7 +99,7 @@ def fit(
     constraint: Callable[[float], Constraint] | None = None,
     admm: Admm | None = None,
 ) -> Iterator[StepDone]:
-    """Train in place, from epoch `start` (counted from 0) on; yield after every step.
+    """Train the model in place, from epoch `start` (counted from 0) on; yield after every step.
 
     Args:
         model: in any mode; it is in training mode during the steps.
@@ -163,7 +163,7 @@ def assign(tensors: Mapping[str, nn.Parameter], values: Mapping[str, Tensor]) ->
 
 @contextmanager
 def seeded(seed: int, device: torch.device) -> Iterator[None]:
-    """Start torch's global generators, from which dropout draws, from a seed within; outside they are untouched."""
+    """Seed torch's global generators, from which dropout draws, within the context; restore them at the end."""
     with torch.random.fork_rng([device] if device.type == "cuda" else []):
         torch.manual_seed(seed)
         yield

@@ -1,7 +1,6 @@
 """ATMC and the methods it is compared with: each is a short list of the same phases.
 
-Sources: Gui et al. 2019, section 4 (for all but `al0q`, which the paper does not have). docs/method.md says what each
-method shows.
+Source: Gui et al. 2019, section 4, which has all of them but `al0q`. docs/method.md says what each method is.
 """
 
 from __future__ import annotations
@@ -67,13 +66,13 @@ def al0q(plan: Plan) -> list[Phase]:
 
 
 def ap(plan: Plan) -> list[Phase]:
-    """Build one-shot magnitude pruning of the robust dense model, then fine-tuning on that support."""
+    """Build the phases of one-shot magnitude pruning: prune the robust dense model, then fine-tune on that support."""
     prune = Phase(name="tune", constraint=_keep_support, feasible=_prune, starts_feasible=True, keeps_start=True)
     return [_dense_phase(), prune]
 
 
 def alr(plan: Plan) -> list[Phase]:
-    """Build the low-rank baseline: keep the largest singular values that fit the budget, then fine-tune the factors."""
+    """Build the phases of the low-rank baseline: keep the largest singular values that fit, then fine-tune U and V."""
 
     def cut(model: nn.Module) -> None:
         paths, values, costs = [], [], []
@@ -89,9 +88,13 @@ def alr(plan: Plan) -> list[Phase]:
 
         entries = plan.nonzeros
         if plan.rate:
-            measure, least = plan.rate.projected_bytes, smallest_budget("alr", model, plan.recipe.exclude)
+            projected_bytes = plan.rate.projected_bytes
+            least = smallest_budget("alr", model, plan.recipe.exclude)
             entries, _ = plan.rate.largest_that_fits(
-                lambda k: measure(cut_to(copy.deepcopy(model), k)), least, plan.dense_weights, start=max(entries, least)
+                lambda k: projected_bytes(cut_to(copy.deepcopy(model), k)),
+                least,
+                plan.dense_weights,
+                start=max(entries, least),
             )
         cut_to(model, entries)
 
@@ -99,7 +102,7 @@ def alr(plan: Plan) -> list[Phase]:
 
 
 def da(plan: Plan) -> list[Phase]:
-    """Build dense adversarial training: defense without compression."""
+    """Build the phase of adversarial training without compression."""
     return [_dense_phase()]
 
 
@@ -116,7 +119,11 @@ CODEBOOK_METHODS = ("atmc", "al0q")
 
 
 def build_phases(method: str, plan: Plan) -> list[Phase]:
-    """Return the phases of a method by name. Raises ValueError as `check_method` does."""
+    """Return the phases of a method by name.
+
+    Raises:
+        ValueError: as `check_method`.
+    """
     check_method(method, plan.bits, max_bytes=plan.rate is not None)
     return METHODS[method](plan)
 
@@ -158,12 +165,12 @@ def _count_unfactored(model: nn.Module, exclude: tuple[str, ...]) -> int:
 
 
 def _dense_phase() -> Phase:
-    """Train the plain model without a constraint."""
+    """Build the phase that trains the plain model without a constraint."""
     return Phase(name="dense")
 
 
 def _l0_phase(plan: Plan) -> Phase:
-    """Project W on a number of nonzeros that falls from N to k over the first part of the phase."""
+    """Build the phase that projects W on a number of nonzeros, which falls from N to k over the first part."""
     constraint = _shrink_budget(plan, lambda k: plan.dense_weights)
     return Phase(name="l0", constraint=constraint, feasible=_prune)
 
@@ -174,7 +181,10 @@ def _prune(allocation: Allocation) -> Constraint:
 
 
 def _admm_phase(plan: Plan, *, factored: bool) -> Phase:
-    """Train under the budget while ADMM pulls towards a codebook; the validated model satisfies both constraints."""
+    """Build the phase that trains under the budget while ADMM pulls towards a codebook.
+
+    The model that is validated satisfies both constraints.
+    """
 
     def enter(model: nn.Module) -> None:
         if factored:  # factors that came from a checkpoint stay as they are
@@ -197,7 +207,10 @@ def _admm_phase(plan: Plan, *, factored: bool) -> Phase:
 def _shrink_budget(
     plan: Plan, start: Callable[[int], int]
 ) -> Callable[[Tensors], Callable[[float, Allocation], Constraint]]:
-    """Let the budget fall cubically from start(k) to k in the first `gradual` of the phase (Zhu and Gupta 2018)."""
+    """Return a constraint whose budget falls cubically from start(k) to k in the first `gradual` of the phase.
+
+    The schedule is that of Zhu and Gupta 2018.
+    """
 
     def at(done: float, allocation: Allocation) -> Constraint:
         k = allocation.nonzeros
@@ -209,17 +222,20 @@ def _shrink_budget(
 
 
 def _tune_phase(codebook: bool) -> Phase:
-    """Train with positions fixed; with a codebook codes too, so that only its values, biases and norms are learned."""
+    """Build the phase that trains at fixed positions, and at fixed codes if there is a codebook.
+
+    With a codebook only its values, biases and norms are learned.
+    """
     return Phase(name="tune", constraint=_keep_codes if codebook else _keep_support, keeps_start=True)
 
 
 def _keep_support(start: Tensors) -> Callable[[float, Allocation], Constraint]:
-    """Keep the zeros that the phase starts with."""
+    """Return the constraint that keeps the zeros with which the phase starts."""
     mask = FixedMask.support(start)
     return lambda _, __: mask
 
 
 def _keep_codes(start: Tensors) -> Callable[[float, Allocation], Constraint]:
-    """Keep the zeros that the phase starts with, and which entries share a value."""
+    """Return the constraint that keeps the zeros with which the phase starts, and which entries share a value."""
     codes = FixedCodes.of(start)
     return lambda _, __: codes

@@ -62,7 +62,7 @@ class Phase:
 
 @dataclass
 class State:
-    """Everything that training needs to continue between two epochs; a checkpoint holds its fields.
+    """The state of training between two epochs, which suffices to continue; a checkpoint holds its fields.
 
     Args:
         phase: index of the phase.
@@ -72,7 +72,8 @@ class State:
         admm: the state of ADMM, if the phase has one.
         allocation: the fields of the current `Allocation`.
         start: the constrained tensors when the phase began.
-        best: state dict of the best feasible model of the phase, with its validation score.
+        best: state dict of the best feasible model of the phase.
+        best_score: its validation score.
     """
 
     phase: int = 0
@@ -130,8 +131,9 @@ class Runner:
         model: trained in place; phases may factorize it.
         train, val: the images to train and to validate on.
         threat: the perturbations of training and validation.
+        phases: of the method, in order; one without epochs that changes nothing on entry is skipped.
         recipe: how to train.
-        start: the allocation at first.
+        start: the allocation to begin with.
         rate: the rate control of a budget in bytes; None if the budget is a number of nonzeros.
     """
 
@@ -151,7 +153,7 @@ class Runner:
         self.phases = [
             phase for phase in phases if recipe.epochs.get(phase.name, 0) > 0 or phase.enter or phase.feasible
         ]
-        self._train, self._val, self._threat, self._recipe, self._budget = train, val, threat, recipe, start
+        self._train, self._val, self._threat, self._recipe, self._start = train, val, threat, recipe, start
         self._attack = TrainingAttack(
             threat, recipe.attack_steps, recipe.relative_step, recipe.random_start, recipe.batch_statistics
         )
@@ -159,7 +161,7 @@ class Runner:
 
     def run(self, state: State | None = None) -> Iterator[StepDone | EpochDone]:
         """Train from a state (by default from the start); yield after every step and every epoch."""
-        state = state or State(allocation=asdict(self._budget))
+        state = state or State(allocation=asdict(self._start))
         if state.model:
             own = factor_structure(self.model)  # weights that a checkpoint brought are factorized already
             apply_structure(self.model, {path: form for path, form in state.structure.items() if path not in own})
@@ -217,7 +219,7 @@ class Runner:
         self.model.load_state_dict(state.best)
 
     def _fraction_done(self, index: int, step: StepDone) -> float:
-        """Return the epochs done over the epochs of all phases; index: of the current phase."""
+        """Return the part of the epochs of all phases that is done; index: the current phase's."""
         epochs = [self._recipe.epochs.get(phase.name, 0) for phase in self.phases]
         return (sum(epochs[:index]) + step.epoch - 1 + step.step / step.steps) / sum(epochs)
 
@@ -277,7 +279,7 @@ class Runner:
         return finalize(
             self.model,
             exclude=self._recipe.exclude,
-            bits=self._budget.bits if isinstance(self._budget.bits, int) else None,
+            bits=self._start.bits if isinstance(self._start.bits, int) else None,
             validate=self._validate,
             score=self._score,
             reestimate=reestimate,
@@ -299,7 +301,7 @@ class Runner:
         return (clean.accuracy + robust.accuracy) / 2 if adversarial else clean.accuracy
 
     def _loop(self, phase: Phase | None, index: int) -> Loop:
-        """Return how a phase goes through the data; None for batch norm re-estimation, which trains nothing."""
+        """Return how a phase goes through the data; phase None is batch norm re-estimation, which trains nothing."""
         recipe, dense = self._recipe, phase is not None and phase.name == "dense"
         peak = recipe.learning_rate[phase.name] if phase and recipe.epochs.get(phase.name, 0) else 0.0
         return Loop(

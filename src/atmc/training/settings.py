@@ -47,7 +47,7 @@ def setting(
         default: its value. A mutable one is given as `factory`. A setting without both must be given.
         with_batch_norm: the value that `default_recipe` takes for a model with batch norm, if it differs.
         bounds: of a number.
-        choices: the names that a setting may be.
+        choices: the names that it may be.
         optional: whether None is a value.
         section: ``training`` for a key of the configuration's [training]; ``run`` for what a run sets elsewhere.
     """
@@ -124,7 +124,7 @@ class Recipe:
     balance: bool = setting(
         "double or halve rho if one residual is over ten times the other (Boyd et al. 2011, section 3.4.1)", False
     )
-    factor_start: FactorStart = setting(  # noqa: RUF009 - makes a field, as above
+    factor_start: FactorStart = setting(  # noqa: RUF009 - it makes a field, as the calls above do
         "where U, V and C start, see Factors", "identity", choices=get_args(FactorStart)
     )
     exclude: tuple[str, ...] = setting(
@@ -156,7 +156,7 @@ class Recipe:
         check_seed(self.seed)
 
 
-SETTINGS = {each.name: each for each in fields(Recipe)}
+SETTINGS = {declared.name: declared for declared in fields(Recipe)}
 
 
 def check_setting(name: str, value: Any) -> None:
@@ -218,7 +218,7 @@ def has_batch_norm(model: nn.Module) -> bool:
 
 
 def fill_phases(given: Any, defaults: Mapping[str, Any], name: str) -> dict[str, Any]:
-    """Return a value per phase: from one number for all, or from a dict of some, filled up with the defaults.
+    """Return a value for each phase, from one number for all or from a dict of some; the others get the defaults.
 
     Args:
         given: a number, a dict phase -> number, or None for the defaults.
