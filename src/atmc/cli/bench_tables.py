@@ -9,7 +9,8 @@ from rich.console import RenderableType
 from rich.table import Table
 from rich.text import Text
 
-from atmc.commands.bench.figures import format_milliseconds, format_threads
+from atmc.commands.bench.figures import format_milliseconds
+from atmc.deploy.engine.engine import format_threads
 
 
 def bench_tables(figures: Mapping[str, Any], *, narrow: bool = False) -> list[RenderableType]:

@@ -42,7 +42,7 @@ BATCH = 64
 
 @dataclass(frozen=True, kw_only=True)
 class ExportRequest:
-    """What `atmc export` was asked for; the fields are its options."""
+    """The options of `atmc export`."""
 
     file: Path
     to: str
@@ -76,7 +76,7 @@ class Agreement:
 
     @classmethod
     def of(cls, images: str, expected: np.ndarray, logits: np.ndarray) -> Agreement:
-        """Compare logits (n, classes) of an export with those expected, by PyTorch."""
+        """Compare logits (n, classes) of an export with those expected, which PyTorch computed."""
         same = int((expected.argmax(1) == logits.argmax(1)).sum())
         return cls(images, len(expected), float(np.abs(expected - logits).max()), float(np.abs(expected).max()), same)
 
@@ -223,7 +223,7 @@ def _image_shape(images: Mapping[str, Tensor]) -> tuple[int, int, int]:
 
 
 def _compare(kind: str, model: nn.Module, x: Tensor, run: LogitsFunction) -> Agreement:
-    """Run one image alone and then batches through both. RuntimeError if the logits differ."""
+    """Run one image alone and then batches through both. Raises RuntimeError if the logits differ."""
     batches = [x[:1], *torch.split(x[1:], BATCH)] if len(x) > 1 else [x]
     logits = np.concatenate([run(batch.numpy()) for batch in batches])
     agreement = Agreement.of(kind, _logits(model, x).numpy(), logits)

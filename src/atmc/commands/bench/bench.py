@@ -22,13 +22,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from atmc.commands.bench.figures import (
-    compare_logits,
-    describe_fastest,
-    format_threads,
-    processor_name,
-    summarize_times,
-)
+from atmc.commands.bench.figures import compare_logits, describe_fastest, processor_name, summarize_times
 from atmc.commands.bench.inputs import (
     BATCH,
     Inputs,
@@ -41,6 +35,7 @@ from atmc.commands.bench.inputs import (
 from atmc.commands.bench.worker import KINDS, OURS, PLAIN, EngineKind, ModelFiles, serve
 from atmc.commands.model_files import open_model_file
 from atmc.commands.outputs import check_file, write_json
+from atmc.deploy.engine.engine import format_threads
 from atmc.deploy.graph.graph import FloatArray
 from atmc.deploy.graph.trace import UnsupportedModel, trace
 
@@ -51,7 +46,7 @@ VERSIONS = ("atmc", "torch", "onnxruntime", "openvino")
 
 @dataclass(frozen=True, kw_only=True)
 class BenchRequest:
-    """What `atmc bench` was asked for; the fields are its options."""
+    """The options of `atmc bench`."""
 
     file: Path
     data: str | None = None
@@ -75,7 +70,7 @@ class BenchRequest:
 
 @dataclass(frozen=True)
 class BenchStatus:
-    """Event: what is being done now."""
+    """Event: the step that begins, in words."""
 
     text: str
 
@@ -99,7 +94,7 @@ class _Engine:
     logits: FloatArray | None = None
 
     def ask(self, method: str, *arguments: Any) -> Any:
-        """Call a method of the engine's `Worker` and return its result. RuntimeError says why there is none."""
+        """Call a method of the engine's `Worker` and return its result. Raises RuntimeError if the method fails."""
         try:
             self.pipe.send((method, arguments))
             succeeded, result = self.pipe.recv()
@@ -109,7 +104,7 @@ class _Engine:
             raise RuntimeError(result)
         return result
 
-    def row(self, expected: FloatArray | None, labels: NDArray[np.int64] | None) -> dict[str, Any]:
+    def build_row(self, expected: FloatArray | None, labels: NDArray[np.int64] | None) -> dict[str, Any]:
         """Return all figures of the engine; expected: PyTorch's logits (n, classes)."""
         assert self.logits is not None
         compared = compare_logits(self.logits, expected, labels)
@@ -157,7 +152,7 @@ def bench(request: BenchRequest) -> Iterator[BenchStatus | Benched]:
             engine.figures["file_bytes"] = file_bytes(engine.kind, files, model)
     macs = {"dense": graph.macs(dense=True), "left": engines[0].figures.pop("macs")}
     expected = next((engine.logits for engine in engines if engine.kind.name == REFERENCE), None)
-    rows = [engine.row(expected, inputs.labels) for engine in _remaining(engines, left_out)]
+    rows = [engine.build_row(expected, inputs.labels) for engine in _remaining(engines, left_out)]
     figures = _describe_run(request, len(inputs.images)) | {"macs": macs, "engines": rows, "left_out": left_out}
     figures["verdict"] = describe_fastest(figures)
     if request.json_path:
@@ -166,7 +161,7 @@ def bench(request: BenchRequest) -> Iterator[BenchStatus | Benched]:
 
 
 def parse_numbers(text: str, option: str) -> tuple[int, ...]:
-    """Parse numbers separated by commas, "1,8", and drop repeated ones. ValueError names the option."""
+    """Parse numbers separated by commas, "1,8", and drop repeated ones. Raises ValueError, which names the option."""
     try:
         return tuple(dict.fromkeys(int(part) for part in text.split(",")))
     except ValueError:
@@ -206,7 +201,7 @@ def _measure(
     for threads in request.thread_counts:
         for engine in _remaining(engines, left_out):
             yield BenchStatus(f"loading {engine.kind.name}, {format_threads(threads)}")
-            with _leaving_out(engine, left_out):
+            with _leave_out_on_failure(engine, left_out):
                 loaded = engine.ask("load", threads)
                 engine.figures = engine.figures or loaded
         for size in request.batches:
@@ -214,7 +209,7 @@ def _measure(
         if threads == request.thread_counts[0]:
             for engine in _remaining(engines, left_out):
                 yield BenchStatus(f"{len(inputs.images)} images through {engine.kind.name}")
-                with _leaving_out(engine, left_out):
+                with _leave_out_on_failure(engine, left_out):
                     engine.logits = engine.ask("logits", inputs.images, BATCH)
 
 
@@ -224,7 +219,7 @@ def _time_rounds(
     """Time one batch size: in each round every engine has its turn."""
     size, seconds, calls = len(images), {}, {}
     for engine in engines:
-        with _leaving_out(engine, left_out):
+        with _leave_out_on_failure(engine, left_out):
             warm_up = engine.ask("warm_up", images)
             calls[engine.kind.name] = int(min(max(ROUND_SECONDS / warm_up["seconds"], 1), MAX_CALLS))
             seconds[engine.kind.name] = list[float]()
@@ -232,7 +227,7 @@ def _time_rounds(
     for number in range(request.reps):
         yield BenchStatus(f"batch {size}, {format_threads(threads)}: round {number + 1} of {request.reps}")
         for engine in _remaining(engines, left_out):
-            with _leaving_out(engine, left_out):
+            with _leave_out_on_failure(engine, left_out):
                 seconds[engine.kind.name] += engine.ask("time", images, calls[engine.kind.name])
     for engine in _remaining(engines, left_out):
         engine.times.append({"threads": threads, "batch": size} | summarize_times(seconds[engine.kind.name], size))
@@ -243,8 +238,8 @@ def _remaining(engines: Sequence[_Engine], left_out: dict[str, str]) -> list[_En
 
 
 @contextmanager
-def _leaving_out(engine: _Engine, left_out: dict[str, str]) -> Iterator[None]:
-    """Leave a dense engine that fails out of the rest; RuntimeError if it is the sparse engine."""
+def _leave_out_on_failure(engine: _Engine, left_out: dict[str, str]) -> Iterator[None]:
+    """Add a dense engine that fails to those left out; raise RuntimeError if the sparse engine fails."""
     try:
         yield
     except RuntimeError as error:

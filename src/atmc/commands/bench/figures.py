@@ -11,6 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from atmc.commands.bench.worker import OURS
+from atmc.deploy.engine.engine import format_threads
 from atmc.deploy.graph.graph import FloatArray
 
 
@@ -42,11 +43,6 @@ def processor_name() -> str:
     except OSError:
         return platform.processor()
     return next((line.partition(":")[2].strip() for line in lines if line.startswith("model name")), platform.machine())
-
-
-def format_threads(count: int) -> str:
-    """Return a number of threads in words, "2 threads"."""
-    return f"{count} thread{'s' * (count > 1)}"
 
 
 def find_times(

@@ -29,7 +29,9 @@ from atmc.pack import artifact
 from atmc.pack.artifact import LoadedModel
 
 EXTRA = "pip install 'atmc[bench]'"
-CALIBRATION, BATCH, SEED = 256, 64, 0  # images for int8; images at once; of the images drawn
+CALIBRATION = 256  # training images on which int8 is calibrated
+BATCH = 64  # images at once
+SEED = 0  # of random images and of the choice of calibration images
 
 
 @dataclass(frozen=True)

@@ -93,13 +93,13 @@ class Engine:
         if prefer != "dense":
             for threads in sorted({1, self.threads}):
                 network = SparseNetwork(self.graph, threads=threads)
-                candidates.append(Candidate(f"sparse ({network.kernel_name}), {_thread_count(threads)}", network))
+                candidates.append(Candidate(f"sparse ({network.kernel_name}), {format_threads(threads)}", network))
         may_be_faster = self.graph.macs() > SPARSE_ENOUGH * self.graph.macs(dense=True)
         if prefer == "dense" or (prefer == "auto" and may_be_faster):
             from atmc.deploy.engine.dense import open_fastest
 
             name, run = open_fastest(self.graph, self.threads)
-            candidates.append(Candidate(f"dense ({name}), {_thread_count(self.threads)}", run))
+            candidates.append(Candidate(f"dense ({name}), {format_threads(self.threads)}", run))
         if len(candidates) == 1:
             return candidates[0], candidates[0]
         small, large = (
@@ -152,5 +152,6 @@ def _load_graph(
         raise ValueError(f"the engine cannot run the model: {error}") from None
 
 
-def _thread_count(threads: int) -> str:
-    return f"{threads} thread" + "s" * (threads > 1)
+def format_threads(count: int) -> str:
+    """Return a number of threads in words, "2 threads"."""
+    return f"{count} thread{'s' * (count > 1)}"

@@ -90,7 +90,7 @@ def _clamp(op: Any, mask: Integers, out: FloatArray) -> None:
 def _convolve(
     op: Any, nonzeros: Nonzeros, starts: Integers, floats: FloatArray, masks: Integers, arena: FloatArray, together: int
 ) -> None:
-    """Convolve; together: how many channels share their taps, 1 or 4, each with every 4th nonzero if it is 4."""
+    """Convolve; `together` channels, 1 or 4, share their taps: of 4, each has every 4th nonzero."""
     weights, offsets = nonzeros["weight"], nonzeros["offset"]
     length = op["vectors"] * 16
     for begin in range(0, length, BLOCK):
@@ -165,14 +165,14 @@ def _elementwise(op: Any, floats: FloatArray, masks: Integers, arena: FloatArray
 
 
 @_compile(_OP, _ARENA, int64, int64, int64, boolean, result=float32)
-def _window(op: Any, arena: FloatArray, image: int, top: int, side: int, largest: bool) -> Any:
-    """Return the maximum or mean of the pixels of a window, whose first pixel is (top, side), inside the image."""
+def _window(op: Any, arena: FloatArray, image: int, top: int, left: int, largest: bool) -> Any:
+    """Return the maximum or mean of the pixels of a window, whose first pixel is (top, left), inside the image."""
     best, total, count = np.float32(-np.inf), np.float32(0), 0
     for ky in range(op["kernel_y"]):
         y = top + ky * op["dilation_y"]
         if 0 <= y < op["height"]:
             for kx in range(op["kernel_x"]):
-                x = side + kx * op["dilation_x"]
+                x = left + kx * op["dilation_x"]
                 if 0 <= x < op["width"]:
                     value = arena[image + y * op["row"] + x]
                     best = max(best, value)
@@ -180,7 +180,7 @@ def _window(op: Any, arena: FloatArray, image: int, top: int, side: int, largest
                     count += 1
     if op["count_padding"]:
         down = min(top + op["kernel_y"], op["height"] + op["pad_y"]) - top
-        count = down * (min(side + op["kernel_x"], op["width"] + op["pad_x"]) - side)
+        count = down * (min(left + op["kernel_x"], op["width"] + op["pad_x"]) - left)
     return best if largest else total / np.float32(count)
 
 

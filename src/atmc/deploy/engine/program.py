@@ -1,4 +1,4 @@
-"""The steps of a network as a program for one batch size: records and tables of numbers that a kernel runs.
+"""Turn the steps of a network into a program for one batch size: records and tables of numbers that a kernel runs.
 
 Every activation gets a place in one block of memory, the arena; activations that are needed at different times may
 share a place.
@@ -146,13 +146,12 @@ def _round_up(floats: int) -> int:
     return -(-floats // VECTOR) * VECTOR
 
 
-def _measure(network: LoweredNetwork, value: int, batch: int) -> _Place:
+def _plan_place(network: LoweredNetwork, value: int, batch: int) -> _Place:
     """Return how an activation lies in memory; its offset is not known yet."""
     shape = network.shapes[value]
     if len(shape) == 1:
-        return _Place(
-            shape=shape, batch=batch, row=1, image=1, stride=1 if batch == 1 else _round_up(batch), lead=0, tail=0
-        )
+        stride = 1 if batch == 1 else _round_up(batch)
+        return _Place(shape=shape, batch=batch, row=1, image=1, stride=stride, lead=0)
     layout = network.layouts[value]
     image = layout.row * layout.rows
     stride = _round_up(batch * image)
@@ -174,7 +173,7 @@ def _place_all(network: LoweredNetwork, batch: int) -> tuple[dict[int, _Place], 
     reads = [[value for value in (step.source, step.other) if value is not None] for step in network.steps]
     last = last_reads([*reads, [network.steps[-1].output]])
     values = sorted(written)
-    places = [_measure(network, value, batch) for value in values]
+    places = [_plan_place(network, value, batch) for value in values]
     buffers = [
         Buffer(place.floats, written[value], last.get(value, written[value]))
         for value, place in zip(values, places, strict=True)

@@ -1,4 +1,4 @@
-"""The nonzeros of a layer as shifts of its input's streams; `steps` explains streams and phases."""
+"""Describe the nonzeros of a layer as shifts of its input's streams; `steps` explains streams and phases."""
 
 from __future__ import annotations
 

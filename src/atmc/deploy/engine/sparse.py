@@ -19,8 +19,8 @@ from atmc.deploy.engine.program import Program, build_program
 from atmc.deploy.engine.steps import lower
 from atmc.deploy.graph.graph import FloatArray, Graph
 
-CHUNK_FLOATS = 1 << 20  # of memory for activations: about the size of a core's own cache
-MAX_CHUNK = 64  # images
+CHUNK_FLOATS = 1 << 20  # floats of activations per chunk: about the size of a core's own cache
+MAX_CHUNK = 64  # images per chunk
 FOUR_COST = {"native, avx512": 2.0, "native, avx2": 3.0}  # see `steps.lower`; measured on a dense ResNet-18
 
 

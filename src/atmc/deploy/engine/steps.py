@@ -1,4 +1,4 @@
-"""From a graph to the steps that the sparse engine takes: operations fused, strides split off, streams laid out.
+"""Turn a graph into the steps of the sparse engine: fuse operations, split strides, lay out streams.
 
 A stream is one channel of an activation in memory: all images one after the other, each with `rows` rows of `row`
 floats, of which the valid ones come first and the rest are zeros. The zeros after a row are the padding to its right
@@ -44,7 +44,7 @@ class Step:
 
 
 @dataclass
-class Layout:
+class StreamLayout:
     """The layout of streams: floats per row, rows per image, and how many floats before and after them are read."""
 
     row: int = 1
@@ -68,7 +68,7 @@ class LoweredNetwork:
 
     steps: tuple[Step, ...]
     shapes: dict[int, Shape]
-    layouts: dict[int, Layout]
+    layouts: dict[int, StreamLayout]
     input_affine: FloatArray
     taps: dict[int, Taps]
     fours: dict[int, Taps]
@@ -195,7 +195,7 @@ def _split_strides(steps: list[Step], shapes: dict[int, Shape]) -> tuple[list[St
     return result, shapes
 
 
-def _lay_out(steps: Sequence[Step], shapes: dict[int, Shape], taps: dict[int, Taps]) -> dict[int, Layout]:
+def _lay_out(steps: Sequence[Step], shapes: dict[int, Shape], taps: dict[int, Taps]) -> dict[int, StreamLayout]:
     """Return one layout for all values that are shifts of each other, wide enough for every shift."""
     parent = {value: value for value, shape in shapes.items() if len(shape) == 3}
 
@@ -209,9 +209,9 @@ def _lay_out(steps: Sequence[Step], shapes: dict[int, Shape], taps: dict[int, Ta
             parent[root(step.source)] = root(step.output)
             if step.other is not None:
                 parent[root(step.other)] = root(step.output)
-    layouts: dict[int, Layout] = {}
+    layouts: dict[int, StreamLayout] = {}
     for value in parent:
-        layout = layouts.setdefault(root(value), Layout())
+        layout = layouts.setdefault(root(value), StreamLayout())
         layout.rows, layout.row = max(layout.rows, shapes[value][1]), max(layout.row, shapes[value][2])
     ranges: dict[int, list[tuple[Pair, Pair]]] = {}
     for step in steps:

@@ -1,4 +1,4 @@
-"""A graph as an ONNX model: input `images` (n, c, h, w) float32 in [0, 1], output `logits`, any number of images.
+"""Export a graph as an ONNX model: input `images` (n, c, h, w) float32 in [0, 1], output `logits`, n of any size.
 
 Opset 13 and IR version 7, of 2020. No pooling uses ONNX's ceil_mode, which onnxruntime and onnx's own reference
 evaluator interpret differently: the padding is written out so that whole windows fit. The same graph gives the same
@@ -140,7 +140,7 @@ def runtime_errors() -> tuple[type[Exception], ...]:
 
 
 def import_extra(name: str) -> Any:
-    """Import a package of the extra ``deploy``; RuntimeError says what to install if it is missing."""
+    """Import a package of the extra ``deploy``. Raises RuntimeError, which says what to install, if it is missing."""
     try:
         return importlib.import_module(name)
     except ImportError as error:
@@ -229,7 +229,7 @@ def _has_empty_window(side: int, count: int, k: int, s: int, p: int, d: int) -> 
 
 
 def _avg_pool(op: AvgPool, before: Shape, after: Shape, store: Store) -> list[Operation]:
-    """Count the zeros of the padding if the operation does, but never what a window of ceil_mode has beyond them."""
+    """Return an average pooling that counts the zeros of the padding if `op` does, and never what lies beyond them."""
     end = _end_padding(before, after, op.kernel, op.stride, op.padding, (1, 1))
     attributes: dict[str, Any] = {"kernel_shape": op.kernel, "strides": op.stride}
     if not op.count_padding or end == op.padding:

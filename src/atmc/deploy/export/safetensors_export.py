@@ -1,4 +1,4 @@
-"""The decoded weights of a model for other programs: a state dict in a .safetensors file."""
+"""Export the decoded weights of a model as a state dict in a .safetensors file."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ def to_bytes(model: nn.Module, *, metadata: Mapping[str, str] | None = None) -> 
     The same values give the same bytes: the metadata is sorted, which safetensors itself does not do.
 
     Args:
-        metadata: the file's metadata.
+        metadata: strings to store beside the tensors.
     """
     state = {name: value.detach().cpu().clone().contiguous() for name, value in model.state_dict().items()}
     data = save(state, metadata=dict(metadata or {}))

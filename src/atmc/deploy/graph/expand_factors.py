@@ -1,4 +1,4 @@
-"""Layers run as their factors: V, then U, added to C, if that is less work than the weight W = U V + C.
+"""Run layers as their factors (V, then U, then the sum with C) if that is less work than the weight W = U V + C.
 
 A weight that the file holds as (U + I) V + C can run as U V + (V + C), with those terms of U V only that are not zero,
 as (U + I) V + C with the identity added to U, or as W; likewise U (V + I) + C. The form with the fewest multiply-adds

@@ -1,4 +1,4 @@
-"""Affines of a graph folded into the layers before or after them; so batch norms and normalizations disappear.
+"""Fold the affines of a graph into the layers before or after them, so that batch norms and normalizations disappear.
 
 An affine is folded back into the convolution or linear layer before it if nothing else reads that layer's value, also
 through pooling and through a sum of two such layers. Otherwise it is pushed forward, through flattening and averages,

@@ -1,4 +1,4 @@
-"""Dead channels removed from a graph.
+"""Remove dead channels from a graph.
 
 Bounds of every channel's values follow the graph forward; if both are equal, the channel is constant (its weights are
 zero, or its ReLU never lets anything through). Constants are added to the biases of the layers that read them. Which

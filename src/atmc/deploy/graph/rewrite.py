@@ -1,4 +1,4 @@
-"""Helpers of the rewrites of graphs: dead nodes are removed, layers are scaled, vectors are laid along weights."""
+"""Helpers for rewriting graphs: remove dead nodes, scale layers, broadcast vectors to the shape of weights."""
 
 from __future__ import annotations
 

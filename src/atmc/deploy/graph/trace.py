@@ -1,4 +1,4 @@
-"""Any module as a graph, one node per operator, by `torch.export`."""
+"""Trace any module into a graph, one node per operator, by `torch.export`."""
 
 from __future__ import annotations
 
@@ -25,9 +25,9 @@ Traced = int | Tensor  # the number of an activation, or a constant
 
 
 class UnsupportedModel(ValueError):
-    """The module does something that a graph cannot hold; the message is a clause that names what and in which layer.
+    """The module does something that a graph cannot hold; the message names the operation and the layer.
 
-    A caller puts in front of it what was asked for: "cannot export model.atmc to onnx: ...".
+    A caller puts the failed task in front of it: "cannot export model.atmc to onnx: ...".
     """
 
 

@@ -98,7 +98,7 @@ static bool runs_here(const char *name) {
     return !std::strcmp(name, "portable");
 }
 
-static inline float clamped(const Op &op, float x) {
+static inline float clamp(const Op &op, float x) {
     x = x > (float)op.low ? x : (float)op.low;
     return x < (float)op.high ? x : (float)op.high;
 }
@@ -143,13 +143,13 @@ static void dot(const Op &op, const Memory &m, int64_t first, int64_t last) {
         for (; at < end; at++) sums[0] += at->weight * in[at->offset];
         float sum = m.floats[op.bias + channel] + ((sums[0] + sums[1]) + (sums[2] + sums[3]));
         if (op.other >= 0) sum += m.arena[op.other + channel];
-        m.arena[op.out + channel] = clamped(op, sum);
+        m.arena[op.out + channel] = clamp(op, sum);
     }
 }
 
 // Copies one phase of each input channel: every stride_y-th row from pad_y on, and stride_x-th column from pad_x on.
 // The output channel is input channel * number of phases + phase; the field mask is the phase, kernel_y their number.
-static void phases(const Op &op, const Memory &m, const Instructions &with, int64_t first, int64_t last) {
+static void phases(const Op &op, const Memory &m, const Instructions &set, int64_t first, int64_t last) {
     const int64_t rows = (op.height - op.pad_y + op.stride_y - 1) / op.stride_y;
     const int64_t count = (op.width - op.pad_x + op.stride_x - 1) / op.stride_x;
     for (int64_t channel = first; channel < last; channel++) {
@@ -161,7 +161,7 @@ static void phases(const Op &op, const Memory &m, const Instructions &with, int6
             const float *from = in + n * op.image;
             float *to = out + n * op.out_image;
             if (op.stride_y == 2 && op.stride_x == 2) {
-                with.every_second(op, from, to, rows, count, end - to);
+                set.every_second(op, from, to, rows, count, end - to);
                 continue;
             }
             for (int64_t y = 0; y < rows; y++)
@@ -171,15 +171,15 @@ static void phases(const Op &op, const Memory &m, const Instructions &with, int6
     }
 }
 
-// Returns the maximum or mean of the pixels of a window that lie in the image; (top, side) is its first pixel.
-static float window(const Op &op, const float *in, int64_t top, int64_t side) {
+// Returns the maximum or mean of the pixels of a window that lie in the image; (top, left) is its first pixel.
+static float window(const Op &op, const float *in, int64_t top, int64_t left) {
     float best = -std::numeric_limits<float>::infinity(), total = 0;
     int64_t count = 0;
     for (int64_t ky = 0; ky < op.kernel_y; ky++) {
         const int64_t y = top + ky * op.dilation_y;
         if (y < 0 || y >= op.height) continue;
         for (int64_t kx = 0; kx < op.kernel_x; kx++) {
-            const int64_t x = side + kx * op.dilation_x;
+            const int64_t x = left + kx * op.dilation_x;
             if (x < 0 || x >= op.width) continue;
             best = std::max(best, in[y * op.row + x]);
             total += in[y * op.row + x];
@@ -189,7 +189,7 @@ static float window(const Op &op, const float *in, int64_t top, int64_t side) {
     if (op.kind == MAX_POOL) return best;
     if (op.count_padding) {
         const int64_t down = std::min(top + op.kernel_y, op.height + op.pad_y) - top;
-        const int64_t across = std::min(side + op.kernel_x, op.width + op.pad_x) - side;
+        const int64_t across = std::min(left + op.kernel_x, op.width + op.pad_x) - left;
         count = down * across;
     }
     return total / (float)count;
@@ -208,7 +208,7 @@ static bool is_global_mean(const Op &op) {
            op.out_width == 1 && op.pad_y == 0 && op.pad_x == 0;
 }
 
-static void pool(const Op &op, const Memory &m, const Instructions &with, int64_t first, int64_t last) {
+static void pool(const Op &op, const Memory &m, const Instructions &set, int64_t first, int64_t last) {
     const bool pairs = is_max_of_pairs(op), all = is_global_mean(op);
     for (int64_t channel = first; channel < last; channel++) {
         float *const out = m.arena + op.out + channel * op.out_stride, *const end = out + op.out_stride;
@@ -217,16 +217,16 @@ static void pool(const Op &op, const Memory &m, const Instructions &with, int64_
             const float *in = m.arena + op.in + channel * op.in_stride + n * op.image;
             float *to = out + n * op.out_image;
             if (all) {  // the padding between the rows is zero
-                *to = clamped(op, with.sum(in, (op.height - 1) * op.row + op.width) / (float)(op.height * op.width));
+                *to = clamp(op, set.sum(in, (op.height - 1) * op.row + op.width) / (float)(op.height * op.width));
                 continue;
             }
             if (pairs) {
-                with.max_pairs(op, in, to, end - to);
+                set.max_pairs(op, in, to, end - to);
                 continue;
             }
             for (int64_t y = 0; y < op.out_height; y++, to += op.out_row)
                 for (int64_t x = 0; x < op.out_width; x++)
-                    to[x] = clamped(op, window(op, in, y * op.stride_y - op.pad_y, x * op.stride_x - op.pad_x));
+                    to[x] = clamp(op, window(op, in, y * op.stride_y - op.pad_y, x * op.stride_x - op.pad_x));
         }
     }
 }
@@ -258,15 +258,15 @@ struct Cut {
     int64_t blocks, groups;
 };
 
-static Cut cut(const Op &op, const Instructions &with, int64_t threads) {
+static Cut cut(const Op &op, const Instructions &set, int64_t threads) {
     if (op.kind == UNPACK) return {1, 1};
     const int64_t units = op.kind == CONVOLVE_FOURS ? (op.channels + 3) / 4 : op.channels;
     const bool stream = op.kind == CONVOLVE || op.kind == CONVOLVE_FOURS;
-    const int64_t blocks = stream ? with.blocks(op) : 1, parts = threads == 1 ? 1 : 2 * threads;
+    const int64_t blocks = stream ? set.blocks(op) : 1, parts = threads == 1 ? 1 : 2 * threads;
     return {blocks, std::min(units, (parts + blocks - 1) / blocks)};
 }
 
-static void run_part(const Op &op, const Memory &m, const Instructions &with, const Cut &cut, int64_t part) {
+static void run_part(const Op &op, const Memory &m, const Instructions &set, const Cut &cut, int64_t part) {
     const int64_t block = part / cut.groups, group = part % cut.groups;
     const int64_t units = op.kind == CONVOLVE_FOURS ? (op.channels + 3) / 4 : op.channels;
     const int64_t first = units * group / cut.groups, last = units * (group + 1) / cut.groups;
@@ -276,20 +276,20 @@ static void run_part(const Op &op, const Memory &m, const Instructions &with, co
         case CONVOLVE:
         case CONVOLVE_FOURS:
             if (block == 0) zero_tails(op, m, group, cut.groups);
-            return with.convolve_block(op, m, block, first, last);
+            return set.convolve_block(op, m, block, first, last);
         case DOT: return dot(op, m, first, last);
-        case PHASES: return phases(op, m, with, first, last);
-        case ELEMENTWISE: zero_tails(op, m, group, cut.groups); return with.elementwise(op, m, first, last);
+        case PHASES: return phases(op, m, set, first, last);
+        case ELEMENTWISE: zero_tails(op, m, group, cut.groups); return set.elementwise(op, m, first, last);
         case MAX_POOL:
-        case MEAN_POOL: return pool(op, m, with, first, last);
+        case MEAN_POOL: return pool(op, m, set, first, last);
         case FLATTEN: return flatten(op, m, first, last);
         default: return unpack(op, m);
     }
 }
 
 // Threads that run one program together. Every operation is divided into parts, numbered through the program; a thread
-// that is free takes the next one. A part waits until all parts of the operations before its own are done.
-// It does not wait for threads: one that is not scheduled delays the others only if it has taken a part.
+// that is free takes the next one, and runs it when all parts of the operations before it are done. Nothing waits for a
+// thread as such: one that the system does not schedule delays the others only if it has taken a part.
 struct ThreadGroup {
     explicit ThreadGroup(int64_t threads) : threads(threads) {
         try {
@@ -303,8 +303,8 @@ struct ThreadGroup {
     ~ThreadGroup() { stop(); }
 
     void run(const Op *program, int64_t length, const Memory &memory, const Instructions &set) {
-        while (guests.load() != 0) pause();
-        ops = program, m = memory, with = &set;
+        while (busy.load() != 0) pause();
+        ops = program, m = memory, instructions = &set;
         ends.assign(1, 0);
         for (int64_t i = 0; i < length; i++) {
             const Cut parts = cut(ops[i], set, threads);
@@ -336,9 +336,9 @@ struct ThreadGroup {
             started.wait(seen);
             seen = started.load();
             if (stopped.load()) return;
-            guests.fetch_add(1);  // from here on the next run waits before it changes the program
+            busy.fetch_add(1);  // from here on the next run waits before it changes the program
             if (open.load()) take_parts();
-            guests.fetch_sub(1);
+            busy.fetch_sub(1);
         }
     }
 
@@ -348,7 +348,7 @@ struct ThreadGroup {
         for (int64_t part; (part = next.fetch_add(1)) < all; done.fetch_add(1)) {
             while (part >= ends[i + 1]) i++;
             wait_for(ends[i]);
-            run_part(ops[i], m, *with, cut(ops[i], *with, threads), part - ends[i]);
+            run_part(ops[i], m, *instructions, cut(ops[i], *instructions, threads), part - ends[i]);
         }
     }
 
@@ -370,9 +370,9 @@ struct ThreadGroup {
     std::vector<std::thread> members;
     const Op *ops = nullptr;
     Memory m{};
-    const Instructions *with = nullptr;
+    const Instructions *instructions = nullptr;
     std::vector<int64_t> ends;  // number of parts before each operation, and of all
-    std::atomic<int64_t> next{0}, done{0}, guests{0};
+    std::atomic<int64_t> next{0}, done{0}, busy{0};  // parts taken, parts done, members at work
     std::atomic<uint64_t> started{0};
     std::atomic<bool> open{false}, stopped{false};
 };

@@ -1,4 +1,4 @@
-"""Operations fused into layers that run as one loop over channels, and the places of their results in the arena.
+"""Fuse operations into layers that run as one loop over channels, and place their results in the arena.
 
 A fused layer is a convolution, a linear layer or a copy, followed by scales, ReLUs, additions and at most one pooling.
 It is computed channel by channel: the map before the pooling is kept for one channel only, in a scratch plane.

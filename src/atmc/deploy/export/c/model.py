@@ -1,4 +1,4 @@
-"""A module as C source, by the graph that has the smallest tables."""
+"""Export a module as C source, by the graph that has the smallest tables."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""A network as one C99 source and its header, for machines without Python, an operating system or much memory.
+"""Export a network as one C99 source and its header, for machines without Python, operating system or much memory.
 
 It uses no heap, no libm and no file: constant tables (`tables`), a static arena (`fused_layers`) and float32
 arithmetic. The caller owns the image, which is only read.
@@ -90,10 +90,10 @@ def to_c(graph: Graph, *, name: str = "model", labels: Sequence[str] | None = No
     )
 
 
-def _header(name: str, sizes: dict[str, int], labelled: bool) -> str:
+def _header(name: str, sizes: dict[str, int], labeled: bool) -> str:
     upper = name.upper()
     constants = "".join(f"#define {upper}_{word} {size}\n" for word, size in sizes.items())
-    labels = f"extern const char *const {name}_labels[{upper}_CLASSES];\n" if labelled else ""
+    labels = f"extern const char *const {name}_labels[{upper}_CLASSES];\n" if labeled else ""
     return f"""/* Made by atmc export --to c. Not to be edited. */
 #ifndef {upper}_H
 #define {upper}_H

@@ -1,11 +1,10 @@
-"""A sparse matrix as a table for C: its nonzeros are a stream of bits that is read once, from first row to last.
+"""Encode a sparse matrix as a table for C: a stream of bits that is read once, from the first row to the last.
 
 Each nonzero is written as the number of zeros before it, in a Rice code (quotient by 2^rice in ones, a zero, `rice`
 bits of remainder), and a value in `bits` bits: an index into the table's levels or, without levels, a float16 or a
-float32.
-The lowest bit comes first. Levels are the distinct values, those that float16 holds exactly before the others. Source:
-Rice, "Some practical universal noiseless coding techniques", JPL 79-22, 1979; for independent zeros the code is within
-a few percent of the shortest.
+float32. The lowest bit comes first. Levels are the distinct values, those that float16 holds exactly before the others.
+Source: Rice, "Some practical universal noiseless coding techniques", JPL 79-22, 1979; for independent zeros the code is
+within a few percent of the shortest.
 """
 
 from __future__ import annotations
@@ -25,7 +24,7 @@ Encoding = tuple[int, NDArray[np.int64], tuple[int, ...], tuple[float, ...]]
 
 @dataclass(frozen=True)
 class Table:
-    """A sparse matrix as bits.
+    """A sparse matrix, encoded.
 
     Args:
         columns, count: of the matrix: number of columns, of nonzeros.
@@ -131,7 +130,7 @@ def _pack(zeros: NDArray[np.int64], rice: int, codes: NDArray[np.int64], bits: i
     ends = np.cumsum(quotients + 1 + rice + bits)
     if not len(ends):
         return b""
-    stops = ends - bits - rice - 1  # the zero behind the quotient
+    stops = ends - bits - rice - 1  # place of the zero that ends the quotient
     edges = np.zeros(int(ends[-1]) + 1, np.int8)
     np.add.at(edges, stops - quotients, 1)
     np.add.at(edges, stops, -1)
