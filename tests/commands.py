@@ -16,8 +16,8 @@ def call(*arguments: object) -> int:
     return stopped.value.code or 0
 
 
-def refused(capsys: pytest.CaptureFixture[str], *arguments: object, status: int = 2) -> str:
-    """Run a command that must end with this status; returns the one line that it writes to stderr."""
+def expect_refusal(capsys: pytest.CaptureFixture[str], *arguments: object, status: int = 2) -> str:
+    """Run a command that must end with this status, and return the one line that it writes to stderr."""
     capsys.readouterr()
     assert call(*arguments) == status
     lines = capsys.readouterr().err.splitlines()

@@ -22,7 +22,7 @@ def digits() -> Data:
 
 @pytest.fixture(scope="session")
 def few(digits) -> tuple[Images, Images]:
-    """A few digits for training and validation."""
+    """Return a few digits for training and validation."""
     return digits.train.take(slice(0, 256)), digits.val.take(slice(0, 100))
 
 

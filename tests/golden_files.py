@@ -1,4 +1,4 @@
-"""The models of the golden files in tests/golden, and the script that wrote them once: python tests/golden_files.py.
+"""Build the models of the golden files in tests/golden, which `python tests/golden_files.py` wrote once.
 
 Their values follow from a rule, so that a test can compute what must come out. A change of the bytes is a change of the
 format, and requires a new VERSION.
@@ -15,8 +15,8 @@ from atmc.compress.factorize import cut_ranks, factorize, factors
 from atmc.pack import artifact
 
 FOLDER = Path(__file__).parent / "golden"
-TOOL = "0.1.0"  # the version that is named in them
-ABOUT = {"input_shape": (1, 4, 4), "classes": 3, "threat": "linf:0.1", "method": "atmc"}
+TOOL = "0.1.0"  # the release that the files name
+DESCRIPTION = {"input_shape": (1, 4, 4), "classes": 3, "threat": "linf:0.1", "method": "atmc"}
 
 
 def spread(shape: tuple[int, ...], every: int, values: list[float]) -> torch.Tensor:
@@ -41,7 +41,7 @@ class Net(nn.Module):
         return self.head(self.norm(self.conv(x)).relu().flatten(1))
 
 
-def normed(num_classes: int) -> nn.Module:
+def build_normed(num_classes: int) -> nn.Module:
     return Net(num_classes, norm=True)
 
 
@@ -75,7 +75,7 @@ def ranked() -> nn.Module:
 
 def dense() -> nn.Module:
     """Build a network without zeros, with batch norm and its statistics."""
-    model = fill(normed(3), 1, [i / 7 - 2 for i in range(31)])
+    model = fill(build_normed(3), 1, [i / 7 - 2 for i in range(31)])
     with torch.no_grad():
         model.norm.weight.copy_(torch.tensor([1.0, 2.0, 0.5, -1.0, 0.25]))
         model.norm.running_mean.copy_(torch.arange(5) / 3)
@@ -85,12 +85,12 @@ def dense() -> nn.Module:
 
 
 MODELS = {"codebook": codebook, "sparse": sparse, "ranked": ranked, "dense": dense}
-FACTORIES = {"codebook": None, "sparse": Net, "ranked": Net, "dense": normed}
+FACTORIES = {"codebook": None, "sparse": Net, "ranked": Net, "dense": build_normed}
 
 
 def to_bytes(name: str) -> bytes:
-    """Return the bytes of a golden file as this release writes them; the caller sets the version that is named."""
-    return artifact.to_bytes(MODELS[name](), **(ABOUT if FACTORIES[name] else {}))
+    """Return the bytes of a golden file as this release writes them, with its own version as the tool."""
+    return artifact.to_bytes(MODELS[name](), **(DESCRIPTION if FACTORIES[name] else {}))
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""Small random networks as graphs, with every operation, for tests of what runs graphs."""
+"""Draw small random networks as graphs, with every operation, for tests of the code that runs graphs."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ Rng = np.random.Generator
 
 
 def floats(rng: Rng, *shape: int, density: float = 1.0) -> np.ndarray:
-    """Draw normal values, of which a part `density` is not zero."""
+    """Draw normal values, and set all but a share `density` of them to zero."""
     return np.where(rng.random(shape) < density, rng.standard_normal(shape), 0).astype(np.float32)
 
 

@@ -29,22 +29,8 @@ INDENTED = re.compile(r"(?:^(?: {4}|\t).*\n)+", re.MULTILINE)
 DOTTED = re.compile(r"[A-Za-z_]\w*(?:\.[A-Za-z_]\w*)+")
 WORD = re.compile(r"[A-Za-z_]\w*")
 EXTENSIONS = {
-    "atmc",
-    "json",
-    "jsonl",
-    "toml",
-    "md",
-    "py",
-    "html",
-    "c",
-    "h",
-    "sh",
-    "svg",
-    "csv",
-    "npz",
-    "pt",
-    "png",
-    "parquet",
+    *("atmc", "json", "jsonl", "toml", "md", "py", "html", "c", "h"),
+    *("sh", "svg", "csv", "npz", "pt", "png", "parquet"),
 }
 
 
@@ -57,28 +43,28 @@ def without_blocks(text: str) -> str:
 
 
 def exists(path: str, folder: Path) -> bool:
-    """Whether a path, perhaps with wildcards or placeholders, names something below a folder."""
+    """Return whether a path, perhaps with wildcards or placeholders, names something below a folder."""
     for placeholder in PLACEHOLDERS:
         path = re.sub(rf"\b{placeholder}\b", "*", path)
     return any(folder.glob(path)) if "*" in path else (folder / path).exists()
 
 
 def anchors(page: Path) -> set[str]:
-    """The anchors that GitHub makes of a page's headings."""
+    """Return the anchors that GitHub makes of a page's headings."""
     headings = re.findall(r"^#+ (.+)$", page.read_text(encoding="utf-8"), re.MULTILINE)
     return {re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-") for heading in headings}
 
 
 @cache
 def modules_named(name: str) -> tuple[str, ...]:
-    """Dotted names of the modules and packages of atmc whose last part is a name."""
+    """Return the dotted names of the modules and packages of atmc whose last part is this name."""
     files = [path.relative_to(SOURCE.parent).with_suffix("").parts for path in MODULES]
     dotted = {".".join(parts[:-1] if parts[-1] == "__init__" else parts) for parts in files}
     return tuple(sorted(module for module in dotted if module.split(".")[-1] == name))
 
 
 def resolves(dotted: str) -> bool:
-    """Whether a dotted name is a module of this environment or an attribute of one."""
+    """Return whether a dotted name is a module of this environment or an attribute of one."""
     parts = dotted.split(".")
     for length in range(len(parts), 0, -1):
         try:
@@ -95,7 +81,7 @@ def resolves(dotted: str) -> bool:
 
 @cache
 def class_members() -> frozenset[str]:
-    """Names of the fields and methods of all classes of atmc, and of tensors: what may stand behind a variable."""
+    """Return the names of the fields and methods of all classes of atmc, and of tensors: they may follow a variable."""
     names = set(dir(torch.Tensor))
     for path in MODULES:
         for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
@@ -108,7 +94,7 @@ def class_members() -> frozenset[str]:
 
 
 def is_stale(dotted: str) -> bool:
-    """Whether a dotted name starts with a module of atmc, and neither it nor a class of atmc has the rest."""
+    """Return whether a dotted name starts with a module of atmc, and neither it nor a class of atmc has the rest."""
     first, rest = dotted.split(".", 1)
     homes = modules_named(first)
     names = [dotted, *(f"{home}.{rest}" for home in homes)]
@@ -118,7 +104,7 @@ def is_stale(dotted: str) -> bool:
 
 @cache
 def known_words() -> frozenset[str]:
-    """Every identifier of the project's Python files, and every word of their strings and configurations."""
+    """Return every identifier of the project's Python files, and every word of their strings and of configurations."""
     words: set[str] = set()
     files = [*MODULES, *ROOT.glob("tests/**/*.py"), *ROOT.glob("benchmarks/*.py"), *ROOT.glob("examples/*.py")]
     files += ROOT.glob("results/**/*.py")
@@ -140,7 +126,7 @@ def known_words() -> frozenset[str]:
 
 
 def looks_like_code(word: str) -> bool:
-    """Whether a word in backticks can only be an identifier: snake_case, or CamelCase of two humps."""
+    """Return whether a word in backticks can only be an identifier: snake_case, or CamelCase of two parts."""
     return "_" in word.strip("_") or bool(re.fullmatch(r"(?:[A-Z][a-z0-9]+){2,}", word))
 
 
@@ -197,7 +183,7 @@ def test_names_in_docstrings_and_comments_exist(path):
 
 
 def commands_of(text: str) -> list[str]:
-    """The `atmc` command lines in the code blocks of a page, continued lines joined, comments cut off."""
+    """Return the `atmc` command lines in the code blocks of a page, continued lines joined, comments cut off."""
     blocks = [body for language, body in BLOCK.findall(text) if language in ("", "sh", "console")]
     blocks += INDENTED.findall(BLOCK.sub("", text))
     lines = "\n".join(blocks).replace("\\\n", " ").splitlines()

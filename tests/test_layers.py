@@ -25,13 +25,13 @@ DEPLOY = [["engine"], ["export"], ["graph"]]  # the rooms within deploy/, from t
 FILES = sorted(SOURCE.rglob("*.py"))
 
 
-def place(parts: tuple[str, ...], layers: list[list[str]]) -> int:
-    """The position of a module's first part among the layers."""
+def find_layer(parts: tuple[str, ...], layers: list[list[str]]) -> int:
+    """Return the position of a module's first part among the layers."""
     return next(depth for depth, names in enumerate(layers) if parts[0] in names)
 
 
-def imported(path: Path) -> set[tuple[str, ...]]:
-    """The modules of atmc that a file imports anywhere, as parts below ``atmc``."""
+def list_imports(path: Path) -> set[tuple[str, ...]]:
+    """Return the modules of atmc that a file imports anywhere, as parts below ``atmc``."""
     names = set()
     for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
         if isinstance(node, ast.ImportFrom) and node.module and node.module.split(".")[0] == "atmc":
@@ -45,11 +45,11 @@ def imported(path: Path) -> set[tuple[str, ...]]:
 @pytest.mark.parametrize("path", FILES, ids=lambda path: str(path.relative_to(SOURCE)))
 def test_imports_run_down(path):
     parts = path.relative_to(SOURCE).with_suffix("").parts
-    own = place(parts, LAYERS)
-    for name in imported(path):
+    own = find_layer(parts, LAYERS)
+    for name in list_imports(path):
         if name[0] != parts[0]:
-            assert place(name, LAYERS) > own, (
+            assert find_layer(name, LAYERS) > own, (
                 f"{'/'.join(parts)} imports {'.'.join(name)}, which stands above or beside"
             )
         elif parts[0] == "deploy" and len(parts) > 2 and name[1] != parts[1]:
-            assert place(name[1:], DEPLOY) > place(parts[1:], DEPLOY), f"{'/'.join(parts)} imports {'.'.join(name)}"
+            assert find_layer(name[1:], DEPLOY) > find_layer(parts[1:], DEPLOY), f"{parts} imports {'.'.join(name)}"

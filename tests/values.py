@@ -1,4 +1,4 @@
-"""Values to project and quantize, shared by the tests of projections and of k-means."""
+"""Draw values to project and quantize, shared by the tests of projections and of k-means."""
 
 import torch
 from hypothesis import strategies as st

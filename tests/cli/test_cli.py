@@ -12,7 +12,7 @@ import sys
 
 import pytest
 import torch
-from commands import call, refused
+from commands import call, expect_refusal
 from PIL import Image
 from safetensors.torch import save_file
 from torch import nn
@@ -97,7 +97,7 @@ batch_size = 30
 
 @pytest.fixture(scope="module", autouse=True)
 def here(tmp_path_factory):
-    """A current folder with models to import and a configuration, run.toml."""
+    """Make a current folder with models to import and a configuration, run.toml."""
     folder = tmp_path_factory.mktemp("here")
     (folder / "cli_models.py").write_text(MODELS)
     (folder / "run.toml").write_text(CONFIG)
@@ -109,7 +109,7 @@ def here(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def done(here):
-    """A finished run folder."""
+    """Make a finished run folder."""
     assert call("compress", "--config", "run.toml", "--out", here / "done") == 0
     return here / "done"
 
@@ -119,7 +119,7 @@ def small():
     return nn.Sequential(nn.Conv2d(1, 4, 5, stride=3), nn.ReLU(), nn.Flatten(), nn.Linear(256, 10))
 
 
-class TestDone:
+class TestStatus0:
     def test_version(self, capsys):
         assert call("--version") == 0
         assert capsys.readouterr().out == f"atmc {atmc.__version__}\n"
@@ -157,7 +157,7 @@ class TestDone:
         assert [line.split()[0] for line in output.out.splitlines() if line.endswith(" s")] == ["dense", "l0", "admm"]
 
     def test_an_objective_with_its_options(self, tmp_path):
-        """It replaces the file's, and the file's options with it."""
+        """An objective on the command line replaces that of the file together with its options."""
         (tmp_path / "run.toml").write_text(f'{CONFIG}objective = "mart"\nobjective_options = {{ weight = 2.0 }}\n')
         command = ["compress", "--config", tmp_path / "run.toml", "--epochs", 0]
         for text, options in (("trades:beta=3", {"beta": 3.0}), ("mart", {"weight": 5.0}), (None, {"weight": 2.0})):
@@ -212,7 +212,7 @@ class TestDone:
         assert figures["threat"] == "linf:0.1"
         assert f"{figures['clean']['accuracy']:.2%}" in text
         path.write_text("mine")
-        assert "exists: add --overwrite" in refused(capsys, *command)
+        assert "exists: add --overwrite" in expect_refusal(capsys, *command)
         assert path.read_text() == "mine"
         assert call(*command, "--overwrite") == 0
         assert {**json.loads(path.read_text()), "seconds": 0} == {**figures, "seconds": 0}
@@ -252,7 +252,7 @@ class TestDone:
         assert (tmp_path / "out" / "model.atmc").exists()
 
 
-class TestRefused:
+class TestStatus2:
     @pytest.mark.parametrize(
         ("options", "message"),
         [
@@ -307,19 +307,19 @@ class TestRefused:
     )
     def test_compress(self, tmp_path, capsys, options, message):
         out = tmp_path / "out"
-        assert message in refused(capsys, "compress", "--config", "run.toml", "--out", out, *options.split(" "))
+        assert message in expect_refusal(capsys, "compress", "--config", "run.toml", "--out", out, *options.split(" "))
         assert not out.exists()
 
     def test_a_phase_that_is_not(self, tmp_path, capsys):
         options = ["--config", "run.toml", "--out", tmp_path / "out", "--epochs", "dens=1"]
-        message = refused(capsys, "compress", *options)
+        message = expect_refusal(capsys, "compress", *options)
         assert "'dense'" in message
         assert "literal[" not in message  # the checking library's own words
 
     def test_a_budget_larger_than_the_model(self, tmp_path, capsys):
         (tmp_path / "run.toml").write_text(CONFIG.replace("ratio = 0.3", "nonzeros = 3000"))
         options = ["--config", tmp_path / "run.toml", "--out", tmp_path / "out"]
-        assert "larger than the model: 2,660 weights" in refused(capsys, "compress", *options)
+        assert "larger than the model: 2,660 weights" in expect_refusal(capsys, "compress", *options)
 
     @pytest.mark.parametrize(
         ("line", "message"),
@@ -335,7 +335,7 @@ class TestRefused:
     def test_configurations(self, tmp_path, capsys, line, message):
         (tmp_path / "bad.toml").write_text(f"{CONFIG}{line}\n")
         options = ["--config", tmp_path / "bad.toml", "--out", tmp_path / "out"]
-        assert message in refused(capsys, "compress", *options)
+        assert message in expect_refusal(capsys, "compress", *options)
         assert not (tmp_path / "out").exists()
 
     @pytest.mark.parametrize(
@@ -351,16 +351,16 @@ class TestRefused:
         ids=["command", "no out", "no number", "option", "no threat", "no file"],
     )
     def test_usage(self, capsys, arguments):
-        refused(capsys, *arguments)
+        expect_refusal(capsys, *arguments)
 
     def test_cuda_asked_for_and_absent(self, done, tmp_path, capsys, monkeypatch):
         monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
         options = ["--config", "run.toml", "--out", tmp_path / "out", "--device", "cuda"]
-        assert "no CUDA device" in refused(capsys, "compress", *options)
+        assert "no CUDA device" in expect_refusal(capsys, "compress", *options)
         options = [done / "model.atmc", "--data", "digits", "--threat", "linf:0.1", "--model", "cli_models:build"]
         monkeypatch.setattr(torch.cuda, "device_count", lambda: 0)
-        assert "no such CUDA device here" in refused(capsys, "evaluate", *options, "--device", "cuda")
-        assert "expected a device such as" in refused(capsys, "evaluate", *options, "--device", "gpu")
+        assert "no such CUDA device here" in expect_refusal(capsys, "evaluate", *options, "--device", "cuda")
+        assert "expected a device such as" in expect_refusal(capsys, "evaluate", *options, "--device", "gpu")
 
     @pytest.mark.parametrize(
         ("content", "message"),
@@ -378,11 +378,11 @@ class TestRefused:
         whole = (done / "model.atmc").read_bytes()
         if content is not None:
             path.write_bytes(whole[content] if isinstance(content, slice) else content)
-        assert message in refused(capsys, "inspect", path)
-        assert message in refused(capsys, "evaluate", path, "--data", "digits", "--threat", "linf:0.1")
+        assert message in expect_refusal(capsys, "inspect", path)
+        assert message in expect_refusal(capsys, "evaluate", path, "--data", "digits", "--threat", "linf:0.1")
         if content is not None:
             options = ["--config", "run.toml", "--out", tmp_path / "out", "--checkpoint", path]
-            assert message in refused(capsys, "compress", *options)
+            assert message in expect_refusal(capsys, "compress", *options)
             assert not (tmp_path / "out").exists()
 
     @pytest.mark.parametrize("name", ["a.pt", "a.safetensors"])
@@ -395,7 +395,7 @@ class TestRefused:
         if isinstance(content, bytes):
             (tmp_path / name).write_bytes(content)
         options = ["--config", "run.toml", "--out", tmp_path / "out", "--checkpoint", tmp_path / name]
-        message = refused(capsys, "compress", *options)
+        message = expect_refusal(capsys, "compress", *options)
         expected = f"{name} is of another model: 0.weight is missing" if isinstance(content, str) else "is damaged or"
         assert expected in message
         assert not (tmp_path / "out").exists()
@@ -409,14 +409,14 @@ class TestRefused:
                     Image.new(mode, (size, size)).save(tmp_path / "data" / split / str(label) / f"{number}.png")
         shape = f"does not take images of shape ({3 if mode == 'RGB' else 1}, {size}, {size})"
         options = ["--data", tmp_path / "data", "--model", "cli_models:build"]
-        assert shape in refused(capsys, "evaluate", done / "model.atmc", *options, "--threat", "linf:0.1")
+        assert shape in expect_refusal(capsys, "evaluate", done / "model.atmc", *options, "--threat", "linf:0.1")
         options += ["--config", "run.toml", "--out", tmp_path / "out"]
-        assert shape in refused(capsys, "compress", *options)
+        assert shape in expect_refusal(capsys, "compress", *options)
         assert not (tmp_path / "out").exists()
 
     def test_a_folder_where_a_file_is_meant(self, done, capsys):
-        assert str(done) in refused(capsys, "inspect", done)
-        assert str(done) in refused(capsys, "evaluate", done, "--data", "digits", "--threat", "linf:0.1")
+        assert str(done) in expect_refusal(capsys, "inspect", done)
+        assert str(done) in expect_refusal(capsys, "evaluate", done, "--data", "digits", "--threat", "linf:0.1")
 
     @pytest.mark.parametrize(
         ("options", "message"),
@@ -444,11 +444,11 @@ class TestRefused:
     )
     def test_evaluate(self, done, capsys, options, message):
         command = ["evaluate", done / "model.atmc", "--data", "digits", "--model", "cli_models:build"]
-        assert message in refused(capsys, *command, *options.split())
+        assert message in expect_refusal(capsys, *command, *options.split())
 
     def test_evaluate_needs_the_factory(self, done, capsys):
         options = ["--data", "digits", "--threat", "linf:0.1"]
-        assert "'cli_models:build'" in refused(capsys, "evaluate", done / "model.atmc", *options)
+        assert "'cli_models:build'" in expect_refusal(capsys, "evaluate", done / "model.atmc", *options)
 
     @pytest.mark.parametrize("options", [["--attack", "pgd,pdg"], ["--json", "nowhere/figures.json"]])
     def test_evaluate_checks_before_it_attacks(self, done, capsys, monkeypatch, options):
@@ -457,22 +457,22 @@ class TestRefused:
 
         monkeypatch.setattr(evaluate, "run_protocol", attacked)
         command = ["evaluate", done / "model.atmc", "--data", "digits", "--threat", "linf:0.1"]
-        refused(capsys, *command, "--model", "cli_models:build", *options)
+        expect_refusal(capsys, *command, "--model", "cli_models:build", *options)
 
 
 class TestFolders:
-    def test_a_run_that_is_there_is_left(self, done, capsys):
+    def test_an_existing_run_is_left_as_it_is(self, done, capsys):
         before = {path.name: path.read_bytes() for path in done.iterdir()}
         command = ["compress", "--config", "run.toml", "--out", done]
-        assert "add --resume to continue it or --overwrite" in refused(capsys, *command)
-        assert "seed was 0, is 4" in refused(capsys, *command, "--resume", "--seed", 4)
+        assert "add --resume to continue it or --overwrite" in expect_refusal(capsys, *command)
+        assert "seed was 0, is 4" in expect_refusal(capsys, *command, "--resume", "--seed", 4)
         assert {path.name: path.read_bytes() for path in done.iterdir()} == before
 
     def test_a_folder_in_use(self, tmp_path, capsys):
         with open(tmp_path / ".lock", "w") as lock:
             fcntl.flock(lock, fcntl.LOCK_EX)
             command = ["compress", "--config", "run.toml", "--out", tmp_path]
-            assert "in use by another run" in refused(capsys, *command)
+            assert "in use by another run" in expect_refusal(capsys, *command)
 
     @pytest.mark.parametrize("option", [None, "--resume", "--overwrite"])
     def test_a_folder_of_something_else(self, tmp_path, capsys, option):
@@ -480,18 +480,18 @@ class TestFolders:
         (tmp_path / "checkpoint" / "epoch90.pt").write_text("years of work")
         (tmp_path / "metrics.json").write_text("mine")
         command = ["compress", "--config", "run.toml", "--out", tmp_path, *([option] if option else [])]
-        assert "holds no run" in refused(capsys, *command)
+        assert "holds no run" in expect_refusal(capsys, *command)
         assert (tmp_path / "checkpoint" / "epoch90.pt").read_text() == "years of work"
         assert (tmp_path / "metrics.json").read_text() == "mine"
 
-    def test_no_folder_can_be_there(self, tmp_path, capsys):
+    def test_a_path_that_cannot_be_a_folder(self, tmp_path, capsys):
         (tmp_path / "file").write_text("mine")
         command = ["compress", "--config", "run.toml", "--out"]
-        assert "is a file" in refused(capsys, *command, tmp_path / "file")
-        assert "file" in refused(capsys, *command, tmp_path / "file" / "below")
+        assert "is a file" in expect_refusal(capsys, *command, tmp_path / "file")
+        assert "file" in expect_refusal(capsys, *command, tmp_path / "file" / "below")
 
-    def test_nothing_to_go_on_with(self, tmp_path, capsys):
-        refused(capsys, "compress", "--out", tmp_path / "nowhere", "--resume")
+    def test_resume_needs_a_run(self, tmp_path, capsys):
+        expect_refusal(capsys, "compress", "--out", tmp_path / "nowhere", "--resume")
         assert not (tmp_path / "nowhere").exists()
 
     @pytest.mark.parametrize("content", [b"", b"\x80\x02rubbish", b"PK\x03\x04rubbish", None], ids=str)
@@ -502,15 +502,15 @@ class TestFolders:
                 break
         state = out / "checkpoint" / "state.pt"
         state.write_bytes(state.read_bytes()[: state.stat().st_size // 2] if content is None else content)
-        assert "state.pt" in refused(capsys, "compress", "--out", out, "--resume")
+        assert "state.pt" in expect_refusal(capsys, "compress", "--out", out, "--resume")
 
 
-class TestFailed:
-    """Status 1: not the user's input."""
+class TestStatus1:
+    """Exit status 1: the cause is not the user's input."""
 
     @pytest.mark.parametrize("name", ["config.toml", "state.pt", "model.atmc", "report.html", "metrics.json"])
     def test_a_full_disk(self, done, tmp_path, capsys, monkeypatch, name):
-        """From the first time that this file is written after the first checkpoint."""
+        """The disk is full from the first time that this file is written after the first checkpoint."""
         out = tmp_path / "a run"
         replace = os.replace
 
@@ -522,7 +522,7 @@ class TestFailed:
         command = ["compress", "--config", "run.toml", "--out", out]
         with monkeypatch.context() as patch:
             patch.setattr(files.os, "replace", full)
-            message = refused(capsys, *command, status=1)
+            message = expect_refusal(capsys, *command, status=1)
         assert re.fullmatch(f"atmc: .*{name}: No space left on device", message)
         assert not list(out.rglob("*.tmp"))
         assert not (out / name).exists()
@@ -539,7 +539,7 @@ class TestFailed:
 
         original = open
         monkeypatch.setattr("builtins.open", open_full)
-        message = refused(capsys, "compress", "--config", "run.toml", "--out", tmp_path / "out", status=1)
+        message = expect_refusal(capsys, "compress", "--config", "run.toml", "--out", tmp_path / "out", status=1)
         assert message.endswith("log.jsonl: No space left on device")
 
     def test_a_full_disk_says_how_to_continue(self, tmp_path, capsys, monkeypatch):
@@ -556,7 +556,7 @@ class TestFailed:
             raise TrainingDiverged("the loss became nan in epoch 3; try a lower learning rate")
 
         monkeypatch.setattr("atmc.commands.run.run", diverging)
-        assert "lower learning rate" in refused(
+        assert "lower learning rate" in expect_refusal(
             capsys, "compress", "--config", "run.toml", "--out", tmp_path / "out", status=1
         )
 
@@ -569,7 +569,7 @@ class TestFailed:
             ("atmc.training.runner.clean_accuracy", 2),
             ("atmc.commands.run.append_line", 3),
             ("atmc.core.files.os.replace", 4),  # the third epoch's checkpoint
-            ("atmc.training.job.artifact.to_bytes", 2),  # the last choices are made
+            ("atmc.training.job.artifact.to_bytes", 2),  # when the forms of the weights are chosen
             ("atmc.core.files.os.replace", 7),  # model.atmc
             ("atmc.evaluation.evaluate.run_protocol", 1),
             ("atmc.commands.run.write_report", 1),
@@ -609,8 +609,8 @@ class TestFailed:
         assert {**metrics[0], "seconds": 0} == {**metrics[1], "seconds": 0}
         assert {path.name for path in out.iterdir()} == {path.name for path in done.iterdir()}
 
-    def test_an_interrupted_overwrite_goes_on_with_nothing_else(self, done, tmp_path, capsys, monkeypatch):
-        """Until the data are read the old run is untouched, and --resume would continue that one."""
+    def test_an_interrupted_overwrite_resumes_no_other_run(self, done, tmp_path, capsys, monkeypatch):
+        """Until the data are read the old run is untouched, and --resume would continue the old run."""
         out = tmp_path / "out"
         shutil.copytree(done, out)
         command = ["compress", "--config", "run.toml", "--out", out, "--seed", 5, "--overwrite"]
@@ -632,7 +632,7 @@ class TestFailed:
 
 
 class TestPython:
-    """The same errors if images come from Python."""
+    """Images from Python raise the same errors."""
 
     X, Y = torch.linspace(0, 1, 20 * 784).view(20, 1, 28, 28), torch.arange(20) % 10
 

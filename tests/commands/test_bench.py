@@ -36,7 +36,7 @@ IMAGES = np.random.default_rng(0).random((5, 1, 28, 28), np.float32)
 
 @pytest.fixture
 def pruned(lenet):
-    """A LeNet in which nine tenths of the weights are zero."""
+    """Return a LeNet in which nine tenths of the weights are zero."""
     noise = torch.Generator().manual_seed(0)
     with torch.no_grad():
         for parameter in lenet.parameters():
@@ -258,7 +258,7 @@ def test_an_unexpected_error_ends_a_worker(monkeypatch, tmp_path):
         worker.serve(worker_pipe, "broken", files, files)
 
 
-def test_a_failing_onnxruntime_is_a_sentence():
+def test_a_failure_of_onnxruntime_is_one_sentence():
     with pytest.raises(RuntimeError, match="onnxruntime cannot load the model: "):
         onnx_export.open_runtime(b"no model")
 

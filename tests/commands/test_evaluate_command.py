@@ -43,7 +43,7 @@ class Probabilities(nn.Module):
 
 
 def trained() -> nn.Module:
-    """A linear model of the digits, by a few steps of least squares on one-hot labels."""
+    """Fit a linear model of the digits by a few steps of least squares on one-hot labels."""
     train = atmc.load_data("digits").train
     x, y = train.float_pixels(slice(None)).flatten(1), nn.functional.one_hot(train.labels, 10).float()
     x = torch.cat((x, torch.ones(len(x), 1)), 1)
@@ -57,7 +57,7 @@ def trained() -> nn.Module:
 
 @pytest.fixture(scope="module", autouse=True)
 def here(tmp_path_factory):
-    """A folder with two models of the digits, a.atmc and the weaker b.atmc, and their classes to import."""
+    """Make a folder with two models of the digits, a.atmc and the weaker b.atmc, and their classes to import."""
     folder = tmp_path_factory.mktemp("evaluate")
     (folder / "command_models.py").write_text(MODELS)
     with pytest.MonkeyPatch.context() as patch:
@@ -86,8 +86,8 @@ def run_evaluate(file: object, *options: object, threat: str = "linf:0.05", mode
     return call(*command_of(file, *options, threat=threat, model=model))
 
 
-def refused(capsys: pytest.CaptureFixture[str], *arguments: object, **options: str) -> str:
-    return commands.refused(capsys, *command_of(*arguments, **options))
+def expect_refusal(capsys: pytest.CaptureFixture[str], *arguments: object, **options: str) -> str:
+    return commands.expect_refusal(capsys, *command_of(*arguments, **options))
 
 
 def figures(path: str) -> dict:
@@ -151,7 +151,7 @@ class TestDone:
         assert "does the evaluation hold" not in capsys.readouterr().out
 
     def test_checkpoints(self, here, capsys):
-        """Weights in other files; a zoo model by its name."""
+        """Weights can be in other files, with a zoo model named by --model."""
         model = atmc.load("a.atmc", factory=sys.modules["command_models"].build)
         torch.save(model.state_dict(), "a.pt")
         save_file(model.state_dict(), "a.safetensors")
@@ -244,7 +244,7 @@ class TestResume:
         assert sorted(path.name for path in here.glob(f"{cut}*")) == [
             f"{cut}.against.state", f"{cut}.parts.state", f"{cut}.state",
         ]  # fmt: skip
-        assert "add --resume" in refused(capsys, "a.atmc", *asked, cut, threat="l2:0.3")
+        assert "add --resume" in expect_refusal(capsys, "a.atmc", *asked, cut, threat="l2:0.3")
         monkeypatch.setattr(evaluate, "run_protocol", lambda *_, **__: iter(()))  # whose verdicts are the state's
         assert run_evaluate("a.atmc", *asked, cut, "--resume", threat="l2:0.3") == 0
         assert {**figures(f"{function}.json"), "seconds": 0} == {**figures(cut), "seconds": 0}
@@ -252,14 +252,14 @@ class TestResume:
         assert list(here.glob(f"{cut}*")) == [here / cut]
 
     def test_states_are_not_deleted_by_mistake(self, here, capsys):
-        """Neither by --overwrite with a wrong name, nor by --resume without the option that the state belongs to."""
+        """Neither --overwrite with a wrong name nor --resume without the option of the state deletes a state."""
         state = here / "z.json.against.state"
         state.write_bytes(b"a state")
         asked = ["--n", 5, "--no-checks", "--json", "z.json"]
-        refused(capsys, "missing.atmc", *asked, "--overwrite")
-        message = refused(capsys, "a.atmc", *asked, "--against", "missing.atmc", "--overwrite")
+        expect_refusal(capsys, "missing.atmc", *asked, "--overwrite")
+        message = expect_refusal(capsys, "a.atmc", *asked, "--against", "missing.atmc", "--overwrite")
         assert "missing.atmc" in message
-        assert "is not asked for now" in refused(capsys, "a.atmc", *asked, "--resume")
+        assert "is not asked for now" in expect_refusal(capsys, "a.atmc", *asked, "--resume")
         assert state.read_bytes() == b"a state"
         assert run_evaluate("a.atmc", *asked, "--overwrite") == 0
         assert not state.exists()
@@ -293,11 +293,11 @@ class TestResume:
             ("rubbish", "is not the state of a measurement"),
         ):
             state.write_text(text)
-            assert message in refused(capsys, *asked)
+            assert message in expect_refusal(capsys, *asked)
             assert not (here / "y.json").exists()
 
     def test_a_finished_attack_is_not_run_again(self, here):
-        """Its verdicts are those of the state, whatever they are."""
+        """The verdicts of a finished attack are taken from the state."""
         model = atmc.load("a.atmc", factory=sys.modules["command_models"].build)
         test = atmc.load_data("digits").test
         options = evaluate.EvaluationOptions(attacks=("pgd",), n=20, checks=False, state=here / "state")
@@ -320,15 +320,15 @@ class TestResume:
         resume.write_state(
             here / "x.json.state", {"pgd": ("another", Verdicts.fresh(atmc.load_data("digits").test, 5, keep=False))}
         )
-        message = refused(capsys, "a.atmc", "--n", 5, "--no-checks", "--json", "x.json")
+        message = expect_refusal(capsys, "a.atmc", "--n", 5, "--no-checks", "--json", "x.json")
         assert "holds an unfinished evaluation: add --resume to continue it or --overwrite" in message
-        message = refused(capsys, "a.atmc", "--n", 5, "--no-checks", "--json", "x.json", "--resume")
+        message = expect_refusal(capsys, "a.atmc", "--n", 5, "--no-checks", "--json", "x.json", "--resume")
         assert "is of another evaluation" in message
         (here / "x.json.state").write_bytes(b"rubbish")
-        message = refused(capsys, "a.atmc", "--n", 5, "--no-checks", "--json", "x.json", "--resume")
+        message = expect_refusal(capsys, "a.atmc", "--n", 5, "--no-checks", "--json", "x.json", "--resume")
         assert "is not the state of an evaluation" in message
         assert run_evaluate("a.atmc", "--n", 5, "--no-checks", "--json", "x.json", "--overwrite") == 0
-        assert "--resume needs --json" in refused(capsys, "a.atmc", "--resume")
+        assert "--resume needs --json" in expect_refusal(capsys, "a.atmc", "--resume")
 
     def test_interrupted(self, here, capsys, monkeypatch):
         def interrupted(request):
@@ -339,7 +339,7 @@ class TestResume:
         assert run_evaluate("a.atmc", "--json", "never.json") == 1
         assert "continue with the same command and --resume" in capsys.readouterr().out
 
-    def test_every_deciding_thing_is_in_the_fingerprint(self, here):
+    def test_every_input_of_the_result_is_in_the_fingerprint(self, here):
         model, test = trained(), atmc.load_data("digits").test
         marks = {
             resume.compute_fingerprint(model, test, 20, seed=0),
@@ -365,7 +365,7 @@ class TestSeveralFiles:
         (here / "runs" / "c").mkdir(parents=True, exist_ok=True)
         (here / "runs" / "c" / "model.atmc").write_bytes((here / "a.atmc").read_bytes())
 
-    def test_each_has_its_figures_and_all_a_summary(self, here, capsys):
+    def test_each_file_has_its_figures_and_all_have_a_summary(self, here, capsys):
         assert call(*self.several("each")) == 0
         text = capsys.readouterr().out
         assert sorted(path.name for path in (here / "each").iterdir()) == ["a.json", "b.json", "c.json"]
@@ -398,7 +398,7 @@ class TestSeveralFiles:
         assert call(*self.several("cut")) == 1
         assert sorted(path.name for path in (here / "cut").iterdir()) == ["a.json", "b.json.state"]
         before = (here / "cut" / "a.json").read_bytes()
-        assert "a.json exists: add --overwrite" in commands.refused(capsys, *self.several("cut"))
+        assert "a.json exists: add --overwrite" in commands.expect_refusal(capsys, *self.several("cut"))
         assert call(*self.several("cut", "--resume")) == 0
         assert "all models" in capsys.readouterr().out
         assert (here / "cut" / "a.json").read_bytes() == before
@@ -417,14 +417,14 @@ class TestSeveralFiles:
         folder = here / "same"
         assert call(*self.several(folder)) == 0
         attack_again = [*self.several(folder, "--resume"), "--n", 10]
-        message = commands.refused(capsys, *attack_again)
+        message = commands.expect_refusal(capsys, *attack_again)
         assert "a.json is of another evaluation (n was 20, is 10): add --overwrite to replace it" in message
         assert call(*attack_again, "--overwrite") == 0
         assert figures(folder / "c.json")["attacks"]["pgd"]["n"] == 10
         (here / "runs" / "c" / "model.atmc").write_bytes((here / "b.atmc").read_bytes())
-        assert "c.json is of another evaluation (file was" in commands.refused(capsys, *attack_again)
+        assert "c.json is of another evaluation (file was" in commands.expect_refusal(capsys, *attack_again)
         (folder / "c.json").write_text("mine")
-        assert "c.json exists: add --overwrite" in commands.refused(capsys, *attack_again)
+        assert "c.json exists: add --overwrite" in commands.expect_refusal(capsys, *attack_again)
 
     @pytest.mark.parametrize(
         ("files", "names"),
@@ -460,7 +460,7 @@ class TestSeveralFiles:
 
         monkeypatch.setattr(evaluate, "run_protocol", attacked)
         options = options if "--json" in options else [*options, "--json", "refused"]
-        assert message in commands.refused(capsys, *command_of(options[0], *options[1:]))
+        assert message in commands.expect_refusal(capsys, *command_of(options[0], *options[1:]))
         assert not (here / "refused").exists()
 
 
@@ -503,7 +503,7 @@ class TestAfter:
         assert figures("after.json")["worst_case"]["accuracy"] == attacks["autoattack"]["accuracy"]
 
     def test_images_that_the_first_attack_did_not_see(self):
-        """They are attacked."""
+        """Images that the first attack did not see are attacked."""
         test = atmc.load_data("digits").test
         n = {"fgsm": 30, "pgd": 60}
         after = atmc.evaluate(trained(), test, threat="linf:0.05", attack="pgd", after="fgsm", n=n, checks=False)
@@ -513,7 +513,7 @@ class TestAfter:
             after.attacks["pgd"].right[:30], whole.attacks["pgd"].right[:30] & whole.attacks["fgsm"].right
         )
 
-    def test_an_interrupted_one_continues(self, here, monkeypatch):
+    def test_an_interrupted_evaluation_continues(self, here, monkeypatch):
         options = ["--attack", "pgd-strong", "--after", "fgsm", "--n", 60, "--batch-size", 10, "--no-checks", "--json"]
         assert run_evaluate("a.atmc", *options, "after-whole.json") == 0
         run_protocol, batches = evaluate.run_protocol, []
@@ -541,7 +541,7 @@ class TestAfter:
         ],
     )
     def test_refused(self, here, capsys, options, message):
-        assert message in refused(capsys, "a.atmc", *options)
+        assert message in expect_refusal(capsys, "a.atmc", *options)
 
 
 class TestRefused:
@@ -569,7 +569,7 @@ class TestRefused:
             raise AssertionError("attacked first")
 
         monkeypatch.setattr(evaluate, "run_protocol", attacked)
-        assert message in refused(capsys, "a.atmc", *options)
+        assert message in expect_refusal(capsys, "a.atmc", *options)
 
     @pytest.mark.parametrize(
         ("threat", "message"),
@@ -580,19 +580,20 @@ class TestRefused:
         ],
     )
     def test_eps_of_the_wrong_scale(self, here, capsys, threat, message):
-        assert message in refused(capsys, "a.atmc", threat=threat)
+        assert message in expect_refusal(capsys, "a.atmc", threat=threat)
 
     def test_a_file_for_another_size(self, here, capsys):
         """It is refused even if the model would take the images, as this one."""
-        message = refused(capsys, "small.atmc")
+        message = expect_refusal(capsys, "small.atmc")
         assert "small.atmc is for images of shape (1, 14, 56) and does not take images of shape (1, 28, 28)" in message
-        assert "small.atmc is for images of shape" in refused(capsys, "a.atmc", "--n", 2, "--against", "small.atmc")
+        message = expect_refusal(capsys, "a.atmc", "--n", 2, "--against", "small.atmc")
+        assert "small.atmc is for images of shape" in message
 
     def test_examples_of_another_size(self, here, capsys):
         images = {"adv": np.zeros((2, 1, 9, 9), np.float32), "about": np.array("{}")}
         rest = {name: np.zeros(2, np.int64) for name in ("labels", "predictions")}
         np.savez("nine.npz", **images, **rest, fooled=np.zeros(2, bool))
-        assert "nine.npz holds images of shape (1, 9, 9)" in refused(capsys, "a.atmc", "--replay", "nine.npz")
+        assert "nine.npz holds images of shape (1, 9, 9)" in expect_refusal(capsys, "a.atmc", "--replay", "nine.npz")
 
     def test_no_images_and_strange_labels(self, here):
         model = trained()

@@ -121,7 +121,7 @@ def test_an_interrupted_run_is_resumed_to_the_same_file(here, epochs):
 
 
 def test_killed_by_the_system_and_resumed(here):
-    """SIGKILL in the middle of training, in a process of its own, through the command line."""
+    """The process of the command is killed in the middle of training."""
     (here / "run.toml").write_text(parse({**SMALL, "training": {**SMALL["training"], "epochs": 4}}).to_toml())
     command = [sys.executable, "-m", "atmc", "compress", "--config", "run.toml", "--out"]
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
@@ -145,7 +145,7 @@ def test_killed_by_the_system_and_resumed(here):
 
 
 def test_killed_in_the_final_evaluation_and_resumed(here):
-    """SIGKILL after the model file is written and before the metrics are."""
+    """The process is killed after the model file is written and before the metrics are."""
     killed = "import os, signal; from atmc.cli.main import main; from atmc.evaluation import evaluate; "
     killed += "evaluate.run_protocol = lambda *_, **__: os.kill(os.getpid(), signal.SIGKILL); main()"
     (here / "run.toml").write_text(parse(SMALL).to_toml())

@@ -8,7 +8,7 @@ import sys
 from pathlib import Path
 
 import pytest
-from commands import call, refused
+from commands import call, expect_refusal
 
 from atmc.commands.expressions import Scope, evaluate, parse, render
 from atmc.commands.pages import fill_page
@@ -234,7 +234,7 @@ def test_command_prints_and_writes(tmp_path, capsys):
     out = tmp_path / "table.csv"
     assert call("table", tmp_path, "--columns", "run", "--columns", "bits", "--format", "csv", "--out", out) == 0
     assert out.read_text() == "run,bits\na,4\n"
-    assert "add --overwrite" in refused(capsys, "table", tmp_path, "--out", out)
+    assert "add --overwrite" in expect_refusal(capsys, "table", tmp_path, "--out", out)
 
 
 def test_command_runs_without_torch(tmp_path):
@@ -249,14 +249,14 @@ def test_command_refuses(tmp_path, capsys):
     (tmp_path / "list.json").write_text("[]")
     (tmp_path / "empty").mkdir()
     write_run(tmp_path / "a")
-    assert "results to compare" in refused(capsys, "table")
-    assert "leave out --columns" in refused(capsys, "table", "--page", "a.md", "--columns", "run")
-    assert "there is no file or folder" in refused(capsys, "table", tmp_path / "nothing")
-    assert "holds no run" in refused(capsys, "table", tmp_path / "empty")
-    assert "is not JSON" in refused(capsys, "table", tmp_path / "bad.json")
-    assert "holds no result" in refused(capsys, "table", tmp_path / "list.json")
-    assert "unknown format 'cvs'" in refused(capsys, "table", tmp_path / "a", "--format", "cvs")
-    assert "did you mean 'bits'" in refused(capsys, "table", tmp_path / "a", "--columns", "bit")
+    assert "results to compare" in expect_refusal(capsys, "table")
+    assert "leave out --columns" in expect_refusal(capsys, "table", "--page", "a.md", "--columns", "run")
+    assert "there is no file or folder" in expect_refusal(capsys, "table", tmp_path / "nothing")
+    assert "holds no run" in expect_refusal(capsys, "table", tmp_path / "empty")
+    assert "is not JSON" in expect_refusal(capsys, "table", tmp_path / "bad.json")
+    assert "holds no result" in expect_refusal(capsys, "table", tmp_path / "list.json")
+    assert "unknown format 'cvs'" in expect_refusal(capsys, "table", tmp_path / "a", "--format", "cvs")
+    assert "did you mean 'bits'" in expect_refusal(capsys, "table", tmp_path / "a", "--columns", "bit")
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: f"{page.parent.name}/{page.name}")

@@ -7,7 +7,7 @@ import subprocess
 import numpy as np
 import pytest
 import torch
-from compilers import compiler
+from compilers import find_compiler
 from torch import nn
 
 from atmc import models
@@ -51,7 +51,7 @@ def chain(shape, *ops):
     return Graph(shape, tuple(Node(op, (i,)) for i, op in enumerate(ops)))
 
 
-def of_one_op():
+def one_op_graphs():
     rng = np.random.default_rng(0)
     ops = [
         conv(rng, 6, 4, (3, 2), (2, 1), (1, 0), (1, 2)),
@@ -111,9 +111,9 @@ def networks():
             Node(Relu(), (2,), "int"),
             Node(conv(rng, 4, 4, (3, 3), **square), (3,)),
             Node(affine(rng, 4), (4,)),
-            Node(Add(), (1, 5)),  # over value 1
+            Node(Add(), (1, 5)),  # may overwrite value 1
             Node(Relu(), (6,)),
-            Node(Relu(0.3), (7,)),  # before the activation: value 7 lives on
+            Node(Relu(0.3), (7,)),  # value 7 is read again later
             Node(conv(rng, 4, 4, (1, 1)), (8,)),
             Node(Add(), (9, 7)),
             Node(Add(), (10, 8)),
@@ -130,8 +130,8 @@ def networks():
     return {"pooled": pooled, "residual": residual}
 
 
-def drawn(seed):
-    """Draw a network: maps of one shape that are read again later, then pooled."""
+def random_graph(seed):
+    """Draw a network of maps of one shape, some of them read again later, with a pooling at the end."""
     rng = np.random.default_rng(seed)
     nodes = [Node(conv(rng, 3, 3, (3, 3), padding=(1, 1)), (0,))]
     for _ in range(10):
@@ -149,7 +149,7 @@ def drawn(seed):
     return Graph((3, 5, 4), tuple(nodes))
 
 
-GRAPHS = of_one_op() | networks() | {f"drawn{seed}": drawn(seed) for seed in range(20)}
+GRAPHS = one_op_graphs() | networks() | {f"drawn{seed}": random_graph(seed) for seed in range(20)}
 
 
 def write(source, folder):
@@ -157,9 +157,9 @@ def write(source, folder):
         (folder / f"{source.name}{name}").write_text(text)
 
 
-def compiled(folder, names, *flags):
+def compile_sources(folder, names, *flags):
     done = subprocess.run(
-        [compiler("C"), *FLAGS, *flags, *names], cwd=folder, capture_output=True, text=True, check=False
+        [find_compiler("C"), *FLAGS, *flags, *names], cwd=folder, capture_output=True, text=True, check=False
     )
     assert done.returncode == 0, done.stderr[:3000]
 
@@ -174,7 +174,7 @@ def sources(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def library(sources):
-    compiled(sources, [f"{name}.c" for name in GRAPHS], "-shared", "-fPIC", "-o", "all.so")
+    compile_sources(sources, [f"{name}.c" for name in GRAPHS], "-shared", "-fPIC", "-o", "all.so")
     return ctypes.CDLL(str(sources / "all.so"))
 
 
@@ -206,7 +206,7 @@ def test_generated_test_vectors_pass_under_sanitizers(sources):
         text = (sources / f"{name}_test.c").read_text().replace("main(void)", f"{name}_main(void)")
         (sources / f"{name}_main.c").write_text(f"int {name}_main(void);\n{text}")
     names = ["main.c", *(f"{name}{end}.c" for name in GRAPHS for end in ("", "_main"))]
-    compiled(sources, names, "-O1", "-fsanitize=address,undefined", "-fno-sanitize-recover=all", "-o", "all")
+    compile_sources(sources, names, "-O1", "-fsanitize=address,undefined", "-fno-sanitize-recover=all", "-o", "all")
     done = subprocess.run([sources / "all"], capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stdout + done.stderr
     assert done.stdout.count("ok: ") == len(GRAPHS)
@@ -221,7 +221,7 @@ def test_a_wrong_logit_fails_the_generated_test(tmp_path):
     )
     write(right, tmp_path)
     (tmp_path / "m.c").write_text(wrong.source)
-    compiled(tmp_path, ["m.c", "m_test.c"], "-o", "m")
+    compile_sources(tmp_path, ["m.c", "m_test.c"], "-o", "m")
     done = subprocess.run([tmp_path / "m"], capture_output=True, text=True, check=False)
     assert done.returncode == 1
     assert "WRONG" in done.stdout
@@ -231,7 +231,7 @@ def test_a_wrong_logit_fails_the_generated_test(tmp_path):
 def test_labels_of_any_text(tmp_path):
     labels = ['say "7"\\\n', "Möwe ??/"]
     write(to_c(chain((2, 1, 1), Relu()), name="birds", labels=labels), tmp_path)
-    compiled(tmp_path, ["birds.c"], "-shared", "-fPIC", "-o", "birds.so")
+    compile_sources(tmp_path, ["birds.c"], "-shared", "-fPIC", "-o", "birds.so")
     compiled_labels = (ctypes.c_char_p * 2).in_dll(ctypes.CDLL(str(tmp_path / "birds.so")), "birds_labels")
     assert [text.decode() for text in compiled_labels] == labels
 
@@ -255,7 +255,7 @@ def lenet_graph(model):
 
 
 def test_memory_of_lenet_is_two_maps_and_the_larger_plane():
-    """While conv1 runs, its pooled map 20x12x12 and a plane 24x24; while conv2 runs, 20x12x12, 50x4x4 and 8x8."""
+    """conv1 needs its pooled map 20x12x12 and a plane 24x24; conv2 needs 20x12x12, 50x4x4 and 8x8."""
     graph = lenet_graph(models.build("lenet", 10, seed=0))
     source = to_c(graph)
     assert source.arena_bytes == 4 * max(2880 + 576, 2880 + 800 + 64, 800 + 500, 510)
@@ -281,7 +281,7 @@ def test_a_residual_block_needs_two_maps_and_a_plane():
         (np.eye(1, 8) * 0.1, 1 + 4),
         # 64 nonzeros of 2 values, no zeros: 64 bits of Rice, 64 of codes, one level in float16, one in float32
         (np.tile([0.5, 0.1], 32)[None], 16 + 2 + 4),
-        # 64 different values in float16: no level pays
+        # 64 different values in float16: a table of levels would be longer
         (np.arange(1, 65)[None], (64 + 64 * 16) // 8),
         (np.arange(1, 65)[None] / 3, (64 + 64 * 32) // 8),
     ],
@@ -291,7 +291,7 @@ def test_bytes_of_a_table(rows, size):
 
 
 def test_rice_code_by_hand():
-    """Zeros 5, 0, 6 with rice 2: 5 = 1 0 | 1 0, 0 = 0 | 0 0, 6 = 1 0 | 0 1, the lowest bit first."""
+    """The zeros before the nonzeros are 5, 0, 6; with rice 2 the codes are 10 10, 0 00 and 10 01, lowest bit first."""
     row = np.zeros((1, 14), np.float32)
     row[0, [5, 6, 13]] = 1
     table = tables.encode(row)
@@ -301,7 +301,7 @@ def test_rice_code_by_hand():
 
 
 def test_values_of_every_kind_arrive_exactly(tmp_path):
-    """Subnormals, the ends of float16 and float32, zeros of both signs."""
+    """The values include subnormals, the ends of float16 and float32, and zeros of both signs."""
     values = [6e-8, -(2.0**-24), 2.0**-14, 65504.0, -65520.0, 3e38, 1e-40, -0.0, 0.0, 1 / 3]
     few = np.array(values, np.float32)
     halves = np.arange(1, 1025, dtype=np.float32) / 1024 * np.where(np.arange(1024) % 3, 1, -1)
@@ -310,7 +310,7 @@ def test_values_of_every_kind_arrive_exactly(tmp_path):
     for name, scale in graphs.items():
         op = Affine(scale, np.zeros(len(scale), np.float32))
         write(to_c(chain((len(scale), 1, 1), op), name=name), tmp_path)
-    compiled(tmp_path, [f"{name}.c" for name in graphs], "-shared", "-fPIC", "-o", "all.so")
+    compile_sources(tmp_path, [f"{name}.c" for name in graphs], "-shared", "-fPIC", "-o", "all.so")
     library = ctypes.CDLL(str(tmp_path / "all.so"))
     for name, scale in graphs.items():
         logits = logits_of(library, name, np.ones((1, len(scale), 1, 1), np.float32), len(scale))
@@ -346,7 +346,7 @@ def test_a_name_that_c_cannot_have(name):
         to_c(GRAPHS["op6"], name=name)
 
 
-def test_what_cannot_be_written():
+def test_invalid_input_is_refused():
     graph = chain((2, 1, 1), Relu())
     with pytest.raises(ValueError, match="expected 2 labels, one per class, got 1"):
         to_c(graph, labels=["a"])

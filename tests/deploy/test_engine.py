@@ -38,7 +38,7 @@ def file(lenet, tmp_path_factory):
     return path
 
 
-def agrees(logits: np.ndarray, model: nn.Module, images: np.ndarray) -> bool:
+def logits_agree(logits: np.ndarray, model: nn.Module, images: np.ndarray) -> bool:
     with torch.inference_mode():
         expected = model(torch.from_numpy(images)).numpy()
     assert logits.dtype == np.float32
@@ -55,14 +55,14 @@ def test_a_file_a_module_and_a_graph(n, threads, lenet, file):
         run = atmc.Engine(source, threads=threads)
         logits = run(images)
         assert logits.shape == (n, 10)
-        assert n == 0 or agrees(logits, lenet, images)
+        assert n == 0 or logits_agree(logits, lenet, images)
         assert run.describe().startswith("sparse (")
 
 
 def test_a_resnet_of_the_zoo():
     model = pruned(atmc.models.build("resnet18", 7, seed=0, mean=[0.4, 0.5, 0.6], std=[0.2, 0.2, 0.3]), 0.02)
     images = images_of(3, 3, 32, 32)
-    assert agrees(atmc.Engine(model, threads=1)(images), model, images)
+    assert logits_agree(atmc.Engine(model, threads=1)(images), model, images)
 
 
 class Own(nn.Module):
@@ -82,12 +82,12 @@ def test_a_users_own_class(tmp_path):
     atmc.save(model, tmp_path / "own.atmc", input_shape=(3, 10, 10))
     images = images_of(4, 3, 10, 10)
     run = atmc.Engine(tmp_path / "own.atmc", factory=Own, threads=1, prefer="sparse")
-    assert agrees(run(images), model, images)
+    assert logits_agree(run(images), model, images)
     with pytest.raises(artifact.FactoryNeeded, match="give the factory"):
         atmc.Engine(tmp_path / "own.atmc")
     with pytest.raises(ValueError, match="input_shape"):
         atmc.Engine(model)
-    assert agrees(atmc.Engine(model, input_shape=(3, 10, 10), prefer="sparse")(images), model, images)
+    assert logits_agree(atmc.Engine(model, input_shape=(3, 10, 10), prefer="sparse")(images), model, images)
 
 
 @pytest.mark.parametrize("prefer", ["sparse", "dense", "auto"])
@@ -101,8 +101,8 @@ def test_networks_with_few_zeros_run_on_the_fastest_engine(prefer, monkeypatch):
 
     monkeypatch.setattr(engine, "time_call", time_call)
     run = atmc.Engine(model, threads=1, prefer=prefer)
-    assert agrees(run(images), model, images)
-    assert agrees(run(images[:2]), model, images[:2])
+    assert logits_agree(run(images), model, images)
+    assert logits_agree(run(images[:2]), model, images[:2])
     description = run.describe()
     if prefer == "auto":
         assert description.startswith("dense (")
@@ -117,14 +117,14 @@ def test_without_onnxruntime_pytorch_is_the_dense_engine(monkeypatch, lenet):
     run = atmc.Engine(lenet, threads=1, prefer="dense")
     assert run.describe() == "dense (PyTorch, channels_last), 1 thread"
     images = images_of(3, 1, 28, 28)
-    assert agrees(run(images), lenet, images)
+    assert logits_agree(run(images), lenet, images)
 
 
 def test_images_of_any_strides(lenet, file):
     run = atmc.Engine(file, threads=1)
     images = images_of(6, 1, 28, 28)
     for view in (images[::2], images[..., ::-1], images.transpose(0, 1, 3, 2), np.asfortranarray(images)):
-        assert agrees(run(view), lenet, np.ascontiguousarray(view))
+        assert logits_agree(run(view), lenet, np.ascontiguousarray(view))
     one = images[:1]
     first = run(one)
     kept = first.copy()
@@ -183,7 +183,7 @@ def test_calls_from_several_threads(lenet, file):
     right = []
 
     def work(first: int) -> None:
-        right.extend(agrees(run(part), lenet, part) for part in np.split(images[first:], 5) for _ in range(3))
+        right.extend(logits_agree(run(part), lenet, part) for part in np.split(images[first:], 5) for _ in range(3))
 
     workers = [threading.Thread(target=work, args=(first,)) for first in (0, 20, 35)]
     for worker in workers:

@@ -1,4 +1,4 @@
-"""The graph: shapes as PyTorch computes them, and what does not fit is refused by name."""
+"""The graph: shapes are those that PyTorch computes, and operations that do not fit are refused by name."""
 
 import numpy as np
 import pytest
@@ -84,6 +84,6 @@ def test_a_small_network():
         ((Node(MaxPool((5, 5), (1, 1)), (0,)),), "a window of 5 does not fit a side of 4"),
     ],
 )
-def test_what_does_not_fit_is_named(nodes, message):
+def test_an_operation_that_does_not_fit_is_named(nodes, message):
     with pytest.raises(ValueError, match=message):
         Graph((1, 4, 4), nodes).shapes()

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from compilers import compiler
+from compilers import find_compiler
 from networks import EXTREMES, distance, images_of, logits_of, random_graph
 
 from atmc.deploy.engine import native
@@ -22,7 +22,7 @@ OPTIONS = ["-std=c++20", "-O1", "-g", "-fsanitize=address,undefined", "-fno-sani
 def driver(tmp_path_factory) -> Path:
     path = tmp_path_factory.mktemp("driver") / "driver"
     sources = [f"-I{Path(native.__file__).parent / 'native'}", str(TESTS / "kernel_driver.cpp")]
-    built = subprocess.run([compiler("C++"), *OPTIONS, *sources, "-o", str(path)], capture_output=True, text=True)
+    built = subprocess.run([find_compiler("C++"), *OPTIONS, *sources, "-o", str(path)], capture_output=True, text=True)
     assert built.returncode == 0, built.stderr
     return path
 
@@ -39,7 +39,7 @@ def networks() -> list[Graph]:
 
 
 def run(driver: Path, folder: Path, four_cost: float) -> None:
-    """Every network on every instruction set; whatever the sanitizers say is an error."""
+    """Run every network on every instruction set; any message of the sanitizers is an error."""
     expected, files = [], []
     for index, graph in enumerate(networks()):
         for n in (1, 3):

@@ -39,8 +39,8 @@ def floats(*shape: int) -> np.ndarray:
     return RNG.standard_normal(shape).astype(np.float32)
 
 
-def agree(graph: Graph, images: int = 3) -> None:
-    """The export, run, against the graph itself by PyTorch: images of both signs, so that padding matters."""
+def expect_agreement(graph: Graph, images: int = 3) -> None:
+    """Compare the export with the graph run by PyTorch, on images of both signs, so that padding matters."""
     x = floats(images, *graph.input_shape)
     expected = run_graph(graph, torch.from_numpy(x)).numpy()
     logits = export.open_runtime(export.to_bytes(graph))(x)
@@ -49,7 +49,7 @@ def agree(graph: Graph, images: int = 3) -> None:
 
 @st.composite
 def windows(draw: st.DrawFn, dilated: bool, halved: bool = True) -> tuple[tuple[int, int], ...]:
-    """Sides, kernel, stride, padding (of pools at most half the kernel) and dilation that fit each other."""
+    """Draw sides, kernel, stride, padding (of pools at most half the kernel) and dilation that fit each other."""
     axes = []
     for _ in range(2):
         k, s, d = draw(st.integers(1, 4)), draw(st.integers(1, 5)), draw(st.integers(1, 3 if dilated else 1))
@@ -59,25 +59,25 @@ def windows(draw: st.DrawFn, dilated: bool, halved: bool = True) -> tuple[tuple[
     return tuple(zip(*axes, strict=True))
 
 
-def whole(*ops: object) -> Graph:
+def chain(*ops: object) -> Graph:
     return Graph((4, 6, 5), tuple(Node(op, (index,)) for index, op in enumerate(ops)))
 
 
 @pytest.mark.parametrize(
     "graph",
     [
-        whole(Affine(floats(4), floats(4))),
-        whole(Flatten(), Affine(floats(120), floats(120))),
-        whole(Flatten(), Flatten(), Linear(floats(3, 120), floats(3)), Relu()),
-        whole(Relu()),
-        whole(Relu(0.7)),
-        whole(GlobalAvgPool()),
+        chain(Affine(floats(4), floats(4))),
+        chain(Flatten(), Affine(floats(120), floats(120))),
+        chain(Flatten(), Flatten(), Linear(floats(3, 120), floats(3)), Relu()),
+        chain(Relu()),
+        chain(Relu(0.7)),
+        chain(GlobalAvgPool()),
         Graph((2, 3, 3), (Node(Relu(), (0,)), Node(Add(), (0, 1)), Node(Add(), (2, 2)))),
     ],
     ids=["affine", "affine of features", "linear", "relu", "relu with a ceiling", "global average", "add"],
 )
 def test_operations(graph):
-    agree(graph)
+    expect_agreement(graph)
 
 
 @given(windows(dilated=True, halved=False), st.sampled_from([1, 2, 4]))
@@ -85,7 +85,7 @@ def test_operations(graph):
 def test_convolution(window, groups):
     sides, kernel, stride, padding, dilation = window
     op = Conv(floats(8, 4 // groups, *kernel), floats(8), stride, padding, dilation, groups)
-    agree(Graph((4, *sides), (Node(op, (0,), "conv"),)))
+    expect_agreement(Graph((4, *sides), (Node(op, (0,), "conv"),)))
 
 
 @given(windows(dilated=True), st.booleans())
@@ -94,7 +94,7 @@ def test_maximum_pool(window, ceil_mode):
     sides, *numbers = window
     graph = Graph((2, *sides), (Node(MaxPool(*numbers, ceil_mode), (0,)),))
     if run_graph(graph, torch.zeros(1, 2, *sides)).isfinite().all():
-        agree(graph)
+        expect_agreement(graph)
     else:
         with pytest.raises(ValueError, match="a window of padding alone"):
             export.to_bytes(graph)
@@ -104,12 +104,12 @@ def test_maximum_pool(window, ceil_mode):
 @small
 def test_average_pool(window, ceil_mode, count_padding):
     sides, kernel, stride, padding, _ = window
-    agree(Graph((2, *sides), (Node(AvgPool(kernel, stride, padding, ceil_mode, count_padding), (0,)),)))
+    expect_agreement(Graph((2, *sides), (Node(AvgPool(kernel, stride, padding, ceil_mode, count_padding), (0,)),)))
 
 
 @pytest.mark.parametrize("op", [MaxPool((3, 3), (2, 3), (1, 1), ceil_mode=True), AvgPool((2, 3), (3, 2), (1, 1), True)])
 def test_another_runtime(op):
-    """onnx's own evaluator, which reads ceil_mode otherwise than onnxruntime does."""
+    """The reference evaluator of onnx, which reads ceil_mode differently, computes the same."""
     for side in range(3, 9):
         graph = Graph((2, side, 7), (Node(op, (0,)),))
         x = floats(2, *graph.input_shape)
@@ -130,7 +130,7 @@ def network() -> Graph:
 
 
 def test_the_file(tmp_path):
-    """Names and shapes that others rely on; the same bytes every time; whole or not at all."""
+    """The file has the documented names and shapes and the same bytes every time, and no other file is left."""
     graph = network()
     assert export.to_onnx(graph, tmp_path / "model.onnx", metadata={"threat": "l2:1"}) > 0
     model = onnx.load(tmp_path / "model.onnx")
@@ -148,7 +148,7 @@ def test_the_file(tmp_path):
     assert (tmp_path / "model.onnx").read_bytes() == export.to_bytes(graph, metadata={"threat": "l2:1"})
     assert [path.name for path in tmp_path.iterdir()] == ["model.onnx"]
     for images in (1, 7):
-        agree(graph, images)
+        expect_agreement(graph, images)
 
 
 @pytest.mark.parametrize("name", ["onnx", "onnxruntime"])
@@ -159,7 +159,7 @@ def test_a_missing_package_is_named(monkeypatch, name):
 
 
 def test_safetensors(tmp_path):
-    """Anyone's loader reads the state dict; metadata, which safetensors writes in any order, is sorted."""
+    """The loader of safetensors reads the state dict; the metadata, which it would write in any order, are sorted."""
     model = nn.Sequential(nn.Conv2d(1, 2, 3), nn.BatchNorm2d(2)).to(memory_format=torch.channels_last)
     model.append(nn.Conv2d(1, 2, 3))
     model[2].weight = model[0].weight  # shared memory

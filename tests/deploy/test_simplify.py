@@ -71,7 +71,7 @@ def random_op(draw: np.random.Generator, shape: tuple[int, ...]):
 
 
 def random_graph(seed: int) -> Graph:
-    """Draw a chain with branches: every node reads one of the last values, additions two of one shape."""
+    """Draw a chain with branches: every node reads one of the last values, and an addition two of one shape."""
     draw = np.random.default_rng(seed)
     graph = Graph((2, 6, 7), ())
     for _ in range(int(draw.integers(3, 16))):
@@ -140,7 +140,7 @@ class TestDeadChannels:
             assert not least.nodes[0].op.weight[1].any()
 
     def test_a_relu_that_lets_nothing_through(self):
-        """An output reads values >= 0 by negative weights only; the ReLU does nothing to the others, which are >= 0."""
+        """Output 0 reads values >= 0 by negative weights only: its ReLU gives 0. Every other ReLU has no effect."""
         second = ones(3, 2, 1, 1)
         second[0] = -1
         graph = chain(
@@ -153,7 +153,7 @@ class TestDeadChannels:
         assert [type(node.op) for node in least.nodes] == [Conv, Relu, MaxPool, Flatten]
 
     def test_channels_that_are_not_read(self):
-        """Features 4 to 7, channel 1 before it was flattened, and what that alone reads."""
+        """Nothing reads features 4 to 7, which are channel 1; that channel and those that only it reads are removed."""
         last = ones(3, 12)
         last[:, 4:8] = 0
         middle = ones(3, 3, 3, 3)
@@ -201,7 +201,7 @@ class TestDeadChannels:
         assert least.shapes()[sum_ + 1][0] == left
 
     def test_a_sum_of_features_that_were_channels_and_of_others(self):
-        """Nothing reads channel 1 of the convolution (9 of the features), but such a sum keeps it."""
+        """Nothing reads channel 1 of the convolution (9 of the features), but the sum with other features keeps it."""
         middle = ones(18, 18)
         middle[:, 9:] = 0
         nodes = (
@@ -216,7 +216,7 @@ class TestDeadChannels:
         assert simplify_graph(graph).macs() == 4 * 9 + 9 * 9 + 9
 
     def test_a_relu_that_is_always_at_its_ceiling(self):
-        """Its channel stays beside zero padding, without the work for it."""
+        """A ReLU at its ceiling makes a constant channel; it stays beside zero padding, with zero weights."""
         graph = chain(
             conv(ones(2, 1, 3, 3)),
             Relu(),
@@ -267,14 +267,14 @@ class TestAffines:
         np.testing.assert_allclose(least.nodes[1].op.weight[:, 0, 0, 0], scale)
         np.testing.assert_allclose(least.nodes[1].op.bias, 0)
 
-    def test_stay_where_a_maximum_would_become_a_minimum(self):
+    def test_stay_if_a_maximum_would_become_a_minimum(self):
         least = simplify_graph(
             chain(conv(ones(1, 1, 3, 3)), MaxPool((2, 2), (2, 2)), Affine(-ones(1), ones(1)), Flatten())
         )
         assert Affine in [type(node.op) for node in least.nodes]
 
     @pytest.mark.parametrize(("counts", "left"), [(True, 1), (False, 0)])
-    def test_stay_where_a_mean_counts_zeros_that_are_not_shifted(self, counts, left):
+    def test_stay_if_a_mean_counts_zeros_that_are_not_shifted(self, counts, left):
         pool = AvgPool((3, 3), (1, 1), (1, 1), count_padding=counts)
         least = simplify_graph(chain(conv(ones(1, 1, 3, 3)), pool, Affine(-ones(1), ones(1)), Relu(), Flatten()))
         assert sum(isinstance(node.op, Affine) for node in least.nodes) == left
@@ -303,7 +303,7 @@ class TestAffines:
         np.testing.assert_allclose(least.nodes[-1].op.weight, [[2] * 4 + [3] * 4])
         np.testing.assert_allclose(least.nodes[-1].op.bias, [5])
 
-    def test_stay_where_the_value_has_other_readers(self):
+    def test_stay_if_the_value_has_other_readers(self):
         nodes = (
             Node(conv(ones(2, 1, 3, 3)), (0,)),
             Node(Affine(2 * ones(2), ones(2)), (1,)),
@@ -340,7 +340,7 @@ def unflattened(self, x):
 
 
 class Masked(nn.Module):
-    """A weight that is computed from parameters."""
+    """A module whose weight is computed from parameters."""
 
     def __init__(self):
         super().__init__()
@@ -428,7 +428,7 @@ def branching(self, x):
         (Calls(lambda self, x: (x.flatten(1), x)), "one tensor of logits"),
     ],
 )
-def test_what_a_graph_cannot_hold_is_named(model, message):
+def test_unsupported_operations_are_named(model, message):
     with pytest.raises(ValueError, match=message):
         simplify(model, (2, 8, 8))
 
@@ -496,7 +496,7 @@ def test_networks_on_real_and_adversarial_images(name, few):
 
 @pytest.mark.parametrize("start", ["identity", "svd"])
 def test_layers_as_their_factors(start, tmp_path, digits):
-    """Low rank in a wide layer: V and U have fewer nonzeros than W."""
+    """A wide layer of low rank runs as V and U, which have fewer nonzeros than W."""
     torch.manual_seed(0)
     model = factorize(models.build("lenet", 10, seed=0), start=start)
     with torch.no_grad():

@@ -5,7 +5,7 @@ from functools import cache
 
 import numpy as np
 import pytest
-from compilers import compiler
+from compilers import find_compiler
 from networks import EXTREMES, chain, distance, floats, images_of, logits_of, random_graph, with_classifier
 
 from atmc.deploy.engine import native, numba_kernel, sparse
@@ -15,10 +15,7 @@ from atmc.deploy.engine.steps import lower
 from atmc.deploy.graph.graph import AvgPool, Conv, Flatten, Graph, Linear, MaxPool, Relu
 
 NATIVE = [("native", name, threads) for name in native.instruction_sets() for threads in (1, 2)]
-KERNELS = [
-    *NATIVE,
-    ("numba", None, 1),
-]  # test_the_kernel_is_built_where_there_is_a_compiler checks that there is a native one
+KERNELS = [*NATIVE, ("numba", None, 1)]  # test_the_kernel_is_built_if_there_is_a_compiler: there is a native one
 BATCHES = (1, 2, 5, 17)
 
 
@@ -35,7 +32,7 @@ def expected_of(key: object, n: int) -> tuple[Graph, np.ndarray, np.ndarray]:
     return graph, images, logits_of(graph, images)
 
 
-def agrees(kernel: dict, key: object, n: int) -> None:
+def expect_agreement(kernel: dict, key: object, n: int) -> None:
     graph, images, expected = expected_of(key, n)
     network = SparseNetwork(graph, **kernel)
     assert distance(network(images), expected) < 1e-5, (key, n)
@@ -57,8 +54,8 @@ def single(*geometry: object) -> Graph:
     raise AssertionError(geometry)
 
 
-def test_the_kernel_is_built_where_there_is_a_compiler():
-    name = compiler("C++")
+def test_the_kernel_is_built_if_there_is_a_compiler():
+    name = find_compiler("C++")
     assert native.instruction_sets(), f"there is {name} but no kernel of this version: pip install -e ."
     assert "portable" in native.instruction_sets()
 
@@ -71,20 +68,20 @@ def test_numba_runs_every_kind_of_operation():
 def test_random_networks(kernel, seed):
     for key in range(seed, seed + 12):
         for n in BATCHES:
-            agrees(kernel, key, n)
+            expect_agreement(kernel, key, n)
 
 
 @pytest.mark.parametrize("name", EXTREMES)
 def test_extremes(kernel, name):
     for n in BATCHES:
-        agrees(kernel, name, n)
+        expect_agreement(kernel, name, n)
 
 
 @pytest.mark.parametrize("groups", [1, 2, 4])
 def test_convolutions(kernel, groups):
     strides, paddings = [(1, 1), (2, 2), (2, 1), (3, 2)], [(0, 0), (1, 1), (2, 1), (1, 3)]
     for rest in itertools.product(strides, paddings, [(3, 3), (1, 1), (5, 2)], [(1, 1), (2, 1)]):
-        agrees(kernel, ("conv", *rest, groups), 3)
+        expect_agreement(kernel, ("conv", *rest, groups), 3)
 
 
 @pytest.mark.parametrize("ceil_mode", [False, True])
@@ -92,9 +89,9 @@ def test_pools(kernel, ceil_mode):
     windows = [((2, 2), (0, 0)), ((2, 2), (1, 1)), ((3, 2), (1, 0)), ((1, 3), (0, 1))]
     for (size, padding), stride in itertools.product(windows, [(1, 1), (2, 2), (3, 2)]):
         for dilation in [(1, 1), (2, 3)] if padding == (0, 0) else [(1, 1)]:
-            agrees(kernel, ("max", size, stride, padding, dilation, ceil_mode), 3)
+            expect_agreement(kernel, ("max", size, stride, padding, dilation, ceil_mode), 3)
         for count in (False, True):
-            agrees(kernel, ("mean", size, stride, padding, ceil_mode, count), 3)
+            expect_agreement(kernel, ("mean", size, stride, padding, ceil_mode, count), 3)
 
 
 @pytest.mark.parametrize("seed", range(4))
@@ -104,7 +101,7 @@ def test_outputs_four_at_a_time(kernel, seed, monkeypatch):
     for key in range(5 * seed, 5 * seed + 5):
         graph, _, _ = expected_of(key, 1)
         for n in BATCHES:
-            agrees(kernel, key, n)
+            expect_agreement(kernel, key, n)
     kinds = {KINDS[kind] for kind in build_program(lower(graph, four_cost=0.0), 2).ops["kind"]}
     assert "convolve_fours" in kinds
 
@@ -133,7 +130,7 @@ def test_images_do_not_affect_each_other(kernel, key):
 
 @pytest.mark.parametrize("key", [*range(20), *EXTREMES])
 @pytest.mark.parametrize("garbage", [1e30, -1e30])
-def test_what_was_in_memory_does_not_matter(kernel, key, garbage):
+def test_earlier_contents_of_memory_do_not_matter(kernel, key, garbage):
     runs, name = open_kernel(**kernel)
     for n in (1, 5):
         graph, images, _ = expected_of(key, n)
@@ -146,10 +143,10 @@ def test_what_was_in_memory_does_not_matter(kernel, key, garbage):
 
 @pytest.mark.parametrize("instructions", [*native.instruction_sets(), "numba"])
 def test_results_do_not_depend_on_the_number_of_threads(instructions):
-    how = {"kernel": "numba"} if instructions == "numba" else {"instructions": instructions}
+    options = {"kernel": "numba"} if instructions == "numba" else {"instructions": instructions}
     for seed in range(20):
         graph, images, _ = expected_of(seed, 5)
-        one, *others = (SparseNetwork(graph, threads=n, **how)(images) for n in (1, 2, 5))
+        one, *others = (SparseNetwork(graph, threads=n, **options)(images) for n in (1, 2, 5))
         for logits in others:
             np.testing.assert_array_equal(logits, one)
 
@@ -167,7 +164,7 @@ def test_a_kernel_may_change_its_program_and_its_memory(kernel):
         assert distance(logits, expected) < 1e-5
 
 
-def test_what_cannot_be_run_is_refused():
+def test_invalid_graphs_and_arguments_are_refused():
     with pytest.raises(ValueError, match=r"ends in \(n, classes\)"):
         SparseNetwork(chain((1, 4, 4), Relu()))
     graph = EXTREMES["fork"]
