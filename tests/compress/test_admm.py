@@ -122,7 +122,7 @@ class TestBudget:
 
 
 def dense_z_and_u(admm: Admm, name: str, size: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """z and u of one tensor, with their zeros."""
+    """Return z and u of one tensor as dense tensors."""
     state, z, u = admm.states[name], torch.zeros(size), torch.zeros(size)
     z[state.positions], u[state.positions] = state.z, state.u
     return z, u

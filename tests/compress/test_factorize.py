@@ -25,7 +25,7 @@ from atmc.compress.factorize import (
 
 
 def zoo() -> dict[str, tuple[nn.Module, torch.Tensor]]:
-    """Every kind of layer that must be handled, with an input."""
+    """Build every kind of layer that can be factorized, each with an input."""
     torch.manual_seed(0)
     return {
         "conv1d": (nn.Sequential(nn.Conv1d(3, 8, 3), nn.Conv1d(8, 2, 1)), torch.randn(2, 3, 9)),

@@ -27,14 +27,14 @@ QUANTIZERS = pytest.mark.parametrize("quantize", [zero_kmeans, exact_zero_kmeans
 
 
 def samples(n: int, seed: int) -> Tensor:
-    """n values of one of five kinds: normal, Cauchy, normal with a gap at 0, lumps, one sign with many ties."""
+    """Draw n values of one of five kinds: normal, Cauchy, normal with a gap at 0, lumps, one sign with many ties."""
     x, y = gaussian(n, seed=seed), gaussian(n, seed=seed + 10_000)
     kinds = (x, x / y.abs(), x + x.sign(), (3 * y).round() + 0.1 * x, (20 * x.abs()).ceil() / 7)
     return kinds[seed % len(kinds)]
 
 
 def brute_force(x: Tensor, levels: int) -> float:
-    """The least objective over all ways to cut the sorted values into intervals, one of which may have center 0."""
+    """Return the least objective over all cuts of the sorted values into intervals, one of which may have center 0."""
     values = sorted(value for value in x.double().tolist() if value != 0)
     n = len(values)
 
@@ -226,7 +226,7 @@ def test_a_warm_start_is_as_good_and_order_and_repetition_change_nothing() -> No
 
 
 @pytest.mark.parametrize("seed", range(20))
-def test_no_iteration_raises_the_objective_of_neighbouring_floats(seed: int) -> None:
+def test_no_iteration_raises_the_objective_of_neighboring_floats(seed: int) -> None:
     generator = torch.Generator().manual_seed(seed)
     offsets = torch.randint(0, 40, (60,), generator=generator, dtype=torch.int32)
     x = (torch.ones(60).view(torch.int32) + offsets).view(torch.float32) * (-1.0) ** torch.arange(60)

@@ -31,7 +31,7 @@ def count(masks: Sequence[Tensor]) -> int:
 
 
 def reference_masks(tensors: Sequence[Tensor], k: int) -> list[Tensor]:
-    """By a stable sort of everything: largest first, then order of tensors, then flat index; no zeros."""
+    """Return the masks by a stable sort: largest first, then by tensor, then by flat index; zeros are never marked."""
     flat = torch.cat([tensor.flatten() for tensor in tensors]).abs()
     mask = torch.zeros(len(flat), dtype=torch.bool)
     mask[torch.sort(flat, descending=True, stable=True).indices[:k]] = True

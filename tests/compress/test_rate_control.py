@@ -196,7 +196,7 @@ def job(few, max_bytes: int, *, method: str = "atmc", bits: int | None = None, s
 
 
 def smallest(few, method: str, **options) -> int:
-    """The size that the refusal of a budget of one byte names."""
+    """Return the smallest possible size, which the error for a budget of one byte names."""
     with pytest.raises(BudgetTooSmall, match="is below the smallest file of this model and method") as caught:
         job(few, 1, method=method, **options)
     return int(re.findall(r"([\d,]+) bytes", str(caught.value))[-1].replace(",", ""))

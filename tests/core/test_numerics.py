@@ -24,7 +24,7 @@ BACKENDS = [  # all that torch lets a user give a precision of their own (since 
 
 
 def precisions() -> dict[str, object]:
-    """Every switch of float32's precision."""
+    """Return every switch of float32's precision."""
     return {
         "products": torch.get_float32_matmul_precision(),
         "cuda products": torch.backends.cuda.matmul.allow_tf32,
@@ -34,7 +34,7 @@ def precisions() -> dict[str, object]:
 
 
 def algorithms() -> dict[str, object]:
-    """Every switch of determinism."""
+    """Return every switch of determinism."""
     return {
         "benchmark": torch.backends.cudnn.benchmark,
         "deterministic": torch.backends.cudnn.deterministic,
@@ -159,7 +159,7 @@ class TestDeterministic:
             assert algorithms() == before
 
     def test_runs_and_compress_are_inside(self, few, tmp_path, monkeypatch):
-        """Which device they name; this machine's is the CPU."""
+        """Both pass their device to the context; tests run on the CPU."""
         entered = []
 
         def watched(device):

@@ -30,16 +30,16 @@ PALETTE = [0, 0, 0, 255, 0, 0, 0, 255, 0]  # black, red, green
 
 
 def keys(images: Images) -> list[bytes]:
-    """The bytes of each image, which tell the images of a set apart."""
+    """Return the bytes of each image, which tell the images of a set apart."""
     return [image.numpy().tobytes() for image in images.pixels]
 
 
 def gray(n: int, start: int = 0, size: int = 4) -> list[Image.Image]:
-    """n gray images; number i has the constant level start + i."""
+    """Build n gray images; number i has the constant level start + i."""
     return [Image.new("L", (size, size), start + i) for i in range(n)]
 
 
-def encoded(image: Image.Image, format: str = "PNG", **options: Any) -> bytes:
+def encode(image: Image.Image, format: str = "PNG", **options: Any) -> bytes:
     file = io.BytesIO()
     image.save(file, format, **options)
     return file.getvalue()
@@ -55,8 +55,8 @@ def write_parquet(
     names: Sequence[str] | None = None,
     **more: Any,
 ) -> None:
-    """A file in the hub's layout: a struct of the image file's bytes and path, a label, the features as metadata."""
-    cells = [None if x is None else {"bytes": x if isinstance(x, bytes) else encoded(x), "path": None} for x in images]
+    """Write a file in the hub's layout: a struct of an image file's bytes and path, a label, features as metadata."""
+    cells = [None if x is None else {"bytes": x if isinstance(x, bytes) else encode(x), "path": None} for x in images]
     table = pa.table(
         {
             image: pa.array(cells, pa.struct([("bytes", pa.binary()), ("path", pa.string())])),
@@ -72,20 +72,15 @@ def write_parquet(
 
 
 def write_pair(folder: Path, **options: Any) -> str:
-    """20 training and 4 test images, gray 4x4, of 2 classes."""
+    """Write 20 training and 4 test images, gray, 4x4, of 2 classes, and return their folder."""
     write_parquet(folder / "train-00000-of-00001.parquet", gray(20), [0, 1] * 10, **options)
     write_parquet(folder / "test-00000-of-00001.parquet", gray(4, 100), [0, 1] * 2, **options)
     return str(folder)
 
 
 def levels(images: Images) -> list[int]:
-    """The level of each constant image."""
+    """Return the level of each constant image."""
     return images.pixels[:, 0, 0, 0].tolist()
-
-
-@pytest.fixture(scope="module")
-def digits() -> Data:
-    return load_data("digits")
 
 
 class TestDigits:
@@ -230,7 +225,7 @@ class TestParquet:
         assert levels(load_data(str(tmp_path)).val) == levels(data.val)
 
     def test_at_most_5000_validation_images(self, tmp_path: Path) -> None:
-        dot = encoded(Image.new("L", (1, 1)))
+        dot = encode(Image.new("L", (1, 1)))
         write_parquet(tmp_path / "train.parquet", [dot] * 50_010, [0, 1] * 25_005)
         write_parquet(tmp_path / "test.parquet", [dot], [0])
         data = load_data(str(tmp_path))
@@ -249,7 +244,7 @@ class TestParquet:
             load_data(str(tmp_path), label_column="colour")
 
     def test_image_columns(self, tmp_path: Path) -> None:
-        second = pa.array([{"bytes": encoded(x), "path": "x"} for x in gray(20, 50)])
+        second = pa.array([{"bytes": encode(x), "path": "x"} for x in gray(20, 50)])
         for split in ("train", "test"):
             write_parquet(tmp_path / f"{split}.parquet", gray(20), [0, 1] * 10, image="img", mask=second)
         with pytest.raises(ValueError, match="several image columns, name one by image_column: img, mask"):
@@ -260,7 +255,7 @@ class TestParquet:
 
     def test_a_binary_column_declared_as_image_is_one(self, tmp_path: Path) -> None:
         for split in ("train", "test"):
-            table = pa.table({"picture": [encoded(x) for x in gray(4)], "label": [0, 1, 0, 1]})
+            table = pa.table({"picture": [encode(x) for x in gray(4)], "label": [0, 1, 0, 1]})
             features = {"picture": {"_type": "Image"}, "label": {"_type": "Value", "dtype": "int64"}}
             metadata = {"huggingface": json.dumps({"info": {"features": features}})}
             pq.write_table(table.replace_schema_metadata(metadata), tmp_path / f"{split}.parquet")
@@ -289,7 +284,7 @@ class TestParquet:
     def test_orientation_is_applied(self, tmp_path: Path) -> None:
         exif = Image.Exif()
         exif[0x0112] = 6  # to be turned by a quarter
-        turned = encoded(Image.new("RGB", (8, 4)), "JPEG", exif=exif)
+        turned = encode(Image.new("RGB", (8, 4)), "JPEG", exif=exif)
         for split in ("train", "test"):
             write_parquet(tmp_path / f"{split}.parquet", [turned] * 2, [0, 0])
         assert load_data(str(tmp_path)).input_shape == (3, 8, 4)
@@ -297,7 +292,7 @@ class TestParquet:
     @pytest.mark.parametrize(
         ("images", "labels", "message"),
         [
-            ([*gray(3), encoded(gray(1)[0])[:45]], [0, 1, 0, 1], "cannot read the image in row 3 of train"),
+            ([*gray(3), encode(gray(1)[0])[:45]], [0, 1, 0, 1], "cannot read the image in row 3 of train"),
             ([*gray(2), b"GIF?", *gray(1)], [0, 1, 0, 1], "cannot read the image in row 2 of train"),
             ([*gray(3), None], [0, 1, 0, 1], "expected an image in row 3 of train, got none"),
             ([*gray(3), *gray(1, size=5)], [0, 1, 0, 1], "one size, got 4x4 and, in row 3 of train, 5x5"),
@@ -657,7 +652,7 @@ class TestAsImages:
 
 @pytest.fixture
 def ramp() -> Images:
-    """9 images of 2x6x7 pixels, of unique levels above zero within each image and channel."""
+    """Build 9 images of 2x6x7 pixels, with unique levels above zero in each image and channel."""
     pixels = torch.arange(1, 85).view(1, 2, 6, 7) + torch.arange(9).view(9, 1, 1, 1)
     return Images(pixels.to(torch.uint8), torch.arange(9) % 3)
 

@@ -15,7 +15,7 @@ from atmc.pack import artifact
 RNG = np.random.default_rng(0)
 
 
-def pruned(model: nn.Module, share: float) -> nn.Module:
+def prune(model: nn.Module, share: float) -> nn.Module:
     with torch.no_grad():
         for weight in (p for p in model.parameters() if p.dim() > 1):
             weight.mul_(torch.rand(weight.shape, generator=torch.Generator().manual_seed(0)) < share)
@@ -28,7 +28,7 @@ def images_of(n: int, *shape: int) -> np.ndarray:
 
 @pytest.fixture(scope="module")
 def lenet() -> nn.Module:
-    return pruned(atmc.models.build("lenet", 10, seed=0), 0.05)
+    return prune(atmc.models.build("lenet", 10, seed=0), 0.05)
 
 
 @pytest.fixture(scope="module")
@@ -60,7 +60,7 @@ def test_a_file_a_module_and_a_graph(n, threads, lenet, file):
 
 
 def test_a_resnet_of_the_zoo():
-    model = pruned(atmc.models.build("resnet18", 7, seed=0, mean=[0.4, 0.5, 0.6], std=[0.2, 0.2, 0.3]), 0.02)
+    model = prune(atmc.models.build("resnet18", 7, seed=0, mean=[0.4, 0.5, 0.6], std=[0.2, 0.2, 0.3]), 0.02)
     images = images_of(3, 3, 32, 32)
     assert logits_agree(atmc.Engine(model, threads=1)(images), model, images)
 
@@ -78,7 +78,7 @@ class Own(nn.Module):
 
 
 def test_a_users_own_class(tmp_path):
-    model = pruned(Own(5), 0.5)
+    model = prune(Own(5), 0.5)
     atmc.save(model, tmp_path / "own.atmc", input_shape=(3, 10, 10))
     images = images_of(4, 3, 10, 10)
     run = atmc.Engine(tmp_path / "own.atmc", factory=Own, threads=1, prefer="sparse")

@@ -448,7 +448,7 @@ def test_the_model_is_not_changed():
     assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
 
 
-def pruned(name: str, images: torch.Tensor) -> nn.Module:
+def build_pruned(name: str, images: torch.Tensor) -> nn.Module:
     """Build a network with most weights and some whole channels zero, random norms, and logits that vary per image."""
     torch.manual_seed(0)
     if name == "resnet10":
@@ -478,7 +478,7 @@ def pruned(name: str, images: torch.Tensor) -> nn.Module:
 def test_networks_on_real_and_adversarial_images(name, few):
     train, val = few
     images = train.pixels[:16].float() / 255
-    model = pruned(name, images)
+    model = build_pruned(name, images)
     report = simplify_with_report(model)
     x, y = val.pixels[:4].float() / 255, val.labels[:4]
     adversarial = fgsm(model, x, y, Linf(0.1))

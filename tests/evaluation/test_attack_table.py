@@ -18,7 +18,7 @@ SOURCE = Path(attacks.__file__).parents[1]
 
 
 def compared_strings(tree: ast.AST) -> set[str]:
-    """The string literals in comparisons, in intersections of sets, and in the cases of a match."""
+    """Return the string literals in comparisons, in intersections of sets, and in the cases of a match."""
     compares = (ast.Compare, ast.MatchValue)
     nodes = [
         node
@@ -41,12 +41,12 @@ def test_comparisons_are_seen():
 
 
 def invert(setup: attacks.Setup) -> attacks.Built:
-    """An attack that no other module has heard of: the negative of the image."""
+    """Build an attack that no other module knows: the negative of the image."""
     return [Stage("invert", lambda x, y, _: 1 - x)], {"eps": setup.threat.eps}
 
 
 def test_a_new_row_is_all_it_takes(monkeypatch):
-    """It is evaluated, checked against, reported and refused by what its row says."""
+    """The new attack is evaluated, used by the checks, reported, and refused for other norms, all by its row."""
     spec = AttackSpec(
         help="the negative of the image", build=invert, norms=("linf",), report=lambda verdicts, stages: {"of": stages}
     )

@@ -39,7 +39,7 @@ class Net(nn.Module):
 
 
 def images(model: nn.Module, n: int, wrong: int = 0) -> Images:
-    """Images with the model's own predictions as labels, the first `wrong` ones changed to wrong ones."""
+    """Draw images with the model's own predictions as labels, except for the first `wrong` ones."""
     x = Noise(torch.arange(n), seed=9, purpose="test").uniform(SHAPE)
     y = predictions(model, x)
     y[:wrong] = (y[:wrong] + 1) % int(model.head.out_features)
@@ -82,14 +82,14 @@ def test_contract(attack, ball, capfd, caplog, monkeypatch):
 
 
 @pytest.fixture
-def traced():
-    """Coverage is measured afterwards too: pyautoattack's own checks end with sys.settrace(None)."""
+def keep_trace():
+    """Restore the trace function: pyautoattack's checks end with sys.settrace(None), which would stop coverage."""
     trace = sys.gettrace()
     yield
     sys.settrace(trace)
 
 
-@pytest.mark.usefixtures("traced")
+@pytest.mark.usefixtures("keep_trace")
 @pytest.mark.parametrize("ball", [Linf(0.02), L2(0.12)], ids=str)
 def test_autoattack_is_pyautoattack(ball, monkeypatch):
     """With 10 classes: the same images, example by example, as its own run in the same batches (fewer queries)."""

@@ -23,7 +23,7 @@ DUAL = {"linf": 1, "l2": 2, "l1": math.inf}
 
 
 def of_norm(norm: str, side: int) -> list[str]:
-    """The attacks within a ball that exist for a norm and images of side x side: Square needs 5x5 but for linf."""
+    """Return the attacks in a ball for a norm and images of side x side: Square needs 5x5, except for linf."""
     small = side < 5 and norm != "linf"
     specs = {name: spec for name, spec in ATTACKS.items() if spec.bounded and norm in (spec.norms or (norm,))}
     return [name for name, spec in specs.items() if not (small and spec.gradient_free)]
@@ -38,7 +38,7 @@ def linear_model(classes: int, side: int) -> nn.Module:
 
 
 def at_radius(model: nn.Module, norm: str, radius: float, n: int, side: int) -> Images:
-    """Images whose exact distance to the nearest wrong class is radius, far enough from the box not to feel it.
+    """Build images at the exact distance radius to the nearest wrong class, far enough from the faces of the box.
 
     Towards class t the margin falls by at most the dual norm of w_y - w_t per unit of distance. The margins are set by
     moving along the pseudoinverse, to radius * dual norm for one class and to three times as much for the others.
@@ -74,7 +74,7 @@ def test_linear_model(norm, radius, classes, monkeypatch):
 
 
 def network() -> nn.Module:
-    """4 pixels, 5 hidden units, 3 classes."""
+    """Build a network of 4 pixels, 5 hidden units and 3 classes."""
     model = nn.Sequential(nn.Flatten(), nn.Linear(4, 5), nn.ReLU(), nn.Linear(5, 3))
     generator = torch.Generator().manual_seed(3)
     with torch.no_grad():
@@ -84,10 +84,10 @@ def network() -> nn.Module:
 
 
 def exact_radius(model: nn.Module, x: np.ndarray, y: int, norm: str) -> float:
-    """The distance to the nearest image in [0, 1] that the network gives another class.
+    """Return the distance to the nearest image in [0, 1] that the network gives another class.
 
     Over all activation patterns: within one the network is affine, and the nearest point of the pattern's polytope with
-    a wrong logit on top solves a linear programme (linf, l1) or a least distance problem (l2).
+    a wrong logit on top solves a linear program (linf, l1) or a least distance problem (l2).
     """
     first, second = (
         (m.weight.detach().double().numpy(), m.bias.detach().double().numpy()) for m in (model[1], model[3])
@@ -110,7 +110,7 @@ def exact_radius(model: nn.Module, x: np.ndarray, y: int, norm: str) -> float:
 
 
 def nearest(g: np.ndarray, h: np.ndarray, norm: str) -> float:
-    """min |delta| subject to g delta >= h; infinite if no delta satisfies it."""
+    """Return min |delta| subject to g delta >= h; infinity if no delta satisfies it."""
     d = g.shape[1]
     if norm == "l2":  # Lawson and Hanson 1974, chapter 23: least distance programming by nonnegative least squares
         stacked = np.concatenate([g.T, h[None]])

@@ -15,7 +15,7 @@ from atmc.robust.threats import L1, L2, Linf
 
 
 def threshold_model() -> nn.Module:
-    """Class 1 where the first pixel is above 0.5: an l-infinity ball fools it just where the pixel is within eps."""
+    """Build a model of class 1 if the first pixel is above 0.5: linf fools it if the pixel is within eps."""
     model = nn.Sequential(nn.Flatten(), nn.Linear(4, 2))
     with torch.no_grad():
         model[1].weight.zero_()
@@ -25,7 +25,7 @@ def threshold_model() -> nn.Module:
 
 
 def ramp(n: int = 100) -> Images:
-    """First pixels 0.005, 0.015 ... 0.995, labeled right."""
+    """Build images with first pixels 0.005, 0.015 ... 0.995, and the right labels."""
     pixels = torch.full((n, 1, 2, 2), 0.5)
     pixels[:, 0, 0, 0] = (torch.arange(n) + 0.5) / n
     return Images(pixels, (pixels[:, 0, 0, 0] > 0.5).long())
@@ -152,7 +152,7 @@ class TestNoise:
         correlations = torch.corrcoef(table) - torch.eye(5)
         assert correlations.abs().max() < 5 / math.sqrt(4000)
 
-    def test_each_call_goes_on(self):
+    def test_each_call_continues_the_stream(self):
         noise = self.noise(3)
         assert not torch.equal(noise.uniform((5,)), noise.uniform((5,)))
         assert len(noise) == 3

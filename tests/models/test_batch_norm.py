@@ -10,7 +10,7 @@ from atmc.training.batch_norm import restore_batch_norm
 
 
 def network() -> nn.Module:
-    """Two batch norms, one before an activation, with statistics of their own, in evaluation mode."""
+    """Build a network with two batch norms, one before an activation, with random statistics, in evaluation mode."""
     torch.manual_seed(0)
     model = nn.Sequential(
         nn.Conv2d(1, 6, 3), nn.BatchNorm2d(6), nn.ReLU(), nn.Flatten(), nn.Linear(216, 8), nn.BatchNorm1d(8)

@@ -29,7 +29,7 @@ def images(model: nn.Module, n: int = 3, *, side: int = 16) -> Tensor:
 
 
 def small(name: str, **arguments: Any) -> nn.Module:
-    """A seeded model for 16x16 images with running statistics that are not the initial ones, in eval mode."""
+    """Build a seeded model for 16x16 images with random running statistics, in evaluation mode."""
     model = build(name, 10, input_shape=(1 if name == "lenet" else 3, 16, 16), seed=3, **arguments)
     for module in model.modules():
         if isinstance(module, nn.BatchNorm2d):
@@ -40,7 +40,7 @@ def small(name: str, **arguments: Any) -> nn.Module:
 
 
 def scramble(model: nn.Module) -> None:
-    """Gives every batch norm scales, shifts and statistics of its own."""
+    """Give every batch norm random scales, shifts and statistics."""
     generator = torch.Generator().manual_seed(0)
     for module in model.modules():
         if isinstance(module, nn.BatchNorm2d):
@@ -582,7 +582,7 @@ def test_a_network_is_added_to_the_zoo_by_one_row(monkeypatch: pytest.MonkeyPatc
 
 @pytest.fixture
 def write(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[[str], str]:
-    """Writes a module into an empty current folder; returns its name, which no other test has."""
+    """Return a function that writes a module into an empty current folder and returns its unique name."""
     monkeypatch.chdir(tmp_path)
 
     def write_module(source: str) -> str:

@@ -90,8 +90,8 @@ class Net(nn.Module):
         return logits
 
 
-def labelled(model: nn.Module, n: int = 48, channels: int = 1, side: int = 6, wrong: int = 0) -> Images:
-    """Random images with the model's own predictions as labels, except for the first `wrong` ones."""
+def draw_labeled(model: nn.Module, n: int = 48, channels: int = 1, side: int = 6, wrong: int = 0) -> Images:
+    """Draw images with the model's own predictions as labels, except for the first `wrong` ones."""
     x = (torch.rand(n, channels, side, side, generator=torch.Generator().manual_seed(5)) * 255).round() / 255
     with torch.no_grad():
         y = model(x).argmax(1)
@@ -124,7 +124,7 @@ def metrics_of(config: RunConfig, size: int, **changed: Any) -> dict[str, Any]:
     return metrics | changed
 
 
-def configured(**changed: Any) -> RunConfig:
+def make_config(**changed: Any) -> RunConfig:
     return parse({"model": "lenet", "data": "digits", "threat": "linf:0.1", "ratio": 0.5} | changed)
 
 
@@ -140,12 +140,12 @@ def report(
     **changed: Any,
 ) -> Page:
     """Write the report of an invented run of a small model; return the page, checked."""
-    config = config or configured()
+    config = config or make_config()
     size = artifact.save(model or Net(channels), folder / "model.atmc", input_shape=(channels, 6, 6), classes=CLASSES)
     if records is not None:
         (folder / "log.jsonl").write_text("".join(json.dumps(line) + "\n" for line in records))
     plain = artifact.load(folder / "model.atmc", factory=lambda num_classes: Net(channels))
-    images = test or labelled(plain, channels=channels)
+    images = test or draw_labeled(plain, channels=channels)
     write_report(
         folder,
         metrics_of(config, size, **changed),
@@ -165,19 +165,19 @@ THREE = [record("dense", 1), record("dense", 2), record("l0", 1)]
 THREE += [record("admm", e, primal=0.5 / e, dual=0.1) for e in (1, 2)] + [record("tune", 0), record("tune", 1)]
 RUNS: dict[str, dict[str, Any]] = {
     "three phases": {"records": THREE},
-    "natural": {"records": [record("dense", 1), record("l0", 1)], "config": configured(method="nap")},
+    "natural": {"records": [record("dense", 1), record("l0", 1)], "config": make_config(method="nap")},
     "residuals of zero": {"records": [record("admm", 1, primal=0.0, dual=0.0)]},
     "no epochs in tune": {"records": [record("dense", 1), record("tune", 0)]},
-    "dense": {"records": [record("dense", e) for e in range(1, 4)], "config": configured(method="da", ratio=None)},
+    "dense": {"records": [record("dense", e) for e in range(1, 4)], "config": make_config(method="da", ratio=None)},
     "one epoch": {"records": [record("dense", 1)]},
     "300 epochs": {"records": [record("dense", e) for e in range(1, 301)] + [record("tune", 1)]},
     "nothing trained": {"records": None},
     "empty log": {"records": []},
     "colored": {"records": THREE, "channels": 3},
     "two channels": {"records": THREE, "channels": 2},
-    "codebook": {"records": THREE, "config": configured(bits=4)},
+    "codebook": {"records": THREE, "config": make_config(bits=4)},
     "no attack": {"records": THREE, "attacks": {}},
-    "l1": {"records": THREE, "config": configured(threat="l1:1.5")},
+    "l1": {"records": THREE, "config": make_config(threat="l1:1.5")},
     "tiny loss, no nonzeros": {"records": [record("dense", 1, loss=1e-14, nonzeros=0), record("dense", 2, loss=0.0)]},
     "ranks": {"records": THREE, "model": cut_ranks(Net(), {"conv.weight": 1, "head.weight": 2})},
 }
@@ -198,7 +198,7 @@ def test_page_stands_alone_and_is_well_formed(kind: str, tmp_path: Path) -> None
 
 
 def test_figures_of_the_run_are_on_the_page(tmp_path: Path) -> None:
-    config = configured(bits=4, seed=3)
+    config = make_config(bits=4, seed=3)
     page = report(tmp_path, THREE, config=config)
     size = (tmp_path / "model.atmc").stat().st_size
     expected = ["93.75 %", "31.25 %", "26.13 to 32.48 %", "eps 0.1, steps 16", "random start no", "87.50 % clean"]
@@ -232,7 +232,7 @@ def test_checks_are_listed_where_there_are_any(tmp_path: Path) -> None:
 
 
 def test_hostile_names_are_text(tmp_path: Path) -> None:
-    config = configured(model=f"a:{HOSTILE}", data=HOSTILE)
+    config = make_config(model=f"a:{HOSTILE}", data=HOSTILE)
     lines = [record(HOSTILE, 1), record(HOSTILE, 2)]
     page = report(tmp_path, lines, config=config, class_names=(HOSTILE,) * CLASSES, versions={HOSTILE: HOSTILE})
     assert "script" not in page.names
@@ -249,7 +249,7 @@ def test_classes_are_named_and_numbered(tmp_path: Path) -> None:
 
 
 def test_model_that_has_nothing_right(tmp_path: Path) -> None:
-    test = labelled(Net(), wrong=48)
+    test = draw_labeled(Net(), wrong=48)
     page = report(tmp_path, THREE, test=test)
     assert "None: none of the first 64 test images is classified correctly" in page.text
     assert "img" not in page.names
@@ -259,7 +259,7 @@ def test_model_that_has_nothing_right(tmp_path: Path) -> None:
 @pytest.mark.parametrize("channels", [1, 3])
 def test_examples_stay_in_ball_and_box(threat: Threat, channels: int) -> None:
     model = Net(channels)
-    test = labelled(model, channels=channels, wrong=6)
+    test = draw_labeled(model, channels=channels, wrong=6)
     examples = pictures.select_examples(model, test, threat, PgdSettings.paper(threat, steps=7))
     assert 1 <= len(examples) <= 8
     assert len({example.index for example in examples}) == len(examples)
@@ -279,7 +279,7 @@ def test_examples_stay_in_ball_and_box(threat: Threat, channels: int) -> None:
 
 
 def picture(uri: str) -> Tensor:
-    """(c, h, w) uint8 of a PNG data URI."""
+    """Return the pixels (c, h, w), uint8, of a PNG data URI."""
     with Image.open(io.BytesIO(base64.b64decode(uri.removeprefix("data:image/png;base64,")))) as image:
         assert image.format == "PNG"
         levels = torch.tensor(list(image.tobytes()), dtype=torch.uint8)
@@ -300,7 +300,7 @@ class Two(nn.Module):
 
 
 def even(*values: float) -> Images:
-    """6x6 images of one value each, labelled by the model `Two`."""
+    """Build 6x6 images of one value each, labeled by the model `Two`."""
     x = torch.tensor(values)[:, None, None, None].expand(-1, 1, 6, 6).contiguous()
     return Images(x, (torch.tensor(values) > 0.5).long())
 

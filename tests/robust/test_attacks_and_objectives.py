@@ -41,7 +41,7 @@ def linear_model(seed: int = 0, classes: int = 2, pixels: int = 50) -> nn.Module
 
 
 def network() -> nn.Module:
-    """Small, with everything an attack might disturb: batch norm, dropout."""
+    """Build a small network with modules that an attack might disturb: batch norm, dropout."""
     torch.manual_seed(0)
     return nn.Sequential(
         nn.Conv2d(2, 4, 3), nn.BatchNorm2d(4), nn.ReLU(), nn.Dropout(0.5), nn.Flatten(), nn.Linear(36, 3)
@@ -112,7 +112,7 @@ class TestBalls:
 
 
 def assert_untouched(model: nn.Module, attack: Callable[[], object]) -> None:
-    """Modes, values, buffers, gradients (none, then some that are there already) and what is frozen stay."""
+    """Check that an attack changes no mode, value, buffer, gradient (with and without some) or frozen parameter."""
     next(model.parameters()).requires_grad_(False)
     for grads in (False, True):
         for parameter in model.parameters():
@@ -130,7 +130,7 @@ def assert_untouched(model: nn.Module, attack: Callable[[], object]) -> None:
 
 @pytest.mark.parametrize("attack", [*attacks.ATTACKS, "clean", "wrm itself"])
 def test_measuring_leaves_the_model_as_it_was(attack, monkeypatch):
-    """Also where its weights are factorized, and where it is in training mode."""
+    """The model may have factorized weights or be in training mode."""
     monkeypatch.setattr(autoattack, "QUERIES", 20)
     model, some = factorize(network()).train(), Images(images(), torch.arange(8) % 3)
     model[3].eval()
@@ -291,7 +291,7 @@ def test_attack_arguments_that_make_no_sense(settings, message):
 
 
 def objective(name: str, **options: float) -> Objective:
-    """A loss with these options, the others at their defaults."""
+    """Return a loss with these options, the others at their defaults."""
     spec = OBJECTIVES[name]
     return spec.build(spec.fill_options(name, options))
 
@@ -339,7 +339,7 @@ class TestObjectives:
         assert torch.allclose(mart(model, x, y, self.perturb(model), weight=2), expected, rtol=1e-3)
 
     @pytest.mark.parametrize("name", ["trades", "mart"])
-    def test_gradients_stay_finite_where_the_softmax_underflows(self, name):
+    def test_gradients_stay_finite_if_the_softmax_underflows(self, name):
         model = linear_model(classes=3)
         with torch.no_grad():
             model[1].weight.mul_(1e4)

@@ -15,7 +15,7 @@ from atmc.training.loop import assign
 
 
 def network() -> nn.Module:
-    """4 -> 6 -> 3 with a unit that no layer reads, one that is never active, and one whose weights are pruned."""
+    """Build a network 4 -> 6 -> 3 with a unit that no layer reads, one that is never active, and a pruned one."""
     torch.manual_seed(0)
     model = nn.Sequential(nn.Flatten(), nn.Linear(4, 6), nn.ReLU(), nn.Linear(6, 3))
     with torch.no_grad():

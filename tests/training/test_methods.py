@@ -28,7 +28,7 @@ EPOCHS = {"dense": 1, "l0": 1, "admm": 1, "tune": 1}
 
 
 def tiny() -> nn.Module:
-    """A small network for tests that do not depend on the architecture."""
+    """Build a small network for tests that do not depend on the architecture."""
     torch.manual_seed(0)
     return nn.Sequential(nn.Conv2d(1, 4, 5, stride=3), nn.ReLU(), nn.Flatten(), nn.Linear(256, 10))
 
@@ -227,8 +227,8 @@ def uninterrupted(few) -> bytes:
 @pytest.mark.parametrize("stop", [1, 2, 3, 4, 5, 6, 7])
 def test_resumed_anywhere_the_file_is_the_same(few, uninterrupted, stop):
     """A checkpoint goes through torch.save, as in a run folder."""
-    begun, ends = job(few, **RESUMED), 0
-    for event in begun.run():
+    first, ends = job(few, **RESUMED), 0
+    for event in first.run():
         if isinstance(event, EpochDone):
             ends += 1
             if ends == stop:
@@ -488,8 +488,8 @@ def test_frozen_weights_are_compressed_without_training(few):
     assert work.result().records[-1].nonzeros <= work.nonzeros
 
 
-def normed() -> nn.Module:
-    """Batch norm without space, which refuses a batch of one image."""
+def build_normed() -> nn.Module:
+    """Build a network with batch norm over features, which refuses a batch of one image."""
     torch.manual_seed(0)
     return nn.Sequential(nn.Flatten(), nn.Linear(784, 10), nn.BatchNorm1d(10))
 
@@ -501,7 +501,7 @@ class TestALastImageAlone:
     """256 images in batches of 51 are five batches, and one image more."""
 
     def test_joins_the_batch_before_it(self, few):
-        work = job(few, model=normed(), **ALONE)
+        work = job(few, model=build_normed(), **ALONE)
         steps = [event for event in work.run() if isinstance(event, StepDone)]
         assert [(event.step, event.steps) for event in steps[:5]] == [(step, 5) for step in range(1, 6)]
         assert len(steps) == 4 * 5
@@ -509,11 +509,11 @@ class TestALastImageAlone:
         assert work.result().decided.clean.n == 100  # batch norm re-estimated too
 
     def test_resumes_to_the_same_file(self, few):
-        whole = job(few, model=normed(), **ALONE)
+        whole = job(few, model=build_normed(), **ALONE)
         list(whole.run())
-        cut = job(few, model=normed(), **ALONE)
+        cut = job(few, model=build_normed(), **ALONE)
         state = next(event.state for event in cut.run() if isinstance(event, EpochDone))
-        resumed = job(few, model=normed(), **ALONE)
+        resumed = job(few, model=build_normed(), **ALONE)
         list(resumed.run(copy.deepcopy(state)))
         assert resumed.result().data == whole.result().data
 
@@ -522,5 +522,5 @@ class TestALastImageAlone:
         train, val = few
         some = train.take(slice(0, images)), val
         with pytest.raises(ValueError, match=f"at least 2 images per step.*got {images} training .* {batch_size}$"):
-            job(some, model=normed(), **{**ALONE, "batch_size": batch_size})
+            job(some, model=build_normed(), **{**ALONE, "batch_size": batch_size})
         job(some, model=tiny(), **{**ALONE, "batch_size": batch_size})

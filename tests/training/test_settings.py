@@ -20,7 +20,7 @@ RUN = {"model": "lenet", "data": "digits", "threat": "l2:0.5", "ratio": 0.1}
 
 
 def refusal(**settings) -> str:
-    """The sentence with which Python refuses a setting; "" if it is accepted."""
+    """Return the sentence with which Python refuses a setting; "" if it is accepted."""
     try:
         default_recipe(MODEL, **settings)
     except ValueError as error:
@@ -29,7 +29,7 @@ def refusal(**settings) -> str:
 
 
 def toml_refusal(**settings) -> str:
-    """The sentence with which a configuration refuses a setting; "" if it is accepted."""
+    """Return the sentence with which a configuration refuses a setting; "" if it is accepted."""
     try:
         parse({**RUN, "training": settings})
     except ValueError as error:
@@ -109,7 +109,7 @@ def test_an_objective_option_reaches_the_loss():
 
 
 def in_words(name: str) -> str:
-    """The default of a setting as docs/method.md states it: in TOML, or in words if it depends on something."""
+    """Return the default of a setting as docs/method.md states it: in TOML, or in words if it depends on something."""
     if name == "epochs":
         return ", ".join(f"{phase} {count}" for phase, count in DEFAULT_EPOCHS.items())
     if name == "learning_rate":
@@ -123,7 +123,7 @@ def in_words(name: str) -> str:
 
 
 def settings_table() -> str:
-    """The table of docs/method.md."""
+    """Return the table of settings as docs/method.md must show it."""
     lines = ["| key | default | values | meaning |", "|---|---|---|---|"]
     for name, setting in SETTINGS.items():
         bounds, choices = setting.metadata["bounds"], setting.metadata["choices"]
@@ -134,7 +134,7 @@ def settings_table() -> str:
 
 
 def objectives_table() -> str:
-    """The table of docs/method.md."""
+    """Return the table of objectives as docs/method.md must show it."""
     lines = ["| objective | loss | options | threats |", "|---|---|---|---|"]
     for name, spec in OBJECTIVES.items():
         options = "; ".join(
