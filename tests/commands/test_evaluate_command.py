@@ -18,7 +18,6 @@ from safetensors.torch import save_file
 from torch import nn
 
 import atmc
-from atmc.commands import partial_results
 from atmc.commands.evaluate import name_files
 from atmc.evaluation import adversarial_file, curves, evaluate, resume, smoothing
 from atmc.evaluation.accuracy import BatchAttacked
@@ -42,7 +41,7 @@ class Probabilities(nn.Module):
 """
 
 
-def trained() -> nn.Module:
+def fit_linear() -> nn.Module:
     """Fit a linear model of the digits by a few steps of least squares on one-hot labels."""
     train = atmc.load_data("digits").train
     x, y = train.float_pixels(slice(None)).flatten(1), nn.functional.one_hot(train.labels, 10).float()
@@ -66,7 +65,7 @@ def here(tmp_path_factory):
         import command_models
 
         model = command_models.build(10)
-        model.load_state_dict(trained().state_dict())
+        model.load_state_dict(fit_linear().state_dict())
         atmc.save(model, "a.atmc", input_shape=(1, 28, 28))
         with torch.no_grad():
             model[1].weight[3].zero_()
@@ -201,7 +200,7 @@ class TestResume:
     def test_killed_and_resumed(self, here, monkeypatch):
         """After SIGKILL in the middle, --resume ends in the figures and images of an undisturbed run."""
         assert run_evaluate("a.atmc", *self.OPTIONS, "whole.npz", "--json", "whole.json") == 0
-        code = "from atmc.cli.main import main; from atmc.evaluation import evaluate; evaluate.SAVE_EVERY = 0.0; main()"
+        code = "from atmc.cli.main import main; from atmc.evaluation import resume; resume.SAVE_EVERY = 0.0; main()"
         command = [sys.executable, "-c", code, "evaluate", "a.atmc", "--data", "digits", "--threat", "linf:0.05"]
         command += ["--model", "command_models:build", *map(str, self.OPTIONS), "cut.npz", "--json", "cut.json"]
         environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": f"{here}:{os.environ.get('PYTHONPATH', '')}"}
@@ -228,7 +227,7 @@ class TestResume:
         """Nothing that was measured before an interruption is measured again."""
         asked = ["--against", "b.atmc", "--n", 12, "--curves", 10, "--certify", 0.1, "--certify-samples", 200]
         asked += ["--no-checks", "--json"]
-        monkeypatch.setattr(partial_results, "SAVE_EVERY", 0.0)
+        monkeypatch.setattr(resume, "SAVE_EVERY", 0.0)
         assert run_evaluate("a.atmc", *asked, f"{function}.json", threat="l2:0.3") == 0
         measure, calls = getattr(module, function), []
 
@@ -275,7 +274,7 @@ class TestResume:
                 raise KeyboardInterrupt
             return measure(*arguments, **options)
 
-        monkeypatch.setattr(partial_results, "SAVE_EVERY", 0.0)
+        monkeypatch.setattr(resume, "SAVE_EVERY", 0.0)
         monkeypatch.setattr(smoothing, "certify_radius", cut_off)
         assert run_evaluate("a.atmc", *asked, "--certify-samples", 200, threat="l2:0.3") == 1
         more = [*asked, "--curves", 5, "--resume", "--certify-samples"]
@@ -340,7 +339,7 @@ class TestResume:
         assert "continue with the same command and --resume" in capsys.readouterr().out
 
     def test_every_input_of_the_result_is_in_the_fingerprint(self, here):
-        model, test = trained(), atmc.load_data("digits").test
+        model, test = fit_linear(), atmc.load_data("digits").test
         marks = {
             resume.compute_fingerprint(model, test, 20, seed=0),
             resume.compute_fingerprint(model, test, 21, seed=0),
@@ -469,7 +468,7 @@ class TestAfter:
 
     def verdicts(self, **options: object) -> dict[str, torch.Tensor]:
         test = atmc.load_data("digits").test
-        report = atmc.evaluate(trained(), test, threat="linf:0.05", n=80, checks=False, **options)
+        report = atmc.evaluate(fit_linear(), test, threat="linf:0.05", n=80, checks=False, **options)
         return {name: accuracy.right for name, accuracy in report.attacks.items()}
 
     @pytest.mark.parametrize(("first", "second"), [("pgd", "pgd-strong"), ("pgd-strong", "pgd"), ("fgsm", "pgd")])
@@ -484,7 +483,7 @@ class TestAfter:
     def test_only_what_was_left_is_attacked(self):
         options = evaluate.EvaluationOptions(attacks=("apgd-ce",), after="pgd-strong", n=80, checks=False)
         attacked = 0
-        for event in evaluate.run_evaluation(trained(), atmc.load_data("digits").test, "linf:0.05", options):
+        for event in evaluate.run_evaluation(fit_linear(), atmc.load_data("digits").test, "linf:0.05", options):
             if isinstance(event, BatchAttacked) and event.attack == "apgd-ce":
                 attacked = max(attacked, event.verdicts.done)
         first, second = event.attacks["pgd-strong"].right, event.attacks["apgd-ce"].right
@@ -506,8 +505,8 @@ class TestAfter:
         """Images that the first attack did not see are attacked."""
         test = atmc.load_data("digits").test
         n = {"fgsm": 30, "pgd": 60}
-        after = atmc.evaluate(trained(), test, threat="linf:0.05", attack="pgd", after="fgsm", n=n, checks=False)
-        whole = atmc.evaluate(trained(), test, threat="linf:0.05", attack=["pgd", "fgsm"], n=n, checks=False)
+        after = atmc.evaluate(fit_linear(), test, threat="linf:0.05", attack="pgd", after="fgsm", n=n, checks=False)
+        whole = atmc.evaluate(fit_linear(), test, threat="linf:0.05", attack=["pgd", "fgsm"], n=n, checks=False)
         assert torch.equal(after.attacks["pgd"].right[30:], whole.attacks["pgd"].right[30:])
         assert torch.equal(
             after.attacks["pgd"].right[:30], whole.attacks["pgd"].right[:30] & whole.attacks["fgsm"].right
@@ -526,7 +525,7 @@ class TestAfter:
                     raise KeyboardInterrupt
 
         monkeypatch.setattr(evaluate, "run_protocol", interrupted)
-        monkeypatch.setattr(evaluate, "SAVE_EVERY", 0.0)
+        monkeypatch.setattr(resume, "SAVE_EVERY", 0.0)
         assert run_evaluate("a.atmc", *options, "after-cut.json") == 1
         assert batches[-1].attack == "pgd-strong"
         assert run_evaluate("a.atmc", *options, "after-cut.json", "--resume") == 0
@@ -596,7 +595,7 @@ class TestRefused:
         assert "nine.npz holds images of shape (1, 9, 9)" in expect_refusal(capsys, "a.atmc", "--replay", "nine.npz")
 
     def test_no_images_and_strange_labels(self, here):
-        model = trained()
+        model = fit_linear()
         x = torch.rand(4, 1, 28, 28)
         with pytest.raises(ValueError, match="at least one image"):
             atmc.evaluate(model, (x[:0], torch.zeros(0, dtype=torch.int64)), threat="linf:0.1")

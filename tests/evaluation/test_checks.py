@@ -26,7 +26,7 @@ NAMES = [check.__name__ for check in CHECKS]
 
 @pytest.fixture(scope="module")
 def two_tone() -> tuple[Images, Images]:
-    """Digits in black and white, 8x8: every pixel on a face of the box; train and test."""
+    """Return digits in black and white, 8x8, for training and test: every pixel lies on a face of the box."""
     data = atmc.load_data("digits")
 
     def small(images: Images) -> Images:
@@ -36,14 +36,12 @@ def two_tone() -> tuple[Images, Images]:
     return small(data.train), small(data.test.take(slice(0, 120)))
 
 
-def trained(train: Images, threat: Linf | None) -> nn.Module:
+def train_network(train: Images, threat: Linf | None) -> nn.Module:
     torch.manual_seed(0)
-    return fitted(
-        nn.Sequential(nn.Flatten(), nn.Linear(64, 64), nn.ReLU(), nn.Linear(64, 10)), train, threat, steps=150
-    )
+    return fit(nn.Sequential(nn.Flatten(), nn.Linear(64, 64), nn.ReLU(), nn.Linear(64, 10)), train, threat, steps=150)
 
 
-def fitted(model: nn.Module, train: Images, threat: Linf | None, *, steps: int) -> nn.Module:
+def fit(model: nn.Module, train: Images, threat: Linf | None, *, steps: int) -> nn.Module:
     optimizer = torch.optim.Adam(model.parameters(), lr=5e-3)
     x, y = train.pixels, train.labels
     for step in range(steps):
@@ -57,12 +55,12 @@ def fitted(model: nn.Module, train: Images, threat: Linf | None, *, steps: int) 
 
 @pytest.fixture(scope="module")
 def natural(two_tone) -> nn.Module:
-    return trained(two_tone[0], None)
+    return train_network(two_tone[0], None)
 
 
 @pytest.fixture(scope="module")
 def robust(two_tone) -> nn.Module:
-    return trained(two_tone[0], THREAT)
+    return train_network(two_tone[0], THREAT)
 
 
 class Rewired(torch.autograd.Function):
@@ -80,7 +78,7 @@ class Rewired(torch.autograd.Function):
 
 
 def all_on_faces(x: Tensor) -> Tensor:
-    """(n, 1, 1, 1): whether every pixel of an image is 0 or 1."""
+    """Return (n, 1, 1, 1): whether every pixel of an image is 0 or 1."""
     return ((x == 0) | (x == 1)).flatten(1).all(1).view(-1, 1, 1, 1)
 
 
@@ -93,15 +91,15 @@ class Defective(nn.Module):
         self.pattern = torch.rand(1, 1, 8, 8, generator=torch.Generator().manual_seed(0)) - 0.5
 
     def forward(self, x: Tensor) -> Tensor:
-        logits: Tensor = self.base(self.rewired(x))
+        logits: Tensor = self.base(self.distort(x))
         if self.defect == "softmax":
             return (200 * logits).softmax(1)
         if self.defect == "logit scale":
             return 1000 * logits
         return logits
 
-    def rewired(self, x: Tensor) -> Tensor:
-        """What the base model sees."""
+    def distort(self, x: Tensor) -> Tensor:
+        """Return the images that the base model sees."""
         if self.defect == "rounding":
             return (x * 4).round() / 4
         if self.defect == "noise":
@@ -111,14 +109,12 @@ class Defective(nn.Module):
         if self.defect == "reversed on faces":
             return Rewired.apply(x, lambda x, grad: torch.where((x == 0) | (x == 1), -grad, grad))
         if self.defect == "reversed inside":
-            return Rewired.apply(
-                x, lambda x, grad: torch.where(((x == 0) | (x == 1)).flatten(1).all(1).view(-1, 1, 1, 1), grad, -grad)
-            )
+            return Rewired.apply(x, lambda x, grad: torch.where(all_on_faces(x), grad, -grad))
         return x
 
 
-def failed(model: nn.Module, images: Images, **options) -> set[str]:
-    """Names of the failed checks; a warning is there just if there are any."""
+def list_failed_checks(model: nn.Module, images: Images, **options) -> set[str]:
+    """Evaluate, and return the names of the failed checks; expect a warning exactly if a check failed."""
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always", EvaluationWarning)
         report = atmc.evaluate(model, images, threat=options.pop("threat", THREAT), **options)
@@ -144,11 +140,11 @@ def test_a_defect_fools_pgd_and_is_caught(two_tone, natural, defect, caught):
     model = Defective(natural, defect)
     honest, fooled = (robust_accuracy(m, two_tone[1], THREAT, "pgd").accuracy for m in (natural, model))
     assert fooled > honest + 0.2, "the defect does not even fool PGD"
-    assert caught <= failed(model, two_tone[1])
+    assert caught <= list_failed_checks(model, two_tone[1])
 
 
-class OfTheBatch(nn.BatchNorm1d):
-    """Batch norm that goes on normalizing by the batch in evaluation mode, as track_running_stats=False does."""
+class BatchStatisticsNorm(nn.BatchNorm1d):
+    """Batch norm that normalizes by the batch in evaluation mode too, as track_running_stats=False does."""
 
     def forward(self, x: Tensor) -> Tensor:
         running = (self.running_mean, self.running_var) if len(x) == 1 else (None, None)
@@ -163,32 +159,32 @@ def with_norms(norm: type[nn.BatchNorm1d]) -> nn.Module:
 def test_training_mode_batch_norm(two_tone):
     """The statistics of an attacked batch undo part of the attack: the same weights seem far more robust."""
     torch.manual_seed(0)
-    honest = fitted(with_norms(nn.BatchNorm1d), two_tone[0], None, steps=300)
-    model = with_norms(OfTheBatch).eval()
+    honest = fit(with_norms(nn.BatchNorm1d), two_tone[0], None, steps=300)
+    model = with_norms(BatchStatisticsNorm).eval()
     model.load_state_dict(honest.state_dict())
     one, fooled = (robust_accuracy(m, two_tone[1], THREAT, "pgd").right for m in (honest, model))
     assert fooled.float().mean() > one.float().mean() + 0.2
     other = robust_accuracy(model, two_tone[1], THREAT, "pgd", batch_size=7).right
     assert not torch.equal(fooled, other)
-    assert "batch_independence" in failed(model, two_tone[1])
-    assert "batch_independence" not in failed(honest, two_tone[1])
+    assert "batch_independence" in list_failed_checks(model, two_tone[1])
+    assert "batch_independence" not in list_failed_checks(honest, two_tone[1])
 
 
 def test_too_few_steps(two_tone, natural):
-    assert {"more_steps", "more_restarts"} <= failed(natural, two_tone[1], steps=4, step_size=0.02)
+    assert {"more_steps", "more_restarts"} <= list_failed_checks(natural, two_tone[1], steps=4, step_size=0.02)
 
 
 def test_the_dense_models_images(two_tone, natural):
-    """A model whose own gradients are useless falls to those of the model it was made from."""
+    """The images of the dense model fool a model whose own gradients are useless."""
     model = Defective(natural, "wrong gradient")
-    assert "transfer" in failed(model, two_tone[1], transfer_from=natural)
+    assert "transfer" in list_failed_checks(model, two_tone[1], transfer_from=natural)
     report = atmc.evaluate(natural, two_tone[1], threat=THREAT, attack="pgd-strong", transfer_from=natural)
     assert {check.name: check.ok for check in report.checks}["transfer"] is True
 
 
-def test_mislabelled(two_tone, natural):
+def test_wrong_labels(two_tone, natural):
     shifted = Images(two_tone[1].pixels, (two_tone[1].labels + 1) % 10)
-    assert "labels" in failed(natural, shifted)
+    assert "labels" in list_failed_checks(natural, shifted)
 
 
 def test_images_outside_the_box(two_tone, natural):
@@ -210,7 +206,7 @@ def test_images_outside_the_box(two_tone, natural):
 @pytest.mark.parametrize("threat", [Linf(0.05), Linf(0.15), L2(0.6), L1(2.0)], ids=str)
 def test_no_check_fails_on_honest_models(two_tone, natural, robust, threat):
     for model in (natural, robust):
-        assert failed(model, two_tone[1], threat=threat, attack="pgd-strong") == set()
+        assert list_failed_checks(model, two_tone[1], threat=threat, attack="pgd-strong") == set()
 
 
 def test_square_of_the_evaluation_is_used(two_tone, natural, monkeypatch):
@@ -226,25 +222,25 @@ def test_square_of_the_evaluation_is_used(two_tone, natural, monkeypatch):
 
 
 def test_square_is_compared_on_all_images_that_both_saw(two_tone, natural, monkeypatch):
-    """They may be more than the 100 of the other checks; AutoAttack's gradient-based stages count as white-box."""
+    """These may be more than the 100 images of the other checks; AutoAttack's gradient stages count as white-box."""
     monkeypatch.setattr(autoattack, "QUERIES", 301)
     report = atmc.evaluate(natural, two_tone[1], threat=THREAT, attack=["pgd", "autoattack"])
     detail = next(check.detail for check in report.checks if check.name == "square")
     pgd_left, auto = report.attacks["pgd"].right, report.attacks["autoattack"]
-    before, after = int((pgd_left & auto.without("square")).sum()), int((pgd_left & auto.right).sum())
+    before, after = int((pgd_left & auto.right_before("square")).sum()), int((pgd_left & auto.right).sum())
     assert f"pgd and autoattack leave {before} of 120, Square, 301 queries, then {after}" in detail
 
 
 def test_no_check_fails_if_nothing_survives(two_tone, natural):
-    """At a radius that no image survives, on few images; the commonest label is counted over all labels."""
+    """No image survives this radius; the commonest label is counted over all labels, even if few are attacked."""
     assert robust_accuracy(natural, two_tone[1], Linf(0.6), "pgd-strong", n=5).accuracy == 0
     for n in (5, 100):
-        assert failed(natural, two_tone[1], threat=Linf(0.6), attack="pgd-strong", n=n) == set()
+        assert list_failed_checks(natural, two_tone[1], threat=Linf(0.6), attack="pgd-strong", n=n) == set()
 
 
 def test_checks_that_cannot_be_run(two_tone, natural):
     """The verdict is None with a reason: no second model; too few images fooled; one class; no image right."""
-    checks = {check.name: check for check in _checked(natural, two_tone[1], Linf(0.001))}
+    checks = {check.name: check for check in run_checks_on(natural, two_tone[1], Linf(0.001))}
     assert checks["transfer"].ok is None
     assert "--transfer-from" in checks["transfer"].detail
     assert checks["noise_weaker"].ok is None
@@ -252,12 +248,12 @@ def test_checks_that_cannot_be_run(two_tone, natural):
     zeros = two_tone[1].take(two_tone[1].labels == 0)
     assert labels(collect_check_inputs(natural, zeros, THREAT, clean_accuracy(natural, zeros), {})).ok is None
     wrong = Images(two_tone[1].pixels[:9], (natural(two_tone[1].pixels[:9]).argmax(1) + 1) % 10)
-    checks = {check.name: check for check in _checked(natural, wrong, THREAT)}
+    checks = {check.name: check for check in run_checks_on(natural, wrong, THREAT)}
     assert checks["zero_gradient"].ok is None
     assert checks["eps_curve"].ok is None
 
 
-def _checked(model: nn.Module, images: Images, threat: Linf) -> Iterator:
+def run_checks_on(model: nn.Module, images: Images, threat: Linf) -> Iterator:
     clean = clean_accuracy(model, images)
     pgd_figure = robust_accuracy(model, images, threat, "pgd")
     return run_checks(collect_check_inputs(model, images, threat, clean, {"pgd": pgd_figure}))
@@ -284,4 +280,4 @@ def test_a_model_that_cannot_be_differentiated(two_tone, natural):
         def forward(self, x: Tensor) -> Tensor:
             return F.one_hot(natural(x).argmax(1), 10).float() * 9 - 1
 
-    assert {"zero_gradient", "eps_curve"} <= failed(Counting(), two_tone[1])
+    assert {"zero_gradient", "eps_curve"} <= list_failed_checks(Counting(), two_tone[1])

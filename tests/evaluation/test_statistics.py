@@ -17,13 +17,13 @@ from atmc.data import Images
 from atmc.evaluation import adversarial_file, smoothing
 from atmc.evaluation.accuracy import robust_accuracy
 from atmc.evaluation.curves import STEPS, at_eps, at_steps, eps_grid
-from atmc.evaluation.statistics import Accuracy, at_least, compare, per_class, worst_case
+from atmc.evaluation.statistics import Accuracy, binomial_tail, compare, per_class, worst_case
 from atmc.report.gallery import draw_gallery, select_fooled
 from atmc.robust.threats import L2, Linf
 
 
 def threshold_model(steepness: float = 10.0) -> nn.Module:
-    """Class 1 where the first of 4 pixels is above 0.5."""
+    """Build a model of class 1 if the first of 4 pixels is above 0.5."""
     model = nn.Sequential(nn.Flatten(), nn.Linear(4, 2))
     with torch.no_grad():
         model[1].weight.zero_()
@@ -58,7 +58,7 @@ def test_comparison_in_words():
     assert compare(torch.tensor([True]), torch.tensor([False])).to_json()["verdict"] == "no difference shown"
     with pytest.raises(ValueError, match="same examples, got 1 and 2"):
         compare(torch.ones(1, dtype=torch.bool), torch.ones(2, dtype=torch.bool))
-    assert at_least(7, 10) == pytest.approx(binom.sf(6, 10, 0.5))
+    assert binomial_tail(7, 10) == pytest.approx(binom.sf(6, 10, 0.5))
 
 
 def test_reports_of_other_images_are_not_compared():
@@ -168,7 +168,7 @@ class TestGallery:
 
 
 def certify(images: Images, *, samples: int, seed: int = 0) -> smoothing.SmoothingCertificate:
-    """The certificate of the threshold model on all images, at sigma 0.2."""
+    """Return the certificate of the threshold model on all images, at sigma 0.2."""
     model = threshold_model()
     radii, answered = zip(
         *(smoothing.certify_radius(model, images, i, 0.2, samples=samples, seed=seed) for i in range(len(images))),

@@ -43,7 +43,7 @@ def load_weights(model: nn.Module, path: str, *, factorized: bool = False) -> No
     stays the model's own.
 
     Args:
-        factorized: keep the factors of an .atmc file, if it has any: the model becomes factorized as it was.
+        factorized: keep the factors of an .atmc file, if it has any, so that the model is factorized again.
 
     Raises:
         ValueError: the file is missing, damaged, holds no state dict, or is of another model.
@@ -53,14 +53,14 @@ def load_weights(model: nn.Module, path: str, *, factorized: bool = False) -> No
     if path.endswith(".atmc"):
         try:
             loaded = artifact.open(path, factory=lambda num_classes: copy.deepcopy(model))
-        except artifact.ModelMismatch as error:  # its own text advises on the factory, which is not the user's
+        except artifact.ModelMismatch as error:  # its text advises on the factory, which here is not the user's
             raise ValueError(f"checkpoint {path} is of another model: {error.__cause__ or error}") from error
         _fill(model, loaded.model.state_dict(), path)
         if factorized:
-            factors = loaded.factors
-            apply_structure(model, {name: (weight.form, weight.rank) for name, weight in factors.items()})
+            weights = loaded.factors.items()
+            apply_structure(model, {path: (weight.form, weight.rank) for path, weight in weights})
             assign_factors(
-                model, {f"{n}.{part}": x for n, weight in factors.items() for part, x in weight.parts.items()}
+                model, {f"{path}.{part}": values for path, weight in weights for part, values in weight.parts.items()}
             )
     elif path.endswith(".safetensors"):
         try:
@@ -73,7 +73,7 @@ def load_weights(model: nn.Module, path: str, *, factorized: bool = False) -> No
 
 
 def _fill(model: nn.Module, state: Mapping[str, Tensor], path: str) -> None:
-    """Load a state dict into a model. Raises ValueError if names or shapes differ."""
+    """Load a state dict into a model; raise ValueError if names or shapes differ."""
     own = model.state_dict()
     renamed = {name.removeprefix("module."): value for name, value in state.items()}
     for name, value in own.items():
@@ -93,7 +93,7 @@ def _fill(model: nn.Module, state: Mapping[str, Tensor], path: str) -> None:
 
 
 def _read_torch_file(path: str) -> dict[str, Tensor]:
-    """Return the state dict of a .pt file, as it is or under a usual key. Raises ValueError if there is none."""
+    """Return the state dict of a .pt file, as it is or under a usual key; raise ValueError if there is none."""
     try:
         loaded = torch.load(path, map_location="cpu", weights_only=True)
     except UNREADABLE as error:

@@ -47,7 +47,7 @@ def _training_field(name: str, hint: Any) -> tuple[Any, Any]:
     return Annotated[kind, AfterValidator(check)] | None, Field(default=None, description=properties["help"])
 
 
-class _Section(BaseModel):
+class _TrainingSection(BaseModel):
     """The section [training]: the settings of `Recipe`; `default_recipe` chooses those that are missing."""
 
     model_config = ConfigDict(extra="forbid", strict=True, allow_inf_nan=False)
@@ -69,7 +69,7 @@ _FIELDS: Any = {
     for name, hint in get_type_hints(Recipe).items()
     if SETTINGS[name].metadata["section"] == "training"
 }
-Training: Any = create_model("Training", __base__=_Section, **_FIELDS)
+Training: Any = create_model("Training", __base__=_TrainingSection, **_FIELDS)
 
 
 class RunConfig(BaseModel):
@@ -177,14 +177,14 @@ class RunConfig(BaseModel):
 
 
 def _fast_bf16(device: str) -> bool:
-    """Return whether a device has instructions for bfloat16."""
+    """Return whether a device, "cpu" or "cuda", has instructions for bfloat16."""
     if device == "cuda":
         return bool(torch.cuda.is_bf16_supported())
     return bool(torch.cpu._is_avx512_bf16_supported())
 
 
 def _without_none(value: Any) -> Any:
-    """Remove the None values of nested dicts: TOML has none."""
+    """Return nested dicts without their None values, which TOML cannot express."""
     if isinstance(value, dict):
         return {key: _without_none(item) for key, item in value.items() if item is not None}
     return value
@@ -209,7 +209,7 @@ def parse(values: Mapping[str, Any], source: str = "configuration") -> RunConfig
 
     Args:
         values: keys of `RunConfig`.
-        source: where they come from, for the error.
+        source: their origin, which the error names.
 
     Raises:
         ValueError: one message that names every unknown key (with the nearest known one) and every wrong value.
@@ -230,7 +230,7 @@ def configure(
         options: keys of `RunConfig`, and `epochs`, `objective` ("trades:beta=3") and `val_n` of its section
             [training]; None if an option was not given.
         file: the configuration file, if one was given.
-        folder: the run folder. A run that is resumed without a file and a model has its own configuration.
+        folder: the run folder; a run that is resumed without file and model continues with the configuration there.
 
     Raises:
         ValueError: as `read_toml` and `parse`; or there is no run to resume.
@@ -275,11 +275,11 @@ def check_same(asked: RunConfig, stored: RunConfig, name: str) -> None:
     Args:
         asked: complete, see `RunConfig.completed`.
         stored: as read from the run's folder.
-        name: of the run, for the error.
+        name: what the error calls the run.
     """
     ours, theirs = asked.model_dump(), stored.model_dump()
     pairs = {key: (ours[key], theirs[key]) for key in ours if key != "training"}
-    for key, value in theirs["training"].items():  # an older run lacks settings that were added since: their defaults
+    for key, value in theirs["training"].items():  # what an older run lacks, since it was added later, is the default
         before = getattr(Recipe, key, None) if value is None else value
         pairs[f"training.{key}"] = (ours["training"][key], list(before) if isinstance(before, tuple) else before)
     changed = [f"{key} was {before!r}, is {now!r}" for key, (now, before) in pairs.items() if now != before]
@@ -288,7 +288,7 @@ def check_same(asked: RunConfig, stored: RunConfig, name: str) -> None:
 
 
 def _describe(problem: dict[str, Any]) -> str:
-    """Return one of pydantic's errors in words."""
+    """Return one of pydantic's errors as a sentence."""
     key = ".".join(str(part) for part in problem["loc"])
     if problem["type"] == "extra_forbidden":
         known = Training.model_fields if problem["loc"][0] == "training" else RunConfig.model_fields

@@ -67,7 +67,7 @@ class EvaluateRequest:
         return state != PARTS or bool(self.curves) or self.certify is not None
 
     def identify(self, file: Path) -> dict[str, Any]:
-        """Return everything that decides the figures of one file, as JSON: options, and digests of the files read.
+        """Return all that decides the figures of one file, as JSON: options, and digests of the files that are read.
 
         Raises:
             OSError: a file cannot be read.
@@ -100,7 +100,7 @@ class Evaluated:
 
 @dataclass(frozen=True)
 class _Output:
-    """Where the figures of one file go, and its states while it is evaluated; None: nothing is kept."""
+    """The paths for the figures of one file, and for its states while it is evaluated; None: nothing is kept."""
 
     json_path: Path | None
 
@@ -128,17 +128,17 @@ class _Inputs:
 def evaluate(
     request: EvaluateRequest,
 ) -> Iterator[FileStarted | BatchAttacked | Check | PartMeasured | Report | Evaluated]:
-    """Carry a request out; yields what happens, and an `Evaluated` for each file.
+    """Evaluate the files of a request; yield the events of each evaluation, and an `Evaluated` at the end of each.
 
     Raises:
-        ValueError: something asked for makes no sense. If it does so for every file, nothing was attacked or written.
+        ValueError: the request makes no sense; what concerns all files is checked before anything is attacked.
         OSError: a file cannot be read or written.
     """
     _check_request(request)
     examples = adversarial_file.read(request.replay) if request.replay else None
     outputs = _choose_outputs(request)
     identities = [request.identify(file) for file in request.files]
-    earlier = [_read_figures(request, *each) for each in zip(outputs, identities, strict=True)]
+    earlier = [_read_figures(request, output, identity) for output, identity in zip(outputs, identities, strict=True)]
     for output, figures in zip(outputs, earlier, strict=True):
         if figures is None:
             _check_output(request, output)
@@ -156,7 +156,7 @@ def evaluate(
 
 
 def _check_request(request: EvaluateRequest) -> None:
-    """Raise ValueError for what can be seen to be wrong without reading anything."""
+    """Raise ValueError for what is wrong in a request whatever the files hold."""
     parse_device(request.device)
     for file in request.files:
         check_named(file, request.model)
@@ -176,7 +176,7 @@ def _check_request(request: EvaluateRequest) -> None:
 
 
 def _choose_outputs(request: EvaluateRequest) -> list[_Output]:
-    """Return the output of each file. Several files, or a folder that exists, have one JSON file per model in it."""
+    """Return the output of each file: of several files, or in a folder that exists, one JSON file per model."""
     folder = request.json_path
     if folder is None:
         return [_Output(None) for _ in request.files]
@@ -197,7 +197,7 @@ def name_files(files: Sequence[Path]) -> list[str]:
     ['runs-a', 'b', 'old-a']
 
     Raises:
-        ValueError: a file is there twice, or two files have no different names.
+        ValueError: a file is given twice, or two files cannot get different names.
     """
     parts = [(*file.absolute().parts[1:-1], *([] if file.name == "model.atmc" else [_stem(file)])) for file in files]
     depths = [1] * len(files)
@@ -232,7 +232,7 @@ def _read_figures(request: EvaluateRequest, output: _Output, identity: dict[str,
     try:
         figures = json.loads(path.read_bytes())
         earlier = dict(figures["request"])
-    except (ValueError, KeyError, TypeError):  # no figures of such a call: `_check_output` decides
+    except (ValueError, KeyError, TypeError):  # not the figures of such a call: `_check_output` refuses the file
         return None
     if earlier == identity:
         return dict(figures)
@@ -247,7 +247,7 @@ def _read_figures(request: EvaluateRequest, output: _Output, identity: dict[str,
 
 
 def _check_output(request: EvaluateRequest, output: _Output) -> None:
-    """Raise ValueError if the evaluation would replace what exists, or resume what was not asked for."""
+    """Raise ValueError if the evaluation would replace what exists, or leave a state that it does not continue."""
     for path in (output.json_path, request.save_examples, request.gallery):
         if path:
             check_absent(path, overwrite=request.overwrite)
@@ -261,7 +261,7 @@ def _check_output(request: EvaluateRequest, output: _Output) -> None:
 
 
 def _open_inputs(request: EvaluateRequest, examples: adversarial_file.AdversarialExamples | None) -> _Inputs:
-    """Load the data and the models beside the evaluated ones."""
+    """Load the data, and the models of --transfer-from and --against."""
     data = load_data(request.data, image_column=request.image_column, label_column=request.label_column)
     shape = tuple(data.test.pixels.shape[1:])
     if examples is not None and examples.adv.shape[1:] != shape:
@@ -283,7 +283,7 @@ def _open_checked(request: EvaluateRequest, file: Path, data: Data) -> LoadedMod
 def _evaluate_file(
     request: EvaluateRequest, file: Path, output: _Output, identity: dict[str, Any], inputs: _Inputs
 ) -> Iterator[BatchAttacked | Check | PartMeasured | Report | Evaluated]:
-    """Evaluate one file, write its figures and take its states away."""
+    """Evaluate one file, write its figures and remove its states."""
     test, model = inputs.data.test, _open_checked(request, file, inputs.data).model
     if output.json_path:
         output.json_path.parent.mkdir(exist_ok=True)
@@ -314,7 +314,7 @@ def _evaluate_file(
 
 
 def _open_partial_results(request: EvaluateRequest, output: _Output, model: nn.Module, test: Images) -> PartialResults:
-    """Return what exists of curves and certificate."""
+    """Return the finished parts of curves and certificate, none if there is no file of them."""
     if not (output.json_path and request.needs(PARTS)):
         return PartialResults(None, "")
     decided = {"threat": str(request.threat), "seed": request.options.seed, "atmc": __version__}
@@ -324,7 +324,7 @@ def _open_partial_results(request: EvaluateRequest, output: _Output, model: nn.M
 def _evaluate_other(
     request: EvaluateRequest, other: nn.Module, report: Report, test: Images, options: EvaluationOptions
 ) -> Generator[BatchAttacked | Check, None, dict[str, Any]]:
-    """Evaluate the model of --against likewise; returns its figures with McNemar's test between the two."""
+    """Evaluate the model of --against in the same way; return its figures with McNemar's test between the two."""
     other_report = None
     for event in run_evaluation(other, test, request.threat, options):
         if isinstance(event, Report):
@@ -339,7 +339,7 @@ def _evaluate_other(
 def _measure_more(
     request: EvaluateRequest, model: nn.Module, test: Images, results: PartialResults
 ) -> Generator[PartMeasured, None, dict[str, Any]]:
-    """Measure curves, replayed examples and the certificate, as far as they were asked for; returns their figures."""
+    """Measure those of curves, replayed examples and certificate that were asked for; return their figures."""
     figures: dict[str, Any] = {}
     images, options = test.to(torch.device(request.device)), request.options
     if request.curves:
@@ -356,7 +356,7 @@ def _measure_more(
 
 
 def _write_examples(request: EvaluateRequest, file: Path, model: nn.Module, test: Images, report: Report) -> None:
-    """Write the adversarial images, and a picture of some of them, as far as they were asked for."""
+    """Write the adversarial images, or a picture of some of them, or both, as the request asks."""
     about = {"threat": str(request.threat), "seed": request.options.seed, "model": str(file)}
     examples = adversarial_file.collect(model, report.labels, report.attacks, **about)
     if request.save_examples:

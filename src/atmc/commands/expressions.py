@@ -42,7 +42,7 @@ _COMPARISONS: dict[type[ast.cmpop], Callable[[Any, Any], bool]] = {
 
 @dataclass
 class Lookups:
-    """What the expressions of one table looked up: the paths that exist, and those that do not.
+    """The paths that the expressions of one table looked up: those that exist, and those that do not.
 
     Attributes:
         absent: by path, the paths that exist in its place.
@@ -113,7 +113,7 @@ def parse(source: str) -> ast.expr:
     try:
         return ast.parse(_HYPHEN_IN_NAME.sub(rf"\1{_HYPHEN}", source.strip()), mode="eval").body
     except (SyntaxError, RecursionError) as error:
-        reason = error.msg if isinstance(error, SyntaxError) else "it is nested too deep"
+        reason = error.msg if isinstance(error, SyntaxError) else "it is nested too deeply"
         raise ValueError(f"cannot read the expression {source.strip()!r}: {reason}") from None
 
 
@@ -233,7 +233,7 @@ def _call(function: Callable[..., Any], arguments: list[Any], node: ast.expr) ->
 
 
 def list_failed_checks(checks: Sequence[Mapping[str, Any]]) -> str:
-    """Return the names of an evaluation's failed checks; 'none', or 'not run' if there are no checks."""
+    """Return the names of the checks that failed, as text: 'none' if none did, 'not run' if there are no checks."""
     names = [f"`{check['name']}`" for check in checks if check["ok"] is False]
     return ", ".join(names) or ("none" if checks else "not run")
 

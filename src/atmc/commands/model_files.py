@@ -33,7 +33,7 @@ def open_model(path: Path, model: str | None, data: Data | None = None) -> Loade
 
     Args:
         model: name of the zoo, or package.module:factory; for a model file only the latter is used.
-        data: what a checkpoint's model is for; its mean and deviation normalize a model of the zoo, as in `compress`.
+        data: the data of a checkpoint's model; its mean and deviation normalize a model of the zoo, as in `compress`.
 
     Raises:
         ValueError: the file is missing, damaged or of another model, or a checkpoint came without a model's name.
@@ -50,7 +50,7 @@ def open_model(path: Path, model: str | None, data: Data | None = None) -> Loade
 
 
 def require_image_shape(loaded: LoadedModel) -> tuple[int, int, int]:
-    """Return (c, h, w) of the images that a model file is for. Raises ValueError if the file does not say it."""
+    """Return (c, h, w) of the images that a model file is for; raise ValueError if the file does not tell."""
     if loaded.input_shape is None:
         raise ValueError(f"{loaded.source} does not say what images its model takes: add --data")
     return loaded.input_shape

@@ -22,7 +22,7 @@ class FolderInUse(ValueError):
 
 
 def check_file(path: Path, *, overwrite: bool) -> None:
-    """Raise ValueError unless a command may write this file, see `check_parent` and `check_absent`."""
+    """Raise ValueError if a command may not write this file: its folder is missing, or it exists already."""
     check_parent(path)
     check_absent(path, overwrite=overwrite)
 
@@ -56,7 +56,7 @@ def check_run_folder(folder: Path, *, resume: bool, overwrite: bool) -> bool:
 
 
 def clear_run_folder(folder: Path) -> None:
-    """Delete a run's files; its configuration last, since that marks the folder as a run's."""
+    """Delete a run's files, its configuration last, since that marks the folder as a run's."""
     shutil.rmtree(folder / CHECKPOINT, ignore_errors=True)
     for name in (MODEL, METRICS, REPORT, LOG, CONFIG):
         (folder / name).unlink(missing_ok=True)

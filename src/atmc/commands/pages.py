@@ -95,7 +95,7 @@ class _Description:
 
 
 def _draw(table: Mapping[str, Any], folder: Path, definitions: Mapping[str, ast.expr], style: str) -> str:
-    """Return one table, or the lines of text that stand in its place."""
+    """Return one table, or the lines of text that take its place."""
     for key in table:
         if key not in _KEYS:
             raise unknown("key", key, _KEYS)
@@ -159,7 +159,7 @@ def _read_sources(sources: Sequence[str], folder: Path) -> list[Row]:
 
 
 def _make_children(value: Any, parent: Row) -> list[Row]:
-    """Return a row per entry of a JSON list or object; it sees its own names before its parent's.
+    """Return a row per entry of a JSON list or object; names are looked up in the entry first, then in the parent.
 
     An entry of an object has its name as `key`; an entry that is no object is `value`.
     """

@@ -15,15 +15,13 @@ from torch import nn
 
 from atmc.core.files import write_beside
 from atmc.data import Images
-from atmc.evaluation import curves, smoothing
+from atmc.evaluation import curves, resume, smoothing
 from atmc.robust.threats import Threat
-
-SAVE_EVERY = 20.0  # seconds between two writes of the file
 
 
 @dataclass(frozen=True)
 class PartMeasured:
-    """`done` of `total` parts of a measurement are finished; `result` says in words what they give so far."""
+    """`done` of `total` parts of a measurement are finished; `result` tells in words what they give so far."""
 
     measurement: str
     done: int
@@ -57,15 +55,15 @@ class PartialResults:
         self._values = values
 
     def get_or_measure(self, name: str, measure: Callable[[], Any]) -> Any:
-        """Return the part of that name; if it is not there yet, measure and keep it."""
+        """Return the part of this name; if there is none yet, measure and keep it."""
         if name not in self._values:
             self._values[name] = measure()
-            if time.monotonic() - self._saved >= SAVE_EVERY:
+            if time.monotonic() - self._saved >= resume.SAVE_EVERY:
                 self.save()
         return self._values[name]
 
     def save(self) -> None:
-        """Write the file."""
+        """Write the file, if there is one."""
         if self._path is not None:
             write_beside(self._path, json.dumps({"mark": self._fingerprint, "parts": self._values}).encode())
         self._saved = time.monotonic()
@@ -74,7 +72,7 @@ class PartialResults:
 def measure_curves(
     results: PartialResults, model: nn.Module, images: Images, threat: Threat, n: int
 ) -> Generator[PartMeasured, None, dict[str, Any]]:
-    """Measure accuracy against eps and against steps on the first n images, see `evaluation.curves`; yields points."""
+    """Measure accuracy against eps and against steps on the first n images; yield after each point, return all."""
     first = images.take(slice(0, n))
     radii = curves.eps_grid(threat, images.pixels[0].numel())
     measures: dict[str, list[partial[dict[str, Any]]]] = {
@@ -95,7 +93,7 @@ def measure_curves(
 def measure_certificate(
     results: PartialResults, model: nn.Module, images: Images, sigma: float, n: int, samples: int, seed: int
 ) -> Generator[PartMeasured, None, dict[str, Any]]:
-    """Certify the first n images by randomized smoothing, see `evaluation.smoothing`; yields images."""
+    """Certify the first n images by randomized smoothing; yield after each image, return the JSON."""
     radii: list[float] = []
     abstained, n = 0, min(n, len(images))
     for i in range(n):

@@ -1,7 +1,7 @@
 """`atmc compress`: a configuration -> a run folder, which can be resumed after the process was killed at any moment.
 
-A folder holds config.toml, log.jsonl and, while the run is unfinished, checkpoint/; in the end also model.atmc,
-metrics.json and report.html. See `commands.checkpoints` for what a checkpoint holds.
+A folder holds config.toml, log.jsonl and, while the run is unfinished, checkpoint/ (`commands.checkpoints`); at the end
+also model.atmc, metrics.json and report.html.
 """
 
 from __future__ import annotations
@@ -49,10 +49,10 @@ from atmc.training.settings import Recipe
 
 @dataclass(frozen=True)
 class Message:
-    """Another part of a run begins.
+    """A part of a run begins.
 
     Args:
-        text: for a person to read.
+        text: what it does, in words.
         resumable: whether the run can be resumed if it is interrupted from here on.
     """
 
@@ -68,7 +68,7 @@ class Finished:
 
 
 def run(config: RunConfig, folder: Path, *, resume: bool = False, overwrite: bool = False) -> Iterator[Any]:
-    """Train, write, evaluate and report; yields `Message`, training's and the evaluation's events, last `Finished`.
+    """Train, write, evaluate and report; yield `Message`, events of training and evaluation, at last `Finished`.
 
     Raises:
         ValueError: the configuration, its data, its checkpoint or the folder is wrong; nothing was overwritten.
@@ -113,7 +113,7 @@ def run(config: RunConfig, folder: Path, *, resume: bool = False, overwrite: boo
 
 
 def _describe_images(data: Data, recipe: Recipe) -> str:
-    """Say 'training on 1,294 images, validating on 143, under attack on 20', and of how many if not on all."""
+    """Return 'training on 1,294 images, validating on 100 of 143, under attack on 20'; without 'of' if it is all."""
     available = len(data.val)
     clean, attacked = min(recipe.val_clean_n or available, available), min(recipe.val_n, available)
     of_all = f" of {available:,}" if clean < available else ""
@@ -121,7 +121,7 @@ def _describe_images(data: Data, recipe: Recipe) -> str:
 
 
 def _train_and_evaluate(job: Job, config: RunConfig, data: Data, folder: Path) -> Iterator[Any]:
-    """Train from the folder's checkpoint, if there is one, and fill the folder."""
+    """Train, from the folder's checkpoint if there is one, evaluate, and write the run's files."""
     state, spent = read_run_state(folder)
     began = time.monotonic() - spent
     for event in job.run(state):
@@ -148,7 +148,7 @@ def _train_and_evaluate(job: Job, config: RunConfig, data: Data, folder: Path) -
         yield measured
         report = measured if isinstance(measured, Report) else None
     assert report is not None
-    metrics = _metrics(job, result, config, report, size, time.monotonic() - began)
+    metrics = _build_metrics(job, result, config, report, size, time.monotonic() - began)
     write_report(
         folder,
         metrics,
@@ -164,8 +164,10 @@ def _train_and_evaluate(job: Job, config: RunConfig, data: Data, folder: Path) -
     yield Finished(metrics)
 
 
-def _metrics(job: Job, result: Result, config: RunConfig, report: Report, size: int, seconds: float) -> dict[str, Any]:
-    """Return what metrics.json holds; size and seconds are of the file and the whole run."""
+def _build_metrics(
+    job: Job, result: Result, config: RunConfig, report: Report, size: int, seconds: float
+) -> dict[str, Any]:
+    """Return what metrics.json holds; size is the file's in bytes, seconds the time of the whole run."""
     choices = result.decided
     return {
         "method": config.method,

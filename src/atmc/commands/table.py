@@ -67,13 +67,13 @@ def read_results(paths: Sequence[Path]) -> list[Row]:
         str(base.relative_to(path) if path in base.parents else base.resolve().name)
         for (path, _), base in zip(files, bases, strict=True)
     ]
-    many = {name for name, count in Counter(names).items() if count > 1}
+    shared = {name for name, count in Counter(names).items() if count > 1}
     rows: list[Row] = []
     for (_, file), base, name in zip(files, bases, names, strict=True):
         document = read_json(file)
         if not isinstance(document, dict):
             raise ValueError(f"{file} holds no result: expected a JSON object")
-        rows.append([document, {"run": str(base) if name in many else name}])
+        rows.append([document, {"run": str(base) if name in shared else name}])
     return rows
 
 
@@ -102,9 +102,9 @@ def _is_evaluation(path: Path) -> bool:
 def parse_columns(text: str) -> list[Column]:
     """Parse columns that are separated by commas, as in "run, k / N=nonzeros / dense_weights:.4f, file_bytes:,".
 
-    A comma inside brackets or quotes separates nothing, nor does one right after a colon, which is a format.
+    A comma inside brackets or quotes does not separate, nor does one right after a colon, which is a format.
     """
-    ends = [at for at in _find_outside(text, ",") if not text[:at].endswith(":")]
+    ends = [at for at in _positions_outside(text, ",") if not text[:at].endswith(":")]
     parts = [text[start:end] for start, end in zip([0, *(at + 1 for at in ends)], [*ends, len(text)], strict=True)]
     return [parse_column(part) for part in parts]
 
@@ -115,15 +115,16 @@ def parse_column(text: str) -> Column:
     Raises:
         ValueError: it cannot be read.
     """
-    equals = [at for at in _find_outside(text, "=") if "=" not in text[at + 1 : at + 2] and text[at - 1] not in "=!<>"]
+    signs = _positions_outside(text, "=")
+    equals = [at for at in signs if "=" not in text[at + 1 : at + 2] and text[at - 1] not in "=!<>"]
     title, rest = (text[: equals[0]], text[equals[0] + 1 :]) if equals else ("", text)
-    colons = list(_find_outside(rest, ":"))
+    colons = list(_positions_outside(rest, ":"))
     source, spec = (rest[: colons[-1]], rest[colons[-1] + 1 :]) if colons else (rest, "")
     return Column(title.strip() or source.strip(), parse(source), spec.strip())
 
 
-def _find_outside(text: str, character: str) -> Iterator[int]:
-    """Yield where a character is found outside of brackets and quotes."""
+def _positions_outside(text: str, character: str) -> Iterator[int]:
+    """Yield the positions of a character outside of brackets and quotes."""
     depth, quote = 0, ""
     for at, here in enumerate(text):
         if quote:

@@ -120,20 +120,20 @@ def run_protocol(
         verdicts: the progress so far, see `Verdicts`.
         batch_size: examples attacked at once. Each stage fills its batches from the examples that are still right.
         until: a time of `time.monotonic` at which to stop. The examples then go through all stages one batch at a
-            time, so that those before `verdicts.start` are finished when the time is over. At least one batch is.
+            time, so that those before `verdicts.start` are finished when the time is over; at least one batch is.
         survivors: (n,) bool, on the CPU: only these are attacked, and the others count as wrong; by default all.
     """
     n = len(verdicts.right)
     if survivors is not None:
-        verdicts.right &= survivors  # of a continued state: the earlier attack may have come further since
+        verdicts.right &= survivors  # in a continued state, since which the earlier attack may have broken more
     block = n if until is None else batch_size
     while verdicts.start < n and not (until is not None and verdicts.start and time.monotonic() >= until):
         end = min(verdicts.start + block, n)
-        yield from _block(model, images, protocol, verdicts, end, batch_size, survivors)
+        yield from _run_block(model, images, protocol, verdicts, end, batch_size, survivors)
         verdicts.start, verdicts.stage = end, -1
 
 
-def _block(
+def _run_block(
     model: nn.Module,
     images: Images,
     protocol: Protocol,
@@ -187,7 +187,7 @@ def _attack_batch(model: nn.Module, images: Images, protocol: Protocol, verdicts
 
 
 def summarize(protocol: Protocol, verdicts: Verdicts) -> Accuracy:
-    """Return the accuracy on the examples that are finished: all of them unless the time was over before."""
+    """Return the accuracy on the examples that are finished, which are all unless the time ran out."""
     n = verdicts.start
     names = tuple(stage.name for stage in protocol.stages)
     report = protocol.spec.report(verdicts, names) if protocol.spec.report else {}

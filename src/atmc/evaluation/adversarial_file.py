@@ -38,7 +38,7 @@ class AdversarialExamples:
     about: dict[str, Any]
 
     def save(self, path: str | os.PathLike[str]) -> None:
-        """Write the file; an interruption leaves no part of it."""
+        """Write the file, whole or not at all."""
         buffer, path = BytesIO(), Path(path)
         arrays = {name: getattr(self, name).cpu().numpy() for name in ("adv", "labels", "fooled", "predictions")}
         np.savez_compressed(buffer, **arrays, about=np.array(json.dumps(self.about)))
@@ -71,7 +71,7 @@ def collect(model: nn.Module, labels: Tensor, attacks: dict[str, Accuracy], /, *
     Args:
         labels: labels of the examples, and perhaps of more.
         attacks: accuracies, evaluated with `keep`, by attack.
-        about: more to say in the file, such as the threat.
+        about: entries of the field `about`, such as the threat.
 
     Raises:
         ValueError: an attack's images were not kept.
@@ -107,7 +107,9 @@ def read(path: str | os.PathLike[str]) -> AdversarialExamples:
         raise ValueError(f"{path} holds no saved adversarial examples: {error}") from error
     n = len(arrays["labels"])
     if arrays["adv"].dim() != 4 or any(len(array) != n for array in arrays.values()):
-        raise ValueError(f"{path} holds no saved adversarial examples: expected images (n, c, h, w) and n of all else")
+        raise ValueError(
+            f"{path} holds no saved adversarial examples: expected adv (n, c, h, w) and n entries elsewhere"
+        )
     return AdversarialExamples(**arrays, about=about)
 
 

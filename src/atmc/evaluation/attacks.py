@@ -1,4 +1,4 @@
-"""The attacks by name: one table, `ATTACKS`, says all that the rest of the program needs to know of each.
+"""The attacks by name: the table `ATTACKS` holds all that the rest of the program needs to know about each of them.
 
 To add an attack, write its function in `robust/attacks.py` and add one `AttackSpec` here.
 """
@@ -123,7 +123,7 @@ def _build_pgd(setup: Setup) -> Built:
 def _build_strong_pgd(setup: Setup) -> Built:
     setup, note = _replace_dlr(setup)
     strong, first = PgdSettings.strong(setup.threat), _show_pgd(setup.pgd)
-    if not setup.pgd.best_of_steps:  # the paper's but for the number of steps: the rest goes without saying
+    if not setup.pgd.best_of_steps:  # the paper's, perhaps with other steps: its restarts and loss are known
         del first["restarts"], first["loss"]
     settings = {"eps": setup.threat.eps, **_show_pgd(strong), "seed": setup.seed, **note}
     stages = _pgd_stages("pgd", setup, setup.pgd, purpose="pgd")
@@ -132,7 +132,7 @@ def _build_strong_pgd(setup: Setup) -> Built:
 
 
 def _replace_dlr(setup: Setup) -> tuple[Setup, dict[str, str]]:
-    """Return the setup with the margin in place of the DLR loss if there are too few classes for it, and a note."""
+    """Return the setup, with the margin in place of a DLR loss that needs more classes, and a note of that."""
     classes = setup.count_classes()
     if setup.pgd.loss != "dlr" or classes >= autoattack.DLR_CLASSES:
         return setup, {}
@@ -154,14 +154,14 @@ def _pgd_stages(name: str, setup: Setup, pgd: PgdSettings, *, purpose: str) -> l
 
 
 def _show_pgd(pgd: PgdSettings) -> dict[str, Any]:
-    """Return the settings as metrics.json has them: random_start says whether any start is random."""
+    """Return the settings as metrics.json has them, in which random_start says whether any start is random."""
     shown = ("steps", "step_size", "random_start", "restarts", "loss")
     values = asdict(pgd) | {"random_start": pgd.random_start or pgd.restarts > 1}
     return {name: values[name] for name in shown}
 
 
 def _autoattack(*parts: str, **flags: Any) -> AttackSpec:
-    """Return the spec of one or more parts of AutoAttack; flags are the other fields."""
+    """Return the spec of one or more parts of AutoAttack; flags are further fields of the spec."""
 
     def build(setup: Setup) -> Built:
         classes, device, threat = setup.count_classes(), setup.images.labels.device, setup.threat
@@ -206,7 +206,7 @@ ATTACKS: dict[str, AttackSpec] = {
 
 
 def check_attacks(names: Iterable[str]) -> None:
-    """Raise ValueError for an attack that is not known."""
+    """Raise ValueError if an attack is not known."""
     for name in names:
         if name not in ATTACKS:
             raise unknown("attack", name, ATTACKS)

@@ -3,8 +3,8 @@
 pyautoattack makes the adversarial images; `accuracy` decides which images are attacked, in which batches, and what
 counts as fooled. Order, batches and seeds are those of its `run_standard_evaluation`, so that the verdicts are the same
 too (a test compares the two). For 10 classes and more the parameters are unchanged. With fewer classes, the targeted
-attacks take all wrong classes as targets; with 2 or 3, for which the DLR loss is undefined (it divides by a difference
-of the third and fourth logits), the margin of the logits replaces it. l1 is Croce and Hein 2021.
+attacks take all wrong classes as targets. With 2 or 3 classes the margin of the logits replaces the DLR loss, which
+divides by a difference of the third and fourth logits. The attacks for l1 are those of Croce and Hein 2021.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ class Part:
         attribute: where AutoAttack keeps it.
         loss: the loss to select, None if there is no choice.
         dlr: whether it maximizes the DLR loss.
-        targeted: whether to set it to attack towards chosen classes.
+        targeted: whether to set it to aim at chosen classes.
         l1_restarts: starts for l1; other norms have one.
         gradient_free: whether it takes queries instead of gradient steps.
     """
@@ -66,9 +66,8 @@ STANDARD = ("apgd-ce", "apgd-t", "fab-t", SQUARE)  # AutoAttack's standard versi
 def build_suite(model: nn.Module, threat: Threat, *, classes: int, seed: int, device: torch.device) -> Any:
     """Return pyautoattack's object in its standard version, adapted to the number of classes, and silent."""
     norm, names = NORMS[threat.name], list(STANDARD)
-    suite = AutoAttack(
-        model, attacks=names, norm=norm, eps=threat.eps, seed=seed, device=device, version="custom"
-    )  # the version "custom" logs nothing; the parameters of "standard" are set below
+    # the version "custom" logs nothing; the parameters of "standard" are set below
+    suite = AutoAttack(model, attacks=names, norm=norm, eps=threat.eps, seed=seed, device=device, version="custom")
     logger = logging.Logger("pyautoattack")  # outside the hierarchy of loggers: our checks cover its warnings
     logger.addHandler(logging.NullHandler())
     for attack in (suite, suite.apgd, suite.apgd_targeted):
@@ -126,10 +125,10 @@ def build_attacks(
 
 
 def describe_settings(threat: Threat, names: Sequence[str], *, classes: int, seed: int) -> dict[str, Any]:
-    """Return what metrics.json shows of one part, or of several: the standard version.
+    """Return the settings that metrics.json shows of one part, or of the standard version.
 
     Args:
-        names: keys of `PARTS`.
+        names: a key of `PARTS`, or those of `STANDARD`.
     """
     parts = [PARTS[name] for name in names]
     settings: dict[str, Any] = {"eps": threat.eps, "seed": seed, "attacks": list(names)}

@@ -5,9 +5,9 @@ these are the known ways to be blind (Athalye, Carlini and Wagner 2018; Carlini 
 et al. 2022). A check never changes a figure. ok is True, False, or None if the check could not be run.
 
 A check looks at the first 100 images (`CHECKED`) at most, which keeps all of them together at about 300 gradients per
-image; `square` looks at all images that the evaluation's own Square and its white-box attacks saw. "More than the
-interval" means: below the 95 % interval (Wilson) of the accuracy that the white-box attacks left on these images, and
-by more than 2 points.
+image; `square` looks at all images that the evaluation's own Square and its white-box attacks saw. A second attack
+breaks too much (`compare_survivors`) if it leaves less than the 95 % interval (Wilson) of what the white-box attacks
+left of these images, and less by more than 2 % of the images.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from atmc.data import Images
 from atmc.evaluation import autoattack
 from atmc.evaluation.accuracy import predictions
 from atmc.evaluation.attacks import ATTACKS
-from atmc.evaluation.statistics import Accuracy, at_least, wilson
+from atmc.evaluation.statistics import Accuracy, binomial_tail, wilson
 from atmc.robust.attacks import LOSSES, PgdSettings, attack_mode, fgsm, input_gradient
 from atmc.robust.threats import Linf, Threat
 
@@ -59,7 +59,7 @@ class CheckInputs:
         survivors: (m,) bool, right after the white-box attacks of the evaluation.
         white_box: the names of those attacks.
         clean: accuracy on all images.
-        commonest: the share of the commonest label among all images.
+        commonest_share: the share of the commonest label among all images.
         attacks: the evaluation's accuracies, by attack.
         pgd: the user's settings of PGD.
         source: a model whose adversarial images are tried on this one.
@@ -74,7 +74,7 @@ class CheckInputs:
     survivors: Tensor
     white_box: tuple[str, ...]
     clean: Accuracy
-    commonest: float
+    commonest_share: float
     attacks: Mapping[str, Accuracy]
     pgd: PgdSettings
     source: nn.Module | None
@@ -123,7 +123,7 @@ def collect_check_inputs(
     source: nn.Module | None = None,
     seed: int = 0,
 ) -> CheckInputs:
-    """Return the first images with the evaluation's verdicts on them; run `pgd` if it ran no white-box attack.
+    """Return the first images with the evaluation's verdicts on them; attack them by PGD if no white-box attack ran.
 
     Args:
         images: all of them, on the model's device.
@@ -149,7 +149,7 @@ def collect_check_inputs(
         survivors=survivors,
         white_box=white_box,
         clean=clean,
-        commonest=float(images.labels.bincount().amax()) / len(images),
+        commonest_share=float(images.labels.bincount().amax()) / len(images),
         attacks=attacks,
         pgd=pgd,
         source=source,
@@ -162,11 +162,11 @@ def collect_check_inputs(
 
 
 def white_box_survivors(attacks: Mapping[str, Accuracy]) -> Tensor | None:
-    """Return (n,) what the white-box attacks left of the images that all of them saw, on the CPU; None without any."""
+    """Return the (n,) verdicts after all white-box attacks, for images that all saw, on the CPU; None if none ran."""
     left = None
     for name, accuracy in attacks.items():
         if ATTACKS[name].white_box:
-            right = accuracy.without(*ATTACKS[name].gradient_free).cpu()
+            right = accuracy.right_before(*ATTACKS[name].gradient_free).cpu()
             n = len(right) if left is None else min(len(left), len(right))
             left = right[:n] if left is None else left[:n] & right[:n]
     return left
@@ -215,7 +215,7 @@ def zero_gradient(inputs: CheckInputs) -> Check:
 
 @torch.no_grad()
 def logits(inputs: CheckInputs) -> Check:
-    """Check that the outputs are logits: probabilities weaken every loss. It fails if they are >= 0 and add up to 1."""
+    """Check that outputs are logits, since probabilities weaken every loss; fail if they are >= 0 and add up to 1."""
     output = outputs(inputs.model, inputs.x)
     low, off = float(output.amin()), float((output.sum(1) - 1).abs().amax())
     detail = f"outputs from {low:.3g} to {float(output.amax()):.3g}, sums at most {off:.3g} from 1"
@@ -275,11 +275,11 @@ def pixel_range(inputs: CheckInputs) -> Check:
 
 def labels(inputs: CheckInputs) -> Check:
     """Check that the model is better than the commonest label: if not, its classes are in another order."""
-    if inputs.commonest == 1:
+    if inputs.commonest_share == 1:
         return Check("labels", None, "only one class among the images")
     accuracy = f"clean accuracy {inputs.clean.accuracy:.2%} of {inputs.clean.n:,}"
-    detail = f"{accuracy}, the commonest label {inputs.commonest:.0%} of them"
-    return Check("labels", inputs.clean.ci95[0] > inputs.commonest, detail)
+    detail = f"{accuracy}, the commonest label {inputs.commonest_share:.0%} of them"
+    return Check("labels", inputs.clean.ci95[0] > inputs.commonest_share, detail)
 
 
 def square(inputs: CheckInputs) -> Check:
@@ -287,7 +287,7 @@ def square(inputs: CheckInputs) -> Check:
 
     If the evaluation ran Square itself, all images that it and the white-box attacks saw are compared.
     """
-    for name in reversed(ATTACKS):  # autoattack comes last in the table, and its Square before that of `square`
+    for name in reversed(ATTACKS):  # the last row, autoattack, is preferred to `square`
         accuracy = inputs.attacks.get(name)
         if accuracy is not None and ATTACKS[name].gradient_free and accuracy.n >= len(inputs.x):
             left = white_box_survivors(inputs.attacks)
@@ -350,7 +350,7 @@ def noise_weaker(inputs: CheckInputs) -> Check:
     only_attack, only_noise = int((left & ~survivors).sum()), int((survivors & ~left).sum())
     by_noise, by_attack = int((inputs.right & ~left).sum()), int((inputs.right & ~survivors).sum())
     detail = f"{DRAWS} draws of noise fool {by_noise}, the attack {by_attack}, of {int(inputs.right.sum())}"
-    stronger = at_least(only_attack, only_attack + only_noise) < 0.05
+    stronger = binomial_tail(only_attack, only_attack + only_noise) < 0.05
     if stronger or (not only_noise and not survivors.any()):
         return Check("noise_weaker", True, detail)
     if max(by_noise, by_attack) < 6:
@@ -370,8 +370,8 @@ def _noisy_images(inputs: CheckInputs, draw: int) -> Tensor:
 def eps_curve(inputs: CheckInputs) -> Check:
     """Check that accuracy falls as eps grows, and to almost 0 at the radius at which every image is allowed.
 
-    PGD runs from the image at eps / 2, eps, 2 eps and the radius of the whole box. The check fails if a larger radius
-    leaves more than the interval above a smaller one, or if the whole box leaves more than a tenth.
+    PGD runs from the image at eps / 2, eps, 2 eps and the radius of the whole box. The check fails if accuracy at a
+    larger radius is above the interval of that at a smaller one, or if it is above a tenth for the whole box.
     """
     if not inputs.right.any():
         return Check("eps_curve", None, "no image is classified right")

@@ -1,4 +1,4 @@
-"""Accuracy against eps and against steps: they show where an attack has not converged, or finds no gradient.
+"""Accuracy against eps and against steps: the curves show whether an attack has converged and sees gradients.
 
 The attack is PGD from the image on the first images, and each example's iterate of highest loss counts
 (`PgdSettings.from_image`), so that the points of a curve differ in one number.

@@ -26,8 +26,6 @@ from atmc.evaluation.verdicts import Verdicts
 from atmc.robust.attacks import PgdSettings, attack_mode, check_pgd
 from atmc.robust.threats import Threat, as_threat, check_threat
 
-SAVE_EVERY = 20.0  # seconds between two writes of the state
-
 
 class EvaluationWarning(UserWarning):
     """A check failed: the accuracies under attack may be far too high."""
@@ -139,13 +137,13 @@ class EvaluationOptions:
 
     @property
     def order(self) -> tuple[str, ...]:
-        """The attacks in the order in which they are run: `after` first, which is run even if it was not asked for."""
+        """The attacks in the order in which they run: `after` first, even if it is not among `attacks`."""
         if self.after is None:
             return self.attacks
         return (self.after, *(name for name in self.attacks if name != self.after))
 
     def pgd(self, threat: Threat) -> PgdSettings:
-        """Return the settings of PGD: the paper's, and the user's in their place."""
+        """Return the settings of PGD: the paper's, unless the user gave others."""
         return PgdSettings.paper(
             threat, steps=self.steps, step_size=self.step_size, restarts=self.restarts, loss=self.loss
         )
@@ -190,7 +188,7 @@ def evaluate(
         checks: run the checks of the attacks, on 100 images (`evaluation.checks`).
         transfer_from: a model, such as the dense one, whose adversarial images are tried on this one as a check.
         batch_size: number of images attacked at once.
-        seconds: time after which to stop attacking; each attack then counts the images that it has finished.
+        seconds: stop attacking after this time; each attack then counts the images that it has finished.
         keep: keep the adversarial images, in `Report.attacks[name].adv`.
         state: a file to save the progress in; the same call continues from it, and removes it at the end.
 
@@ -282,39 +280,39 @@ def _run_attacks(
     for position, name in enumerate(options.order):
         count = count_examples(images, options.number(name))
         protocol = build_protocol(model, images, threat, name, pgd=options.pgd(threat), seed=options.seed)
-        asked = {**protocol.settings, "threat": str(threat), "attack": name, "batch_size": options.batch_size}
-        asked |= {"keep": options.keep, "timed": options.seconds is not None}
+        settings = {**protocol.settings, "threat": str(threat), "attack": name, "batch_size": options.batch_size}
+        settings |= {"keep": options.keep, "timed": options.seconds is not None}
         survivors = None
         if options.after is not None and name != options.after:
-            asked |= {"after": options.after}
+            settings |= {"after": options.after}
             survivors = torch.ones(count, dtype=torch.bool)  # images that the first attack did not see are attacked
             first = attacks[options.after].right[:count]
             survivors[: len(first)] = first
-        mark = resume.compute_fingerprint(model, images, count, **asked) if options.state else ""
-        if name in stored and stored[name][0] != mark:
+        fingerprint = resume.compute_fingerprint(model, images, count, **settings) if options.state else ""
+        if name in stored and stored[name][0] != fingerprint:
             raise ValueError(f"{options.state} is of another evaluation: remove it, or repeat that evaluation")
-        stored.setdefault(name, (mark, Verdicts.fresh(images, count, keep=options.keep)))
+        stored.setdefault(name, (fingerprint, Verdicts.fresh(images, count, keep=options.keep)))
         verdicts, start, until = stored[name][1], time.monotonic(), None
         if options.seconds is not None:  # the attacks that remain share the time that remains
             until = start + max(0.0, began + options.seconds - start) / (len(options.order) - position)
         for event in run_protocol(
             model, images, protocol, verdicts, batch_size=options.batch_size, until=until, survivors=survivors
         ):
-            if options.state and time.monotonic() - saved > SAVE_EVERY:
+            if options.state and time.monotonic() - saved > resume.SAVE_EVERY:
                 resume.write_state(options.state, stored)
                 saved = time.monotonic()
             yield event
         attacks[name] = summarize(protocol, verdicts)
         if survivors is not None:
-            settings = {**attacks[name].settings, "survivors_of": options.after}
-            attacks[name] = replace(attacks[name], settings=settings)
+            shown = {**attacks[name].settings, "survivors_of": options.after}
+            attacks[name] = replace(attacks[name], settings=shown)
         seconds[name] = round(time.monotonic() - start, 2)
         if options.state:
             resume.write_state(options.state, stored)
 
 
 def prepare(model: nn.Module, images: Images) -> tuple[nn.Module, Images]:
-    """Return a copy of the model in float32 and in the memory layout that is fastest, and the images on its device."""
+    """Return the model in float32 and in the fastest layout, copied if it changes, and the images on its device."""
     device = next((parameter.device for parameter in model.parameters()), torch.device("cpu"))
     images = images.to(device)
     if any(value.is_floating_point() and value.dtype != torch.float32 for value in model.state_dict().values()):
@@ -324,7 +322,7 @@ def prepare(model: nn.Module, images: Images) -> tuple[nn.Module, Images]:
 
 @torch.no_grad()
 def check_model(model: nn.Module, images: Images, classes: int | None, *, probabilities: bool = False) -> int:
-    """Return the number of classes.
+    """Return the number of classes of a model that takes these images.
 
     Args:
         classes: the number of outputs that is expected; if None, there must be one for each label.
@@ -356,9 +354,7 @@ def check_model(model: nn.Module, images: Images, classes: int | None, *, probab
 
 
 def takes_channels_last(model: nn.Module, images: Images) -> bool:
-    """Return whether a forward and a backward pass work in that memory layout; ``x.view`` in a model's code fails."""
-    if images.pixels.dim() != 4:
-        return False
+    """Return whether a forward and a backward pass work in channels_last, in which a model's ``x.view`` fails."""
     trial = use_channels_last(copy.deepcopy(model))
     x = images.float_pixels(torch.arange(min(2, len(images)), device=images.labels.device))
     device = next((p.device for p in model.parameters()), torch.device("cpu"))

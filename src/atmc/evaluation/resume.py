@@ -3,7 +3,7 @@
 The file is NumPy's npz without pickle. It holds, for each attack that was begun, the fields of `Verdicts`, and a
 fingerprint of all that decides them: the model's values, the images and labels, the threat, attack, settings, seed and
 batch size. The evaluation refuses a file with another fingerprint. The file is written under another name and renamed,
-so that a kill during the writing leaves the file before it.
+so that a kill while it is written leaves the old one.
 """
 
 from __future__ import annotations
@@ -27,6 +27,7 @@ from atmc.evaluation.verdicts import Verdicts
 
 TENSORS = ("right", "fooled_by", "l2", "linf", "distance", "queue", "adv")
 NUMBERS = ("start", "stage", "done", "refused")
+SAVE_EVERY = 20.0  # seconds between two writes of a state, this one or that of another long measurement
 
 
 def compute_fingerprint(model: nn.Module, images: Images, n: int, **settings: Any) -> str:
@@ -45,7 +46,7 @@ def _bytes(values: Tensor) -> bytes:
 
 
 def write_state(path: Path, progress: Mapping[str, tuple[str, Verdicts]]) -> None:
-    """Save attack -> (fingerprint, verdicts)."""
+    """Write the progress of an evaluation, attack -> (fingerprint, verdicts), to a file."""
     arrays: dict[str, Any] = {"attacks": np.array(list(progress)), "marks": np.array([m for m, _ in progress.values()])}
     for position, (_, verdicts) in enumerate(progress.values()):
         arrays[f"{position}.numbers"] = np.array([getattr(verdicts, name) for name in NUMBERS])

@@ -45,7 +45,7 @@ class Accuracy:
         """Wilson's 95 % interval (low, high)."""
         return wilson(round(self.accuracy * self.n), self.n)
 
-    def without(self, *stages: str) -> Tensor:
+    def right_before(self, *stages: str) -> Tensor:
         """Return the (n,) verdicts before these stages, which must be the last of the attack."""
         if self.fooled_by is None:
             return self.right
@@ -68,6 +68,9 @@ def wilson(successes: int, n: int, z: float = 1.959964) -> tuple[float, float]:
 
     >>> [round(bound, 3) for bound in wilson(0, 10)]
     [0.0, 0.278]
+
+    Raises:
+        ValueError: n < 1.
     """
     if n < 1:
         raise ValueError(f"expected at least 1 example, got {n}")
@@ -83,10 +86,10 @@ def worst_case(accuracies: list[Accuracy]) -> Accuracy:
     return Accuracy.of(torch.stack([accuracy.right[:n] for accuracy in accuracies]).all(0))
 
 
-def at_least(successes: int, n: int) -> float:
-    """Return P(X >= successes) for the number X of heads of n fair coins, exactly.
+def binomial_tail(successes: int, n: int) -> float:
+    """Return P(X >= successes) for X binomial with n trials of probability 1/2, exactly.
 
-    >>> at_least(3, 3)
+    >>> binomial_tail(3, 3)
     0.125
     """
     return float(sum(math.comb(n, k) for k in range(successes, n + 1)) / 2**n)
@@ -131,7 +134,7 @@ def compare(a: Tensor, b: Tensor) -> Comparison:
     if a.shape != b.shape:
         raise ValueError(f"expected verdicts on the same examples, got {len(a)} and {len(b)}")
     only_a, only_b = int((a & ~b).sum()), int((b & ~a).sum())
-    p = min(1.0, 2 * at_least(max(only_a, only_b), only_a + only_b))
+    p = min(1.0, 2 * binomial_tail(max(only_a, only_b), only_a + only_b))
     return Comparison(len(a), only_a, only_b, p)
 
 
