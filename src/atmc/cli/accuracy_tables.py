@@ -52,8 +52,8 @@ def failed_checks(figures: Mapping[str, Any]) -> list[Mapping[str, Any]]:
     return [check for check in figures.get("checks", ()) if check["ok"] is False]
 
 
-def check_tables(figures: Mapping[str, Any]) -> list[RenderableType]:
-    """Return the table of the evaluation's checks, if any were run."""
+def verdict_tables(figures: Mapping[str, Any]) -> list[RenderableType]:
+    """Return the table of the evaluation's checks, as a list that is empty if none were run."""
     if not figures.get("checks"):
         return []
     table = new_table("does the evaluation hold?", ["check", "verdict", "figures"])
@@ -63,8 +63,8 @@ def check_tables(figures: Mapping[str, Any]) -> list[RenderableType]:
     return [table]
 
 
-def warnings_of(figures: Mapping[str, Any]) -> list[RenderableType]:
-    """Return a box with the checks that failed, if any did: a warning in words, and not by color alone."""
+def warning_boxes(figures: Mapping[str, Any]) -> list[RenderableType]:
+    """Return a box that warns of the checks that failed, in words, as a list that is empty if none did."""
     failed = failed_checks(figures)
     if not failed:
         return []

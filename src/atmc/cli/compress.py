@@ -10,8 +10,8 @@ from typing import Annotated, Any
 import typer
 from rich.console import RenderableType
 
-from atmc.cli.accuracy_tables import accuracy_table, check_tables, warnings_of
-from atmc.cli.options import ImageColumn, LabelColumn, split_names
+from atmc.cli.accuracy_tables import accuracy_table, verdict_tables, warning_boxes
+from atmc.cli.options import THREAT_HELP, ImageColumn, LabelColumn, split_names
 from atmc.cli.terminal import console, say
 
 
@@ -24,9 +24,7 @@ def compress(
         str | None,
         typer.Option(help="Data set: digits, a Hugging Face hub id, a folder of parquet files, or an image folder."),
     ] = None,
-    threat: Annotated[
-        str | None, typer.Option(help="What the adversary may do, in pixel units, such as linf:8/255, l2:0.5 or l1:12.")
-    ] = None,
+    threat: Annotated[str | None, typer.Option(help=THREAT_HELP)] = None,
     ratio: Annotated[
         float | None, typer.Option(help="Budget: nonzeros as a fraction of the conv and linear weights.")
     ] = None,
@@ -42,10 +40,10 @@ def compress(
         str | None, typer.Option(help="Start from the weights in this .atmc, .safetensors or .pt file.")
     ] = None,
     epochs: Annotated[
-        str | None, typer.Option(help="Epochs of every phase (20), or by phase (dense=20,admm=10).")
+        str | None, typer.Option(help="Epochs: a number for every phase, or one for some phases (default: {epochs}).")
     ] = None,
     objective: Annotated[
-        str | None, typer.Option(help="Training loss, with its options if they are to differ: {objectives}.")
+        str | None, typer.Option(help="Training loss; its options may be left out: {objectives} (default: mixed).")
     ] = None,
     normalize: Annotated[
         bool | None,
@@ -147,6 +145,9 @@ def parse_epochs(text: str) -> int | dict[str, int]:
 
     >>> parse_epochs("dense=20,l0=10")
     {'dense': 20, 'l0': 10}
+
+    Raises:
+        ValueError: the text is neither.
     """
     try:
         if "=" not in text:
@@ -168,4 +169,4 @@ def result_tables(metrics: Mapping[str, Any]) -> list[RenderableType]:
     table.add_row("dense float32", f"{dense:,} bytes ({dense / size:.1f} times the file)")
     table.add_row("nonzeros", f"{metrics['nonzeros']:,} of {metrics['dense_weights']:,} weights")
     table.add_row("nominal ratio", f"{metrics['nominal_ratio']:.5f}")
-    return [table, *check_tables(metrics), *warnings_of(metrics)]
+    return [table, *verdict_tables(metrics), *warning_boxes(metrics)]

@@ -13,11 +13,11 @@ from rich.text import Text
 
 from atmc.cli.accuracy_tables import (
     accuracy_table,
-    check_tables,
     failed_checks,
     format_accuracy,
     new_table,
-    warnings_of,
+    verdict_tables,
+    warning_boxes,
 )
 from atmc.cli.options import ImageColumn, LabelColumn, OverwriteFiles, Threat, split_names
 from atmc.cli.terminal import console, say
@@ -31,7 +31,7 @@ def evaluate(
     after: Annotated[
         str | None,
         typer.Option(
-            help="Run this attack first; the others attack only the images that it left, and those that it broke count "
+            help="Run this attack first; the others attack only the images that are still right, and the rest count "
             "as wrong."
         ),
     ] = None,
@@ -144,9 +144,9 @@ def evaluate(
 
 
 def evaluation_tables(figures: Mapping[str, Any], *, per_class: bool = False) -> list[RenderableType]:
-    """Return the tables of one model's figures: accuracies, checks, other measurements, a warning if one failed."""
+    """Return the tables of one model's figures: accuracies, checks, other measurements, a warning of failed checks."""
     title = f"{figures['model']} on {figures['data']}, {figures['threat']}"
-    parts: list[RenderableType] = [accuracy_table(figures, title, "images"), *check_tables(figures)]
+    parts: list[RenderableType] = [accuracy_table(figures, title, "images"), *verdict_tables(figures)]
     if "against" in figures:
         parts.append(_comparison_table(figures["against"]))
     for key, points in figures.get("curves", {}).items():
@@ -157,7 +157,7 @@ def evaluation_tables(figures: Mapping[str, Any], *, per_class: bool = False) ->
         parts.append(_replay_table(figures["replay"]))
     if per_class and "per_class" in figures:
         parts.append(_class_table(figures["per_class"]))
-    return [*parts, *warnings_of(figures)]
+    return [*parts, *warning_boxes(figures)]
 
 
 def summary_table(results: Sequence[Mapping[str, Any]]) -> Table:

@@ -60,5 +60,5 @@ def inspection_table(contents: Mapping[str, Any], *, narrow: bool = False) -> Ta
     table.add_row("all tensors", *before, *(f"{sums[part]:,.1f}" for part in parts))
     table.add_row("metadata, CRCs", "", *blank, *(f"{outside:,.1f}" if part == "total" else "" for part in parts))
     dead = f"{totals['dead_outputs']:,} outputs and {totals['dead_inputs']:,} inputs of weights are dead"
-    table.caption = f"bytes; rank of W - C; floor: log2 C(N, k) + k H(codes); {dead}"
+    table.caption = f"bytes; rank: terms of U V that are not 0; floor: log2 C(N, k) + k H(codes); {dead}"
     return table

@@ -37,7 +37,7 @@ class _Clock(ProgressColumn):
 class LiveLine:
     """Shows the events of commands: one live line, and lines that stay for epochs and stages; all fit 80 columns.
 
-    Where the output is no terminal there is no live line; each stage of an attack gets a line that stays instead.
+    If the output is no terminal there is no live line, and each stage of an attack gets a line that stays.
     """
 
     def __init__(self, console: Console) -> None:
@@ -67,7 +67,7 @@ class LiveLine:
         self.close()
 
     def close(self) -> None:
-        """Take the live line away."""
+        """Remove the live line."""
         self._bar.stop()
 
     def show(self, event: object) -> None:
@@ -98,7 +98,7 @@ class LiveLine:
         self._console.print(text, style=style, highlight=False, markup=False, soft_wrap=True)
 
     def _is_due(self) -> bool:
-        """Return whether the live line may be updated again, and take it as updated if so."""
+        """Return whether the live line may be updated again; if so, count it as updated now."""
         now = time.monotonic()
         due = now - self._updated >= REFRESH
         if due:
@@ -136,9 +136,9 @@ class LiveLine:
 
 
 def attack_line(event: BatchAttacked, *, narrow: bool = False) -> str:
-    """Describe how far a stage of an attack has come.
+    """Return how far a stage of an attack has come.
 
-    'autoattack, fab-t: 250 of 683; 680 of 1,000 still right (68.0%)'; narrow, at most 56 characters:
+    Such as 'autoattack, fab-t: 250 of 683; 680 of 1,000 still right (68.0%)'; narrow, at most 56 characters:
     'autoattack, fab-t: 250 of 683; 68.0% still right'.
     """
     name = event.attack if event.attack == event.stage else f"{event.attack}, {event.stage}"
@@ -148,7 +148,7 @@ def attack_line(event: BatchAttacked, *, narrow: bool = False) -> str:
 
 
 def epoch_line(record: Record) -> str:
-    """Return a row below `HEADING`."""
+    """Return the row of an epoch below `HEADING`."""
     loss = f"{record.loss:.4f}" if record.loss is not None else "-"
     residuals = "-"
     if record.primal is not None and record.dual is not None:

@@ -19,7 +19,7 @@ from atmc.core.version import __version__
 # The modules that are imported here do not load torch: each command imports what it needs of atmc inside its functions,
 # so that help, --version and wrong arguments are answered at once. tests/cli/test_start.py checks it.
 app = typer.Typer(add_completion=False, no_args_is_help=True, pretty_exceptions_enable=False)
-UsageError: Any = typer.BadParameter.__bases__[0]  # click's, of whichever click typer brings along
+UsageError: Any = typer.BadParameter.__bases__[0]  # of the click that typer uses, which may be its own copy
 _TYPER_INTERRUPTED = 130  # the status typer returns after Ctrl-C; older versions raise Abort
 
 for command in (compress, evaluate, inspect, export, bench, table):
@@ -58,8 +58,8 @@ def main() -> None:
         print(f"atmc: {error}", file=sys.stderr)
         sys.exit(2)
     except OSError as error:
-        where = f"{error.filename}: " if error.filename else ""
-        print(f"atmc: {where}{error.strerror or error}", file=sys.stderr)
+        file = f"{error.filename}: " if error.filename else ""
+        print(f"atmc: {file}{error.strerror or error}", file=sys.stderr)
         sys.exit(2 if isinstance(error, FileNotFoundError | IsADirectoryError | NotADirectoryError) else 1)
     except RuntimeError as error:
         print(f"atmc: {error}", file=sys.stderr)

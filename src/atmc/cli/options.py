@@ -12,9 +12,8 @@ from typer.core import TyperArgument, TyperCommand, TyperOption
 
 ModelFile = Annotated[Path, typer.Argument(help="Model file (.atmc).")]
 OwnClass = Annotated[str | None, typer.Option(help="package.module:factory, if the file is of your own class.")]
-Threat = Annotated[
-    str, typer.Option(help="What the adversary may do, in pixel units, such as linf:8/255, l2:0.5 or l1:12.")
-]
+THREAT_HELP = "What the adversary may do, in pixel units, such as linf:8/255, l2:0.5 or l1:12."
+Threat = Annotated[str, typer.Option(help=THREAT_HELP)]
 ImageColumn = Annotated[str | None, typer.Option(help="Column of the images, if the data set has several of them.")]
 LabelColumn = Annotated[
     str | None, typer.Option(help="Column of the labels, if it is called neither label nor fine_label.")
@@ -27,7 +26,7 @@ class Command(TyperCommand):
     """A command whose help may contain names of `LISTS` in braces; a list is imported when the help is shown."""
 
     def format_help(self, ctx: Any, formatter: Any) -> None:
-        """Write the help of the command, its lists filled in."""
+        """Write the help of the command, with the lists in place of their names."""
         for parameter in self.params:
             if isinstance(parameter, TyperArgument | TyperOption) and parameter.help:
                 parameter.help = re.sub(r"\{(\w+)\}", lambda match: LISTS[match[1]](), parameter.help)
@@ -47,6 +46,13 @@ def _attacks() -> str:
     from atmc.evaluation.attacks import ATTACKS
 
     return ", ".join(ATTACKS)
+
+
+def _epochs() -> str:
+    """Return the default number of epochs of each phase, as --epochs takes them."""
+    from atmc.training.settings import DEFAULT_EPOCHS
+
+    return ",".join(f"{phase}={epochs}" for phase, epochs in DEFAULT_EPOCHS.items())
 
 
 def _losses() -> str:
@@ -80,6 +86,7 @@ def _objectives() -> str:
 
 LISTS: dict[str, Callable[[], str]] = {
     "attacks": _attacks,
+    "epochs": _epochs,
     "losses": _losses,
     "methods": _methods,
     "models": _models,

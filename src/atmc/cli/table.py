@@ -27,7 +27,7 @@ def table(
     out: Annotated[Path | None, typer.Option(help="Write the table to this file instead of printing it.")] = None,
     page: Annotated[
         list[Path] | None,
-        typer.Option(help="Fill the tables of this Markdown page, as tables.toml beside it says. May be repeated."),
+        typer.Option(help="Fill the tables of this Markdown page as tables.toml beside it says. May be repeated."),
     ] = None,
     overwrite: OverwriteFiles = False,
 ) -> None:
@@ -47,7 +47,7 @@ def table(
         filled = fill_page(path)
         for file, text in {**filled.files, path: filled.text}.items():
             write_beside(file, text.encode())
-            say(f"{file}")
+            say(str(file))
     if results:
         rows = read_results(results)
         chosen = [column for text in columns or [] for column in parse_columns(text)]

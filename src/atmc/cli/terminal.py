@@ -7,7 +7,7 @@ import sys
 from rich.console import Console
 
 console = Console(width=None if sys.stdout.isatty() else 150)
-NARROW = 110  # columns below which a terminal gets short forms, which fit 80
+NARROW = 110  # a terminal of fewer columns gets short forms, which fit 80
 
 
 def is_narrow() -> bool:
@@ -16,5 +16,5 @@ def is_narrow() -> bool:
 
 
 def say(text: str) -> None:
-    """Print text as it is: names may hold square brackets, which rich would take for markup."""
+    """Print text as it is, without rich's markup: names may hold square brackets."""
     console.print(text, soft_wrap=True, highlight=False, markup=False)
