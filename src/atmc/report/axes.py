@@ -12,7 +12,7 @@ Scale = Literal["percent", "linear", "log"]
 
 
 def short(value: float) -> str:
-    """Format a number in at most about five characters.
+    """Return a number as text of about five characters at most.
 
     >>> short(430_500), short(2000), short(0.25), short(-0.00025), short(0.0)
     ('430k', '2k', '0.25', '−2.5e−4', '0')
@@ -91,8 +91,8 @@ class Axis:
 
     def height(self, value: float) -> float:
         """Return the height of a value."""
-        at = math.log10(value) if self.scale == "log" else value
-        return self.top + (self.high - at) / (self.high - self.low) * (self.bottom - self.top)
+        position = math.log10(value) if self.scale == "log" else value
+        return self.top + (self.high - position) / (self.high - self.low) * (self.bottom - self.top)
 
     def label(self, value: float) -> str:
         """Return the label of a tick."""

@@ -75,7 +75,7 @@ def _layer(name: str, rows: Mapping[str, Any], factors: Mapping[str, Any] | None
 
 
 def _value_bits(row: Mapping[str, Any]) -> str:
-    """Say how a tensor's values are stored: as a codebook, or as numbers of 16 or 32 bits."""
+    """Return how a tensor's values are stored: as a codebook, or as numbers of 16 or 32 bits."""
     if not row["nonzeros"]:
         return "none"
     return f"{row['levels']} values, {row['bits']} bits" if row["stored"] == "codebook" else str(row["stored"])
@@ -129,7 +129,7 @@ def _bits(size: int, nonzeros: int) -> tuple[str, str]:
 
 
 def _describe_values(row: Layer) -> str:
-    """Say how a layer's values are stored, factor by factor."""
+    """Return how a layer's values are stored, factor by factor."""
     parts = {factor: text for factor, text in row.value_bits.items() if text != "none"}
     if len(parts) > 1 or "W" not in parts:
         return element("br").removesuffix("</br>").join(escape(f"{factor}: {text}") for factor, text in parts.items())

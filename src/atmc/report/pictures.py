@@ -15,8 +15,8 @@ from atmc.data import Images
 from atmc.robust.attacks import PgdSettings, attack_mode
 from atmc.robust.threats import Threat
 
-AT_ONCE, SEARCHED = 16, 64  # images attacked at once, and at most
-PALETTE = ((0.13, 0.40, 0.67), (0.97, 0.97, 0.97), (0.90, 0.38, 0.0))  # of a gray change: blue, near white, orange
+AT_ONCE, SEARCHED = 16, 64  # images that are attacked at once, and in all
+PALETTE = ((0.13, 0.40, 0.67), (0.97, 0.97, 0.97), (0.90, 0.38, 0.0))  # darker, unchanged and lighter gray pixels
 
 
 @dataclass(frozen=True, eq=False)
@@ -39,7 +39,7 @@ class Example:
 
     @property
     def fooled(self) -> bool:
-        """Return whether the attack changed the predicted class (or made the outputs not finite)."""
+        """Whether the attack changed the predicted class, or made outputs that are not finite."""
         return predicted_class(self.after) != self.label
 
 

@@ -65,8 +65,8 @@ def _percent(fraction: float) -> str:
     return f"{fraction * 100:.2f}{SPACE}%"
 
 
-def _size(count: int) -> str:
-    """Format a number of bytes in the unit that a person would use."""
+def _format_size(count: int) -> str:
+    """Return a number of bytes as text in B, kB or MB."""
     for unit, name in ((1_000_000, "MB"), (1000, "kB")):
         if count >= unit:
             return f"{count / unit:.3g} {name}"
@@ -89,7 +89,7 @@ def _head(metrics: Mapping[str, Any]) -> str:
         ball = f" within {metrics['threat']}" if "eps" in worst else ""
         text += f"; under {several}{name}{ball}, {_percent(worst['accuracy'])} of {worst['n']:,}"
         tiles.append((_percent(worst["accuracy"]), f"accuracy under {name}"))
-    tiles += [(_size(size), "model file"), (f"{factor:,.1f}×", "smaller than dense float32")]
+    tiles += [(_format_size(size), "model file"), (f"{factor:,.1f}×", "smaller than dense float32")]
     boxes = [element("div", element("b", escape(v)), element("span", escape(k)), class_="tile") for v, k in tiles]
     return element(
         "header",
@@ -110,7 +110,7 @@ def _accuracies(metrics: Mapping[str, Any]) -> str:
         drawn = svg.interval(result["accuracy"], low, high)
         rows.append([escape(name), _percent(result["accuracy"]), bounds, drawn, f"{result['n']:,}"])
         if settings:
-            attacks.append(element("li", element("b", escape(name)), escape(f": {_settings(settings)}")))
+            attacks.append(element("li", element("b", escape(name)), escape(f": {_format_settings(settings)}")))
     header = ("images", "accuracy", "95 % interval", "0 to 100 %", "n")
     note = f"On the test split, by the model decoded from {metrics['evaluated_on']}. Intervals are Wilson's."
     listed = element("ul", *attacks, class_="soft") if attacks else ""
@@ -118,12 +118,12 @@ def _accuracies(metrics: Mapping[str, Any]) -> str:
     return whole + element("p", escape(note), class_="soft") + listed
 
 
-def _settings(settings: Mapping[str, Any]) -> str:
-    """Format settings, such as 'eps 0.2, steps 16, random start no'."""
+def _format_settings(settings: Mapping[str, Any]) -> str:
+    """Return settings as text, such as 'eps 0.2, steps 16, random start no'."""
 
     def text(value: Any) -> str:
         if isinstance(value, Mapping):
-            return f"({_settings(value)})"
+            return f"({_format_settings(value)})"
         if isinstance(value, bool):
             return "yes" if value else "no"
         return f"{value:.5g}" if isinstance(value, float) else str(value)
@@ -170,7 +170,7 @@ def _sizes(metrics: Mapping[str, Any]) -> str:
 
 
 def _describe_rounding(validation: Mapping[str, Any]) -> str:
-    """Say whether values were rounded to float16, and why."""
+    """Return whether values were rounded to float16, and why, in words."""
     if not validation["fp16"]:
         return "no"
     before = validation.get("before_rounding", validation)

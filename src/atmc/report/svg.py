@@ -163,7 +163,7 @@ def _line(
 
 
 def bar_chart(title: str, bars: Sequence[Bar], *, unit: str, most: int = 60) -> str:
-    """Draw horizontal stacked bars with their totals, in the order given; only the longest if there are over `most`.
+    """Draw horizontal stacked bars with their totals, in the order given; only the `most` longest if there are more.
 
     Names stand beside the bars, or above them if one is too long for that.
     """
