@@ -13,8 +13,6 @@ import argparse
 import ctypes
 import json
 import os
-import platform
-import re
 import shutil
 import subprocess
 import tempfile
@@ -28,6 +26,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
+from atmc.commands.bench.figures import processor_name
 from atmc.data import Images, load_data
 from atmc.deploy.export.c.model import model_to_c
 from atmc.deploy.export.c.source import CSource
@@ -72,17 +71,17 @@ int main(void)
 
 
 def call(*command: str | Path, folder: Path) -> str:
-    """Run a command and return what it prints. RuntimeError has the command's errors if it fails."""
+    """Run a command and return what it prints. Raises RuntimeError with the command's messages if it fails."""
     done = subprocess.run([str(word) for word in command], cwd=folder, capture_output=True, text=True, check=False)
     if done.returncode:
         raise RuntimeError(f"{' '.join(map(str, command))}: {(done.stderr + done.stdout)[:2000]}")
     return done.stdout
 
 
-def write(made: CSource, folder: Path) -> None:
+def write_source(source: CSource, folder: Path) -> None:
     """Write the three files of a C source into a folder."""
-    for end, text in ((".h", made.header), (".c", made.source), ("_test.c", made.test_source)):
-        (folder / f"{made.name}{end}").write_text(text)
+    for end, text in ((".h", source.header), (".c", source.source), ("_test.c", source.test_source)):
+        (folder / f"{source.name}{end}").write_text(text)
 
 
 def measure_sections(compiler: Sequence[str], folder: Path) -> dict[str, int]:
@@ -94,7 +93,7 @@ def measure_sections(compiler: Sequence[str], folder: Path) -> dict[str, int]:
 
 
 def count_instructions(folder: Path) -> int:
-    """Return the instructions per image on an emulated Cortex-M4, to two digits; the generated test must pass there."""
+    """Return the instructions per image on an emulated Cortex-M4 (two digits); the generated test must pass there."""
     (folder / "startup.c").write_text(STARTUP)
     (folder / "count.c").write_text(COUNT)
     link = ["arm-none-eabi-gcc", *CORTEX_M4, "-Os", "--specs=rdimon.specs", "-Wl,--section-start=.vectors=0"]
@@ -150,27 +149,27 @@ def measure(path: Path, test: Images, classes: int, eps: float, attacked: int, t
     loaded = artifact.open(path)
     model, factors = loaded.model, loaded.factors
     start = time.perf_counter()
-    made = model_to_c(model, factors=factors)
+    source = model_to_c(model, factors=factors)
     seconds = time.perf_counter() - start
     images = test.float_pixels(slice(None))
     first = test.take(slice(0, attacked))
     row: dict[str, Any] = {
         "file": str(path.resolve().relative_to(ROOT)),
         "file_bytes": path.stat().st_size,
-        "table_bytes": made.table_bytes,
-        "tables_over_file": made.table_bytes / path.stat().st_size,
-        "arena_bytes": made.arena_bytes,
+        "table_bytes": source.table_bytes,
+        "tables_over_file": source.table_bytes / path.stat().st_size,
+        "arena_bytes": source.arena_bytes,
         "seconds_to_generate": seconds,
     }
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
-        write(made, folder)
+        write_source(source, folder)
         call("cc", *STRICT, "-O2", "model.c", "model_test.c", "-o", "model_test", folder=folder)
         row["generated_test"] = call("./model_test", folder=folder).strip()
         row["x86_64"] = measure_sections(["cc"], folder)
         if "arm-none-eabi-gcc" in tools:
             row["cortex_m4"] = measure_sections(["arm-none-eabi-gcc", *CORTEX_M4], folder)
-        if "qemu-system-arm" in tools and made.table_bytes < 100_000 and made.arena_bytes < 100_000:
+        if "qemu-system-arm" in tools and source.table_bytes < 100_000 and source.arena_bytes < 100_000:
             row["cortex_m4"]["instructions"] = count_instructions(folder)
         run_timed = compile_library(folder, classes)
         row["clean"] = compare(model, run_timed, images)
@@ -183,9 +182,7 @@ def measure(path: Path, test: Images, classes: int, eps: float, attacked: int, t
 
 def describe_machine() -> str:
     """Return the number of cores and the name of the processor."""
-    info = Path("/proc/cpuinfo")
-    names = re.findall(r"model name\s*:\s*(.+)", info.read_text()) if info.exists() else []
-    return f"{os.cpu_count()} cores of {names[0] if names else platform.machine()}"
+    return f"{os.cpu_count()} cores of {processor_name()}"
 
 
 def main() -> None:
@@ -199,7 +196,8 @@ def main() -> None:
     tools = {tool for tool in ("cc", "arm-none-eabi-gcc", "qemu-system-arm") if shutil.which(tool)}
     compilers = {tool: call(tool, "--version", folder=ROOT).splitlines()[0] for tool in sorted(tools)}
     saved = arguments.out / "c_sizes.json"
-    rows = {row["file"]: row for row in json.loads(saved.read_text())["files"]} if arguments.files else {}
+    kept = json.loads(saved.read_text())["files"] if arguments.files and saved.exists() else []
+    rows = {row["file"]: row for row in kept}
     arguments.out.mkdir(parents=True, exist_ok=True)
     for data, pattern, eps, limit, attacked in JOBS:
         paths = [path for path in sorted(ROOT.glob(pattern)) if not arguments.files or path in arguments.files]

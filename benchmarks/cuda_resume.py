@@ -1,8 +1,8 @@
 """Check on a CUDA device that a run gives the same bytes twice, and after a kill and a resume.
 
-python benchmarks/cuda_resume.py [DEVICE]    (default: cuda; cpu tries the script itself)
+    python benchmarks/cuda_resume.py [DEVICE]    (default: cuda; with cpu the script can be tried without a GPU)
 
-It runs the digits configuration with a few epochs three times in a temporary folder and prints what was equal.
+It runs the digits configuration with a few epochs three times in a temporary folder, and prints which files are equal.
 """
 
 from __future__ import annotations

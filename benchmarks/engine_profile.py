@@ -19,9 +19,10 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from engines import CASES, ROOT, Case, build_sparse, update
+from engines import CASES, ROOT, Case, build_sparse, read_cases
 
 import atmc
+from atmc.commands.outputs import write_json
 from atmc.deploy.engine.engine import Engine
 from atmc.deploy.engine.program import KINDS, VECTOR, Program
 from atmc.deploy.engine.sparse import SparseNetwork, allocate_aligned, open_kernel
@@ -84,13 +85,12 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=ROOT / "results" / "deploy")
     parser.add_argument("--only", nargs="*", choices=CASES, default=["resnet18-uniform-99", "resnet18-trained-99"])
     options = parser.parse_args()
+    options.out.mkdir(parents=True, exist_ok=True)
     for name in options.only:
-        profiled = profile(CASES[name])
-        update(options.out / "profile.json", lambda cases, name=name, new=profiled: cases.update({name: new}))  # type: ignore[misc]
-        print(
-            name, profiled["kernel"], f"{profiled['total_us']:.1f} us, {profiled['call_us']:.1f} of them for the call"
-        )
-        for row in sorted(profiled["rows"], key=lambda row: -row["us"]):
+        figures = profile(CASES[name])
+        write_json(options.out / "profile.json", read_cases(options.out / "profile.json") | {name: figures})
+        print(name, figures["kernel"], f"{figures['total_us']:.1f} us, {figures['call_us']:.1f} of them for the call")
+        for row in sorted(figures["rows"], key=lambda row: -row["us"]):
             rate = row["macs"] / row["us"] / 1e3
             print("  {kind:>14} side {side:>2}: {ops:>2} ops {us:8.1f} us".format(**row), f"{rate:6.1f} GMAC/s", end="")
             print(f", {row['done'] / max(row['macs'], 1):.2f} times the multiply-adds needed" if row["macs"] else "")

@@ -3,9 +3,9 @@
     python benchmarks/engines.py --out results/deploy [--only resnet18-uniform-99 ...]
 
 Appends the figures of `atmc bench`, whose engines take turns, to the "sessions" of each case in engines.json. The cases
-`uniform` and `layerwise` are random networks, seed 0. In `uniform` ones that percentage of every convolution and linear
-layer is zero, except in depthwise ones, which have no zeros; `layerwise` ones are ResNet-34s with the densities of the
-layers of the trained ResNet-18. The cases `trained` are files of results/.
+`uniform` and `layerwise` are random networks, seed 0. In `uniform` the percentage in the name is the share of zeros in
+every convolution and linear layer, except in depthwise ones, which have no zeros; `layerwise` is a ResNet-34 with the
+densities of the layers of the trained ResNet-18. The cases `trained` are files of results/.
 """
 
 from __future__ import annotations
@@ -15,7 +15,6 @@ import json
 import math
 import re
 import tempfile
-from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -35,7 +34,7 @@ BATCHES = (1, 64)
 
 @dataclass(frozen=True)
 class Case:
-    """A network to run; zeros: percentage of its weights."""
+    """A network to run; zeros: percentage of zeros among its weights."""
 
     network: str
     pattern: str
@@ -108,11 +107,10 @@ def measure(case: Case, *, reps: int, n: int) -> dict[str, Any]:
     return figures | {"model": case.file or case.name, "data": case.data.name if case.data else None}
 
 
-def update(path: Path, change: Callable[[dict[str, Any]], None]) -> None:
-    """Change a JSON object in a file; it is empty if the file does not exist yet."""
-    value = json.loads(path.read_text()) if path.exists() else {}
-    change(value)
-    write_json(path, value)
+def read_cases(path: Path) -> dict[str, Any]:
+    """Return the JSON object in a file, or an empty one if the file does not exist yet."""
+    cases: dict[str, Any] = json.loads(path.read_text()) if path.exists() else {}
+    return cases
 
 
 def main() -> None:
@@ -126,12 +124,10 @@ def main() -> None:
     options.out.mkdir(parents=True, exist_ok=True)
     for name in options.only:
         case, figures = CASES[name], measure(CASES[name], reps=options.reps, n=options.n)
+        cases = read_cases(options.out / "engines.json")
         row = {"network": case.network, "pattern": case.pattern, "zeros": case.zeros, "sessions": []}
-
-        def add(rows: dict[str, Any], name: str = name, row: dict[str, Any] = row, figures: Any = figures) -> None:
-            rows.setdefault(name, row)["sessions"].append(figures)
-
-        update(options.out / "engines.json", add)
+        cases.setdefault(name, row)["sessions"].append(figures)
+        write_json(options.out / "engines.json", cases)
         print(name, *figures["verdict"], sep="\n  ", flush=True)
 
 

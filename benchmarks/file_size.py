@@ -43,26 +43,7 @@ from atmc.pack.weight_coder import CodeLengths, Layout, entropy_bits, log2_binom
 
 ROOT = Path(__file__).parents[1]
 ERROR, LOSSY = 0.01, "NNCodec, 1 % error"  # relative error that NNCodec may make
-CODEBOOKS = (
-    2,
-    4,
-    8,
-    12,
-    16,
-    24,
-    32,
-    40,
-    48,
-    64,
-    80,
-    96,
-    112,
-    128,
-    160,
-    192,
-    224,
-    256,
-)  # sizes tried in `size_at_error`
+CODEBOOKS = (*(2, 4, 8, 12, 16, 24, 32, 40, 48), *range(64, 129, 16), *range(160, 257, 32))  # see `size_at_error`
 RATIOS = (0.01, 0.005)
 SHAPES = ((512, 4608), (512, 512, 3, 3), (640, 800))
 
@@ -87,11 +68,11 @@ def count_levels(values: np.ndarray) -> int:
 
 
 def plain_bytes(values: np.ndarray) -> bytes:
-    """Return the values in float16 if that is exact, else in float32."""
+    """Return the bytes of the values in float16 if that is exact, else in float32."""
     return values.astype("<f2" if fits_float16(values) else "<f4").tobytes()
 
 
-def figures(tensor: Stored) -> dict[str, Any]:
+def describe_tensor(tensor: Stored) -> dict[str, Any]:
     """Return a tensor's row: bits per nonzero without the codebook, and their ratio to log2 C(N, k) + k H(codes)."""
     nonzero = tensor.flat[tensor.flat != 0]
     k, size = len(nonzero), max(len(nonzero), 1)
@@ -114,7 +95,7 @@ def figures(tensor: Stored) -> dict[str, Any]:
 
 
 def sum_rows(rows: Sequence[dict[str, Any]]) -> dict[str, Any]:
-    """Return totals of rows: tensors with a codebook against their floor, and the positions of all."""
+    """Return totals of rows: the ratio to the floor of tensors with a codebook, and the positions of all."""
     coded = [row for row in rows if row["codebook"] and row["nonzeros"]]
     totals: dict[str, Any] = {"nonzeros": sum(row["nonzeros"] for row in rows)}
     k = max(totals["nonzeros"], 1)
@@ -136,7 +117,7 @@ def gap_symbols(places: NDArray[np.int64], largest: int) -> list[int]:
     return symbols
 
 
-def general_compressors(tensors: Sequence[Stored]) -> dict[str, Any]:
+def measure_general_compressors(tensors: Sequence[Stored]) -> dict[str, Any]:
     """Return the bytes of zstd -19 and xz (preset 9e, raw LZMA2) of plain arrays, each alone or all in one."""
     indices, gaps, codes, values = b"", b"", b"", b""
     for tensor in tensors:
@@ -194,7 +175,7 @@ def huffman_bits(symbols: Sequence[int], width: int) -> int:
     return min(body + min(5 << width, width + (5 + width) * len(counts)), width * len(symbols))
 
 
-def deep_compression(tensors: Sequence[Stored]) -> dict[str, Any]:
+def measure_deep_compression(tensors: Sequence[Stored]) -> dict[str, Any]:
     """Return the bytes of Deep Compression (Han et al. 2016): Huffman codes of gaps between nonzeros and of values.
 
     A gap that is too long is split by filler zeros, which have a code of their own. For each tensor the better of gaps
@@ -223,7 +204,7 @@ def deep_compression(tensors: Sequence[Stored]) -> dict[str, Any]:
     return {"bytes": total, "tensors_by_bits_of_gaps": {str(width): used[width] for width in sorted(used)}}
 
 
-def nncodec(python: str | None, arrays: dict[str, np.ndarray]) -> dict[str, Any] | None:
+def run_nncodec(python: str | None, arrays: dict[str, np.ndarray]) -> dict[str, Any] | None:
     """Run `nncodec_size` with that Python, and return what it prints; None without a Python."""
     if python is None:
         return None
@@ -272,11 +253,12 @@ def compare(ours: int, tensors: Sequence[Stored], whole: dict[str, np.ndarray], 
 
     NNCodec gets the weights themselves, and, if the file stores factors, these too; the shorter counts.
     """
-    coders = {"ours": {"bytes": ours}, **general_compressors(tensors), "deep compression": deep_compression(tensors)}
+    coders = {"ours": {"bytes": ours}, **measure_general_compressors(tensors)}
+    coders["deep compression"] = measure_deep_compression(tensors)
     parts = {tensor.name: tensor.values.astype(np.float32) for tensor in tensors}
-    tried = {"weights": nncodec(python, whole)}
+    tried = {"weights": run_nncodec(python, whole)}
     if parts.keys() != whole.keys():
-        tried["factors as stored"] = nncodec(python, parts)
+        tried["factors as stored"] = run_nncodec(python, parts)
     sizes = {name: result for name, result in tried.items() if result}
     if sizes:
         best = min(sizes, key=lambda name: int(sizes[name]["bytes"]))
@@ -296,7 +278,7 @@ def compare(ours: int, tensors: Sequence[Stored], whole: dict[str, np.ndarray], 
     return comparison
 
 
-def file_figures(path: Path, python: str | None) -> dict[str, Any]:
+def measure_file(path: Path, python: str | None) -> dict[str, Any]:
     """Return the figures of a model file."""
     data = path.read_bytes()
     content = artifact.unpack(data)
@@ -306,7 +288,7 @@ def file_figures(path: Path, python: str | None) -> dict[str, Any]:
         whole[name] = weight.value()
         for (part, values), part_lengths in zip(weight.parts.items(), lengths, strict=True):
             tensors.append(Stored(name if part == "W" else f"{name}.{part}", values, part_lengths))
-    rows = [figures(tensor) for tensor in tensors]
+    rows = [describe_tensor(tensor) for tensor in tensors]
     ours = sum(len(encode_varint(len(part))) + len(part) + 4 for part in content.parts[:-1])
     totals = inspect_file(path)["totals"]
     return {
@@ -321,7 +303,7 @@ def file_figures(path: Path, python: str | None) -> dict[str, Any]:
     }
 
 
-def random_tensor(kind: str, shape: Sequence[int], ratio: float, seed: int) -> NDArray[np.float32]:
+def draw_tensor(kind: str, shape: Sequence[int], ratio: float, seed: int) -> NDArray[np.float32]:
     """Return a sparse tensor of exactly ratio N nonzeros, of 16 values.
 
     Positions are uniform, or have a density per row and per column (of a convolution: per input channel) that is
@@ -341,23 +323,26 @@ def random_tensor(kind: str, shape: Sequence[int], ratio: float, seed: int) -> N
     return tensor.reshape(tuple(shape))
 
 
-def random_figures(kind: str, shape: Sequence[int], ratio: float, python: str | None, seed: int = 0) -> dict[str, Any]:
+def measure_random_tensor(
+    kind: str, shape: Sequence[int], ratio: float, python: str | None, seed: int = 0
+) -> dict[str, Any]:
     """Return the figures of a random tensor."""
-    values = random_tensor(kind, shape, ratio, seed)
+    values = draw_tensor(kind, shape, ratio, seed)
     data, lengths = weight_coder.encode_matrix(values, Layout.of(shape))
     tensor = Stored("W", values, lengths)
     head = {"positions_drawn": kind, "ratio_dense": ratio, "seed": seed, "bits_a_nonzero": 0.0}
     head["bits_a_nonzero"] = round(8 * len(data) / np.count_nonzero(values), 3)
-    return {**head, **figures(tensor), **compare(len(data), [tensor], {"W": values}, python)}
+    return {**head, **describe_tensor(tensor), **compare(len(data), [tensor], {"W": values}, python)}
 
 
-def machine() -> dict[str, Any]:
-    """Return the versions of the packages, and the machine."""
+def describe_machine() -> dict[str, Any]:
+    """Return the versions of the packages, and the processor's architecture."""
     names = ("numpy", "torch", "numba", "zstandard")
     return {"python": platform.python_version(), **{name: version(name) for name in names}, "cpu": platform.machine()}
 
 
 def main() -> None:
+    """Measure all files and random tensors."""
     parser = argparse.ArgumentParser(
         description="Compare the sizes of model files with those of other coders of the same weights."
     )
@@ -365,16 +350,16 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=ROOT / "results" / "files")
     arguments = parser.parse_args()
     torch.set_num_threads(1)
-    report: dict[str, Any] = {"versions": machine(), "error": ERROR, "files": [], "random": []}
+    report: dict[str, Any] = {"versions": describe_machine(), "error": ERROR, "files": [], "random": []}
     for kind in ("uniform", "log-normal"):
         for shape in SHAPES:
             for ratio in RATIOS:
-                report["random"].append(random_figures(kind, shape, ratio, arguments.nncodec))
+                report["random"].append(measure_random_tensor(kind, shape, ratio, arguments.nncodec))
                 print(kind, shape, ratio, report["random"][-1]["ours_over_best_rival"], flush=True)
     for path in sorted(ROOT.glob("results/mnist/*/model.atmc")) + sorted(
         ROOT.glob("results/cifar10/brief-*/model.atmc")
     ):
-        report["files"].append(file_figures(path, arguments.nncodec))
+        report["files"].append(measure_file(path, arguments.nncodec))
         print(report["files"][-1]["file"], report["files"][-1]["ours_over_best_rival"], flush=True)
     arguments.out.mkdir(parents=True, exist_ok=True)
     (arguments.out / "size.json").write_text(json.dumps(report, indent=1) + "\n")

@@ -3,7 +3,7 @@
     python benchmarks/file_time.py --out results/files
 
 Writes time.json: medians over 5 processes of the first call in each (which includes Numba's start from its cache) and
-of the second. The weights are random, seed 0: `file_size.random_tensor`, density log-normal over rows and input
+of the second. The weights are random, seed 0: `file_size.draw_tensor`, density log-normal over rows and input
 channels, 16 values per tensor; batch norm is random float32. Imports and reading the file from disk are not timed.
 """
 
@@ -22,6 +22,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from file_size import draw_tensor
 from torch import nn
 
 from atmc import models
@@ -33,16 +34,14 @@ REPEATS, TARGET = 5, 1.0
 
 
 @torch.no_grad()
-def sparse_resnet34() -> nn.Module:
+def build_sparse_resnet34() -> nn.Module:
     """Build the network to write."""
-    from file_size import random_tensor
-
     model = models.build("resnet34", 10, seed=0).eval()
     noise = torch.Generator().manual_seed(0)
     for seed, parameter in enumerate(model.parameters()):
         if parameter.dim() > 1:
             shape = tuple(parameter.shape)
-            parameter.copy_(torch.from_numpy(random_tensor("log-normal", shape, 0.005, seed)))
+            parameter.copy_(torch.from_numpy(draw_tensor("log-normal", shape, 0.005, seed)))
         else:
             parameter.copy_(torch.randn(parameter.shape, generator=noise))
     return make_affine(model)
@@ -87,6 +86,7 @@ def measure(folder: Path) -> dict[str, Any]:
 
 
 def main() -> None:
+    """Write the network, and measure both directions."""
     parser = argparse.ArgumentParser(description="Measure the time to write and to read a sparse ResNet-34.")
     parser.add_argument("--worker", nargs=2, help=argparse.SUPPRESS)
     parser.add_argument("--out", type=Path, default=ROOT / "results" / "files")
@@ -96,7 +96,7 @@ def main() -> None:
         return
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
-        model = sparse_resnet34()
+        model = build_sparse_resnet34()
         torch.save(model.state_dict(), folder / "state.pt")
         size = artifact.save(model, folder / "model.atmc")
         weights = [parameter for parameter in model.parameters() if parameter.dim() > 1]

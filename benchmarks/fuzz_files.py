@@ -1,4 +1,4 @@
-"""Load damaged model files by the hundred thousand: none may crash, hang, take memory or pass as another model.
+"""Load many damaged model files: none may crash, hang, exhaust memory or pass as another model.
 
     python benchmarks/fuzz_files.py --count 200000 --out results/files/fuzz.json
 
@@ -91,8 +91,8 @@ def compress(model: nn.Module, nonzeros: int, bits: int | None) -> nn.Module:
     return model
 
 
-def bases() -> list[Base]:
-    """Make the files that are damaged."""
+def make_bases() -> list[Base]:
+    """Return the files to damage."""
     torch.manual_seed(0)
     ranks = {"conv.weight": 2, "head.weight": 3}
     models_with_factories: list[tuple[str, nn.Module, Callable[..., nn.Module] | None, float]] = [
@@ -171,7 +171,7 @@ NUMBERS = (b"0", b"-1", b"1", b"5", b"1.5", b"300", b"70000", b"5000000", b"4294
 MUTATIONS = (flip_bits, set_bytes, truncate, insert, cut_out, fill, move_block, splice, set_head, change_number)
 
 
-def parts_of(data: bytes) -> list[bytes]:
+def split_parts(data: bytes) -> list[bytes]:
     """Return the parts of a whole file, metadata first."""
     reader, parts = Reader(data[6:], "file"), []
     while not reader.done:
@@ -206,7 +206,7 @@ def damage(base: Base, other: Base, rng: Random) -> tuple[bytes, str, bool]:
         data = bytearray(base.data)
         mutate(data, rng, other.data)
         return bytes(data), mutate.__name__, False
-    parts = parts_of(base.data)
+    parts = split_parts(base.data)
     if rng.random() < 0.05:
         at, to = rng.randrange(len(parts)), rng.randrange(len(parts))
         match rng.randrange(3):
@@ -222,7 +222,7 @@ def damage(base: Base, other: Base, rng: Random) -> tuple[bytes, str, bool]:
     part = bytearray(inflate(parts[0]) if text else parts[at])
     if not part:
         part = bytearray(1)
-    mutate(part, rng, rng.choice(parts_of(other.data)))
+    mutate(part, rng, rng.choice(split_parts(other.data)))
     parts[at] = deflate(bytes(part)) if text else bytes(part)
     return seal(parts), f"{mutate.__name__} in {'JSON' if text else 'a part'}", True
 
@@ -244,12 +244,12 @@ def try_file(base: Base, data: bytes, repaired: bool, *, inspecting: bool) -> tu
 
 def fuzz(count: int, seed: int) -> Counts:
     """Damage and load `count` files."""
-    files, counts = bases(), Counts()
+    files, counts = make_bases(), Counts()
     for case in range(count):
         rng = Random(seed * 1_000_003 + case)
         base, other = rng.choices(files, [file.share for file in files])[0], rng.choice(files)
         data, mutation, repaired = damage(base, other, rng)
-        if any(data == file.data for file in files):  # a splice of nothing, say
+        if any(data == file.data for file in files):  # a splice may change nothing
             counts.outcomes["a whole file"] += 1
             continue
         began, result = time.process_time(), ""
@@ -276,7 +276,7 @@ def limit_memory(room: int) -> int:
 
 
 def main() -> int:
-    """Parse, fuzz, print."""
+    """Damage and load files, and print the counts; return the exit status."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--count", type=int, default=200_000)
     parser.add_argument("--seed", type=int, default=0)
@@ -284,7 +284,7 @@ def main() -> int:
     options = parser.parse_args()
     torch.set_num_threads(1)
     fuzz(200, options.seed + 1)  # compiles and imports what is needed on first use
-    artifact.from_bytes(bases()[0].data)
+    artifact.from_bytes(make_bases()[0].data)
     limit_memory(ROOM)
     before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     began = time.monotonic()

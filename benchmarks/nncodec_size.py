@@ -78,6 +78,7 @@ def fewest_bytes(arrays: dict[str, np.ndarray], limit: float) -> dict[str, Any]:
 
 
 def main() -> None:
+    """Read the arrays, and print the best setting."""
     with np.load(sys.argv[1]) as stored:
         names = "0123456789abcdefghijklmnopqrstuvwxyzABCDEFGHIJKLMNOPQRSTUVWXYZ"
         arrays = {names[i] if i < len(names) else str(i): stored[key] for i, key in enumerate(stored.files)}

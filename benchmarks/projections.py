@@ -17,12 +17,12 @@ import statistics
 import time
 from collections.abc import Callable, Iterator
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from atmc.commands.bench.figures import processor_name
 from atmc.compress.projections import largest_masks, zero_kmeans
 
 WEIGHTS = 21_265_088  # conv and linear weights of ResNet-34, CIFAR form
@@ -120,21 +120,14 @@ def bench_topk(repeats: int, threads: int) -> dict[str, Any]:
     return results
 
 
-def cpu_model() -> str:
-    """Return the processor's name, if the system tells it."""
-    info = Path("/proc/cpuinfo")
-    lines = info.read_text().splitlines() if info.exists() else []
-    names = [line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")]
-    return names[0] if names else platform.processor() or platform.machine()
-
-
 def main() -> None:
+    """Measure both projections, and print the figures."""
     parser = argparse.ArgumentParser(description="Times of zero_kmeans and of the exact global top-k.")
     parser.add_argument("--threads", type=int, default=2, help="PyTorch threads for the top-k (zero_kmeans: one)")
     parser.add_argument("--repeats", type=int, default=5, help="runs of which the median is taken")
     arguments = parser.parse_args()
     machine = {
-        "cpu": cpu_model(),
+        "cpu": processor_name(),
         "cores": os.cpu_count(),
         "load_average": round(os.getloadavg()[0], 2),
         "torch": torch.__version__,

@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import platform
 import statistics
 import subprocess
 import sys
@@ -24,6 +23,7 @@ from typing import Any
 import torch
 
 from atmc import Linf, models
+from atmc.commands.bench.figures import processor_name
 from atmc.compress.admm import Admm
 from atmc.compress.constraints import Codebook, NonzeroBudget
 from atmc.compress.factorize import compressible_parameters, factorize
@@ -35,7 +35,7 @@ from atmc.training.settings import default_recipe
 STEPS = 10  # per block; one update of ADMM each
 
 
-def steps(kind: str, name: str, batch: int, attack_steps: int, bf16: bool) -> Iterator[StepDone]:
+def run_steps(kind: str, name: str, batch: int, attack_steps: int, bf16: bool) -> Iterator[StepDone]:
     """Yield training steps of one kind on random images, without end."""
     model = models.build(name, 10, seed=0).to(memory_format=torch.channels_last)  # type: ignore[call-overload]
     constraint, admm = None, None
@@ -94,7 +94,7 @@ def peak_memory() -> int:
 def compare(name: str, options: argparse.Namespace) -> dict[str, Any]:
     """Compare both kinds of step for one model."""
     bf16 = options.precision == "bf16"
-    runs = {kind: steps(kind, name, options.batch, options.attack_steps, bf16) for kind in ("dense", "atmc")}
+    runs = {kind: run_steps(kind, name, options.batch, options.attack_steps, bf16) for kind in ("dense", "atmc")}
     for run in runs.values():
         time_block(run)
     blocks = [{kind: time_block(run) for kind, run in runs.items()} for _ in range(options.repeats)]
@@ -112,14 +112,8 @@ def compare(name: str, options: argparse.Namespace) -> dict[str, Any]:
     }
 
 
-def cpu_name() -> str:
-    """Return the processor's name."""
-    lines = Path("/proc/cpuinfo").read_text().splitlines() if Path("/proc/cpuinfo").exists() else []
-    return next((line.partition(":")[2].strip() for line in lines if line.startswith("model name")), platform.machine())
-
-
 def main() -> None:
-    """Print one JSON object."""
+    """Compare the steps of each model, and print one JSON object."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--models", nargs="+", default=["lenet", "resnet18"])
     parser.add_argument("--batch", type=int, default=128)
@@ -132,26 +126,21 @@ def main() -> None:
     torch.set_num_threads(options.threads)
     if options.memory_of:
         before = peak_memory()
-        run = steps(
-            options.memory_of, options.models[0], options.batch, options.attack_steps, options.precision == "bf16"
-        )
+        bf16 = options.precision == "bf16"
+        run = run_steps(options.memory_of, options.models[0], options.batch, options.attack_steps, bf16)
         for _ in range(3):
             next(run)
         print(peak_memory() - before)
         return
     machine = {
-        "cpu": cpu_name(),
+        "cpu": processor_name(),
         "threads": options.threads,
         "torch": torch.__version__,
         "precision": options.precision,
     }
     results = [compare(name, options) for name in options.models]
-    print(
-        json.dumps(
-            {"machine": machine, "batch": options.batch, "attack_steps": options.attack_steps, "results": results},
-            indent=1,
-        )
-    )
+    report = {"machine": machine, "batch": options.batch, "attack_steps": options.attack_steps, "results": results}
+    print(json.dumps(report, indent=1))
 
 
 if __name__ == "__main__":

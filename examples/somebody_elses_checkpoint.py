@@ -2,8 +2,7 @@
 
 The package pyautoattack ships the checkpoint as examples/model_test.pt (`pip install pyautoattack==0.2.0`). It was
 trained without an adversary: its accuracy on JPEG-compressed CIFAR-10 is 85.6 % clean (10,000 test images) and 0 %
-under `pgd` (500). A short adversarial fine-tuning during the compression repairs a little of that; a full one takes
-many more epochs.
+under `pgd` (500). The short adversarial training here restores a little of that; a full one takes many more epochs.
 
     python examples/somebody_elses_checkpoint.py --data ../shared/data/cifar10-jpeg --limit 2000 --out runs/checkpoint
 
@@ -22,7 +21,7 @@ from importlib.metadata import distribution
 from pathlib import Path
 
 
-def checkpoint() -> Path:
+def find_checkpoint() -> Path:
     """Return the path of the package's file, relative if it is below the current folder, as .venv usually is."""
     for file in distribution("pyautoattack").files or []:
         if file.name == "model_test.pt":
@@ -39,7 +38,7 @@ def main() -> None:
     parser.add_argument("--out", default="runs/checkpoint")
     options = parser.parse_args()
     command = [sys.executable, "-m", "atmc", "compress", "--config", str(Path(__file__).with_suffix(".toml"))]
-    command += ["--checkpoint", str(checkpoint()), "--data", options.data, "--out", options.out]
+    command += ["--checkpoint", str(find_checkpoint()), "--data", options.data, "--out", options.out]
     if options.limit:
         command += ["--limit", str(options.limit)]
     print(" ".join(command), flush=True)

@@ -1,7 +1,7 @@
 """Measure the checkpoint as it was before compression, on the images and with the attacks of the compressed run.
 
-Writes natural.json beside this file. From the repository's root, where runs/pyautoattack/model_test.pt is a copy of
-pyautoattack's examples/model_test.pt:
+Writes natural.json beside this file. Run it from the repository's root, with a copy of pyautoattack's
+examples/model_test.pt at runs/pyautoattack/model_test.pt:
 
     python results/cifar10/natural.py --n 500 --threads 1
 """

@@ -79,8 +79,8 @@ def main() -> None:
     parser.add_argument("--n", type=int, default=1000)
     options = parser.parse_args()
     torch.set_num_threads(1)
-    written = HERE / "agreement.json"
-    files: dict[str, Any] = json.loads(written.read_text()) if written.exists() else {}
+    out = HERE / "agreement.json"
+    files: dict[str, Any] = json.loads(out.read_text()) if out.exists() else {}
     for folder, data, threat, attack_n in (
         ("mnist", options.mnist, atmc.Linf(76 / 255), options.n),
         ("cifar10", options.cifar, atmc.Linf(8 / 255), 20),
@@ -104,7 +104,7 @@ def main() -> None:
                     }
                     print(file.parent.name, name, json.dumps(rows[name]), flush=True)
             files[str(file.relative_to(RESULTS.parent))] = {"threat": str(threat), "engines": rows}
-            written.write_text(json.dumps(files, indent=1) + "\n")
+            out.write_text(json.dumps(files, indent=1) + "\n")
 
 
 if __name__ == "__main__":

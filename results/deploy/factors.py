@@ -28,7 +28,7 @@ def collect_times(measurement: dict[str, Any], batch: int) -> dict[str, dict[str
     }
 
 
-def factor(measurement: dict[str, Any], batch: int, baseline: str) -> float:
+def compute_factor(measurement: dict[str, Any], batch: int, baseline: str) -> float:
     """Return how many times as fast the engine of atmc is as the best engine of a baseline."""
     rows = collect_times(measurement, batch)
     best = min(row["median_ms"] for name, row in rows.items() if name != OURS and is_of(row, baseline))
@@ -46,8 +46,8 @@ def is_of(row: dict[str, Any], baseline: str) -> bool:
     return bool(as_it_is and row["precision"] == "float32")
 
 
-def target(case: dict[str, Any], batch: int, baseline: str) -> float | None:
-    """Return the project's target, None if there is none."""
+def find_target(case: dict[str, Any], batch: int, baseline: str) -> float | None:
+    """Return the target of a case, or None if it has none."""
     if baseline in ("as it is", "bfloat16"):
         return None
     if baseline == "int8":
@@ -59,8 +59,8 @@ def target(case: dict[str, Any], batch: int, baseline: str) -> float | None:
 
 def describe_factor(case: dict[str, Any], batch: int, baseline: str) -> dict[str, Any]:
     """Return a case's factor: the median over the measurements, the range, the target, and all of it as text."""
-    values = [factor(measurement, batch, baseline) for measurement in case["sessions"]]
-    median, wanted = statistics.median(values), target(case, batch, baseline)
+    values = [compute_factor(measurement, batch, baseline) for measurement in case["sessions"]]
+    median, wanted = statistics.median(values), find_target(case, batch, baseline)
     text = f"{median:.3g}"
     if len(values) > 1:
         text += f" ({min(values):.3g}–{max(values):.3g})"
@@ -72,15 +72,15 @@ def describe_factor(case: dict[str, Any], batch: int, baseline: str) -> dict[str
 
 def describe_times(case: dict[str, Any], batch: int) -> dict[str, str]:
     """Return each engine's median and half quartile distance in ms, of the measurement with the median factor."""
-    ordered = sorted(case["sessions"], key=lambda measurement: factor(measurement, batch, "float32"))
+    ordered = sorted(case["sessions"], key=lambda measurement: compute_factor(measurement, batch, "float32"))
     rows = collect_times(ordered[(len(ordered) - 1) // 2], batch)
     return {
-        name: f"{digits(row['median_ms'], 3)} ±{digits((row['q3_ms'] - row['q1_ms']) / 2, 1)}"
+        name: f"{format_digits(row['median_ms'], 3)} ±{format_digits((row['q3_ms'] - row['q1_ms']) / 2, 1)}"
         for name, row in rows.items()
     }
 
 
-def digits(value: float, count: int) -> str:
+def format_digits(value: float, count: int) -> str:
     """Return a number with this number of significant digits, without a power of ten."""
     decimals = max(0, count - 1 - math.floor(math.log10(value))) if value else 0
     return f"{float(f'{value:.{count}g}'):,.{decimals}f}"
@@ -93,7 +93,7 @@ def describe_batch(case: dict[str, Any], batch: int) -> dict[str, Any]:
 
 
 def main() -> None:
-    """Write a row per case."""
+    """Write one row per case."""
     cases = json.loads((HERE / "engines.json").read_text())
     rows = []
     for case in cases.values():

@@ -33,8 +33,8 @@ class" counts both.
 """
 
 
-def row(file: Path, images: torch.Tensor | None, labels: torch.Tensor) -> str:
-    """Return a line of the table; images: (n, c, h, w) to compare on, or None."""
+def format_row(file: Path, images: torch.Tensor | None, labels: torch.Tensor) -> str:
+    """Return a row of the table; images: (n, c, h, w) to compare on, or None."""
     loaded = artifact.open(file)
     model = loaded.model
     report = simplify_with_report(model, loaded.input_shape, loaded.factors)
@@ -63,8 +63,8 @@ def main() -> None:
     torch.set_num_threads(1)
     test = load_data(options.mnist).test
     images, labels = test.float_pixels(slice(0, options.n)), test.labels[: options.n]
-    lines = [row(file, images, labels) for file in sorted(HERE.parent.glob("mnist/*/model.atmc"))]
-    lines += [row(file, None, labels) for file in sorted(HERE.parent.glob("cifar10/brief-*/model.atmc"))]
+    lines = [format_row(file, images, labels) for file in sorted(HERE.parent.glob("mnist/*/model.atmc"))]
+    lines += [format_row(file, None, labels) for file in sorted(HERE.parent.glob("cifar10/brief-*/model.atmc"))]
     (HERE / "simplified.md").write_text(HEAD.format(n=options.n) + "\n".join(lines) + "\n")
 
 

@@ -1,4 +1,4 @@
-"""Our PGD against pyautoattack's APGD, image by image, on LeNets of results/mnist; writes agreement.json.
+"""Compare the PGD of atmc with pyautoattack's APGD, image by image, on LeNets of results/mnist; write agreement.json.
 
 python results/evaluation/agreement.py [--models results/mnist] [--data ../shared/data/mnist] [--n 300]
 """

@@ -1,4 +1,4 @@
-"""Standard AutoAttack through `atmc.evaluate` against calling pyautoattack directly; writes cost.json.
+"""Time standard AutoAttack through `atmc.evaluate` and by calls of pyautoattack itself; write cost.json.
 
 python results/evaluation/cost.py [--models results/mnist] [--data ../shared/data/mnist] [--n 20] [--rounds 3]
 

@@ -33,8 +33,8 @@ def test_damaged_files_are_errors_or_finite_models(fuzzer):
 
 def test_a_wrong_model_would_be_noticed(fuzzer):
     """The fuzzer tells another model from the same one, and allows it only if checksums were repaired over damage."""
-    base = fuzzer.bases()[1]
-    parts = fuzzer.parts_of(base.data)
+    base = fuzzer.make_bases()[1]
+    parts = fuzzer.split_parts(base.data)
     other = fuzzer.seal([*parts[:-1], parts[-1][:-1] + bytes([parts[-1][-1] ^ 1])])
     assert fuzzer.try_file(base, other, False, inspecting=False) == ("another model", False)
     assert fuzzer.try_file(base, other, True, inspecting=False) == ("another model", True)
