@@ -19,6 +19,7 @@ def test_import_loads_no_torch():
 
 def test_every_public_name_is_listed_and_there():
     assert set(atmc.__all__) <= set(dir(atmc))
+    assert "importlib" not in dir(atmc)
     for name in atmc.__all__:
         assert getattr(atmc, name) is getattr(atmc, name)
 
@@ -26,6 +27,11 @@ def test_every_public_name_is_listed_and_there():
 def test_unknown_names_are_attribute_errors():
     with pytest.raises(AttributeError, match="module 'atmc' has no attribute 'decompress'"):
         atmc.decompress  # noqa: B018
+
+
+@pytest.mark.parametrize("room", ["data", "deploy", "models", "pack", "robust"])
+def test_subpackages_are_attributes(room):
+    assert run(f"import atmc; print(atmc.{room}.__name__)") == f"atmc.{room}"
 
 
 @pytest.mark.parametrize(

@@ -61,10 +61,13 @@ __all__ = [
 ]
 
 
+_ROOMS = ("api", "core", "data", "deploy", "evaluation", "models", "pack", "report", "robust", "training")
+
+
 def __getattr__(name: str) -> Any:
-    """Import a public name on first use, and keep it."""
-    if name == "models":
-        return importlib.import_module("atmc.models")
+    """Import a public name, or a subpackage, on first use, and keep it."""
+    if name in _ROOMS:
+        return importlib.import_module(f"atmc.{name}")
     if name not in _HOME:
         raise AttributeError(f"module 'atmc' has no attribute {name!r}")
     value = getattr(importlib.import_module(_HOME[name]), name)
@@ -74,7 +77,7 @@ def __getattr__(name: str) -> Any:
 
 def __dir__() -> list[str]:
     """List the public names, imported or not."""
-    return sorted({*globals(), *__all__})
+    return sorted({*__all__, *_ROOMS})
 
 
 class _Package(ModuleType):

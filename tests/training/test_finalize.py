@@ -94,7 +94,7 @@ def test_finalizing_a_copy_does_not_change_the_model():
 
 
 def test_the_smallest_model_has_one_nonzero_in_every_layer():
-    small = smallest_model("atmc", build("lenet", 10, seed=0), ())
+    small = smallest_model(build("lenet", 10, seed=0), ())
     counts = [int(p.count_nonzero()) for p in small.parameters() if p.dim() >= 2]
     assert counts == [1, 1, 1, 1]
     assert all(bool(p.all()) for p in small.parameters() if p.dim() == 1)

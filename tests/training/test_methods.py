@@ -20,7 +20,7 @@ from atmc.training import settings
 from atmc.training.batch_norm import reestimate_batch_norm
 from atmc.training.job import Job
 from atmc.training.loop import Loop, StepDone, TrainingDiverged, cosine
-from atmc.training.methods import METHODS, Plan, build_phases, smallest_budget
+from atmc.training.methods import METHODS, Plan
 from atmc.training.runner import EpochDone, State
 from atmc.training.settings import default_recipe
 
@@ -417,15 +417,15 @@ def test_validation_uses_the_first_images_and_says_how_many(few, settings, count
 
 
 def test_smallest_budgets(lenet):
-    assert smallest_budget("alr", lenet) == 2405
-    assert smallest_budget("atmc", lenet) == 4
-    assert smallest_budget("da", lenet) == 1
+    assert METHODS["alr"].smallest_budget(lenet) == 2405
+    assert METHODS["atmc"].smallest_budget(lenet) == 4
+    assert METHODS["da"].smallest_budget(lenet) == 1
 
 
 def test_every_method_has_phases():
-    for method in METHODS:
-        bits = 4 if method == "al0q" else None
-        assert build_phases(method, Plan(10, 100, bits, default_recipe(tiny())))[0].name == "dense"
+    for method in METHODS.values():
+        plan = Plan(10, 100, 4 if method.codebook else None, default_recipe(tiny()))
+        assert method.build(plan)[0].name == "dense"
 
 
 def test_recipe_follows_the_model():
@@ -441,7 +441,7 @@ def test_recipe_follows_the_model():
 def test_rank_budget_counts_what_cannot_be_factored(few):
     torch.manual_seed(0)
     model = nn.Sequential(nn.Conv2d(1, 8, 5, stride=4), nn.Conv2d(8, 8, 3, groups=8), nn.Flatten(), nn.Linear(128, 10))
-    assert smallest_budget("alr", model) == (8 + 25) + (10 + 128) + 72
+    assert METHODS["alr"].smallest_budget(model) == (8 + 25) + (10 + 128) + 72
     work = job(few, model=model, method="alr", bits=None, ratio=0.4, epochs={"dense": 0, "tune": 0})
     list(work.run())
     assert sum(tensor.numel() for tensor in compressible_parameters(work.runner.model).values()) <= work.nonzeros

@@ -23,7 +23,7 @@ from atmc.core.rng import MAX_SEED
 from atmc.evaluation.attacks import check_attacks, check_norm
 from atmc.robust.objectives import OBJECTIVES, parse_objective
 from atmc.robust.threats import Threat, parse_threat
-from atmc.training.methods import check_method
+from atmc.training.methods import METHODS, find_method, keeps_every_weight
 from atmc.training.settings import SETTINGS, Recipe, check_setting, default_recipe
 
 MAX_THREADS = 1024  # torch crashes if the system refuses it a thread
@@ -116,15 +116,15 @@ class RunConfig(BaseModel):
                 raise ValueError(f"expected eval_n >= 1, got {count}")
         if self.training.objective is not None:
             OBJECTIVES[self.training.objective].check_threat(self.training.objective, parse_threat(self.threat))
+        find_method(self.method, self.bits, max_bytes=self.max_bytes is not None)
         self.budget()
-        check_method(self.method, self.bits, max_bytes=self.max_bytes is not None)
         return self
 
     def budget(self) -> Budget:
-        """Return the budget; `da` has none and keeps every weight."""
-        if self.method == "da":
-            if (self.ratio, self.nonzeros, self.max_bytes, self.bits) != (None, None, None, None):
-                raise ValueError("method 'da' keeps every weight: leave out ratio, nonzeros, max_bytes and bits")
+        """Return the budget; a method that does not compress has none and keeps every weight."""
+        if not METHODS[self.method].compresses:
+            if (self.ratio, self.nonzeros) != (None, None):
+                raise ValueError(keeps_every_weight(self.method))
             return Budget(ratio=1.0)
         if [self.ratio, self.nonzeros, self.max_bytes].count(None) != 2:
             raise ValueError("give exactly one of ratio, nonzeros and max_bytes")
@@ -253,7 +253,8 @@ def merge_options(values: Mapping[str, Any], options: Mapping[str, Any]) -> dict
     given = {key: value for key, value in options.items() if value is not None}
     budgets = {"ratio", "nonzeros", "max_bytes"}
     replaced = budgets if given.keys() & budgets else set()
-    if given.get("method") == "da":  # which keeps every weight
+    method = METHODS.get(given.get("method", ""))
+    if method is not None and not method.compresses:
         replaced = budgets | {"bits"}
     training: dict[str, Any] = {key: given.pop(key) for key in ("epochs", "objective", "val_n") if key in given}
     merged = {key: value for key, value in values.items() if key not in replaced} | given

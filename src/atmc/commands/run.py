@@ -43,6 +43,7 @@ from atmc.pack import artifact
 from atmc.report.report import write_report
 from atmc.robust.attacks import PgdSettings
 from atmc.training.job import Job, Result
+from atmc.training.methods import METHODS
 from atmc.training.runner import EpochDone
 from atmc.training.settings import Recipe
 
@@ -213,5 +214,5 @@ def build_model(config: RunConfig, data: Data) -> nn.Module:
         config.model, data.num_classes, input_shape=data.input_shape, mean=mean, std=std, seed=config.seed, **options
     )
     if config.checkpoint:
-        load_weights(model, config.checkpoint, factorized=config.method == "atmc")
+        load_weights(model, config.checkpoint, factorized=METHODS[config.method].factors)
     return model

@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass
 
-import torch
 from torch import Tensor
 
 from atmc.core.rng import permutation
@@ -45,8 +44,6 @@ def batches(
     seed: int,
     epoch: int,
     augment: str = "none",
-    shuffle: bool = True,
-    drop_last: bool = False,
 ) -> Iterator[Batch]:
     """Iterate over one epoch's batches, on the images' device; a pure function of its arguments.
 
@@ -58,12 +55,11 @@ def batches(
         seed: the run's seed; with the epoch it determines the order, with epoch and example the augmentation.
         epoch: counted by the caller.
         augment: ``none``, ``crop`` (zero-padded by 4, random crop), ``flip`` (left to right), or ``crop-flip``.
-        shuffle: False serves the examples in their own order.
-        drop_last: leave out a last batch that would have fewer examples.
 
     Raises:
         ValueError: a batch size below 1, or an unknown augmentation; at the call, not at the first batch.
 
+    >>> import torch
     >>> images = Images(torch.rand(5, 1, 4, 4), torch.arange(5))
     >>> [len(batch.x) for batch in batches(images, 2, seed=0, epoch=0)]
     [2, 3]
@@ -71,13 +67,13 @@ def batches(
     if batch_size < 1:
         raise ValueError(f"expected batch_size >= 1, got {batch_size}")
     augmentation.find_changes(augment)  # raises if the name is unknown
-    order = permutation(len(images), seed=seed, purpose="order", epoch=epoch) if shuffle else torch.arange(len(images))
+    order = permutation(len(images), seed=seed, purpose="order", epoch=epoch)
     order = order.to(images.labels.device)
-    count = len(order) // batch_size if drop_last else batch_count(len(order), batch_size)
+    count = batch_count(len(order), batch_size)
 
     def batch(number: int) -> Batch:
         start = number * batch_size
-        index = order[start : start + batch_size if drop_last or number < count - 1 else None]
+        index = order[start : start + batch_size if number < count - 1 else None]
         pixels = augmentation.augment(images.pixels[index], index, name=augment, seed=seed, epoch=epoch)
         return Batch(to_unit_range(pixels), images.labels[index], index)
 

@@ -99,7 +99,14 @@ def load_data(
         train, val = _split_stratified(train, min(max(len(train) // VAL_DIVISOR, 1), VAL_MAX), "validation split")
     if limit is not None and limit < len(train):
         train = train.take(permutation(len(train), seed=_FIXED_SEED, purpose="limit")[:limit].sort().values)
-    return Data(name, train, mix_classes(val), mix_classes(test), len(class_names), class_names)
+    return Data(
+        name=name,
+        train=train,
+        val=mix_classes(val),
+        test=mix_classes(test),
+        num_classes=len(class_names),
+        class_names=class_names,
+    )
 
 
 def _read(name: str, image_column: str | None, label_column: str | None) -> tuple[dict[str, Images], tuple[str, ...]]:

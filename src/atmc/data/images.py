@@ -70,14 +70,13 @@ def _index(indices: Tensor | Sequence[int] | slice) -> Tensor | slice:
     return indices if isinstance(indices, Tensor | slice) else torch.tensor(indices, dtype=torch.int64)
 
 
-def as_images(source: object, *, num_classes: int | None = None) -> Images:
+def as_images(source: object) -> Images:
     """Read labelled images from a source that a Python user passes, once and in its order.
 
     Args:
         source: a DataLoader; a dataset or other iterable of (image, label) pairs, an image being a tensor or array
             (c, h, w) or a Pillow image; an iterable of batches, (n, c, h, w) with n labels; or one pair of tensors or
             arrays, images (n, c, h, w) and labels (n,). Pixels are uint8, or floating point in [0, 1].
-        num_classes: if given, every label must be below it.
 
     Floating point pixels that are all exactly k/255 in float32 are kept as uint8, others as float32.
 
@@ -106,7 +105,7 @@ def as_images(source: object, *, num_classes: int | None = None) -> Images:
     if len({x.dtype for x in pixels}) > 1:
         pixels = [to_unit_range(x) for x in pixels]
     images = Images(torch.cat(pixels), torch.cat(labels))
-    sources.check_labels(images.labels.cpu().numpy(), num_classes, "the images given")
+    sources.check_labels(images.labels.cpu().numpy(), None, "the images given")
     return images
 
 

@@ -149,20 +149,21 @@ def _simplify(model: nn.Module, probe: Tensor) -> int:
 
 
 @torch.no_grad()
-def smallest_model(method: str, model: nn.Module, exclude: tuple[str, ...]) -> nn.Module:
+def smallest_model(model: nn.Module, exclude: tuple[str, ...], *, low_rank: bool = False) -> nn.Module:
     """Return a model whose file is about the longest among the smallest that a method can reach.
 
-    Every layer has one nonzero, or one rank for `alr`; all other parameters are noise that no coder shortens.
+    Every layer has one nonzero, or one rank if the method prunes ranks; all other parameters are noise that no coder
+    shortens.
     """
     small = make_affine(fold(model).cpu())
     weights = compressible_weights(small, exclude=exclude)
-    if method == "alr":
+    if low_rank:
         cut_ranks(small, {weight.path: 1 for weight in weights if weight.factorable})
         weights = [weight for weight in weights if not weight.factorable]
     noise = torch.Generator().manual_seed(0)
     for parameter in small.parameters():
         parameter.copy_(torch.randn(parameter.shape, generator=noise).half())
-    if method != "alr":
+    if not low_rank:
         for weight in weights:
             entries = weight.tensor.view(-1)
             last = float(entries[-1])

@@ -25,7 +25,7 @@ from atmc.training.batch_norm import restore_batch_norm
 from atmc.training.dead_weights import probe_images
 from atmc.training.finalize import FinalChoices, finalize_copy, smallest_model
 from atmc.training.loop import StepDone
-from atmc.training.methods import CODEBOOK_METHODS, Plan, build_phases, choose_recipe, smallest_budget
+from atmc.training.methods import MethodSpec, Plan, find_method
 from atmc.training.runner import EpochDone, Record, Runner, State
 from atmc.training.settings import Recipe, has_batch_norm
 
@@ -93,18 +93,19 @@ class Job:
             "method": method,
         }
         self._check_writable(model)
-        floor = smallest_budget(method, model, recipe.exclude)
-        self.nonzeros = budget.resolve(self.dense_weights, floor=floor) if method != "da" else self.dense_weights
-        rate = self._build_rate_control(model, budget, method, recipe, train) if budget.max_bytes is not None else None
+        spec = find_method(method, budget.bits, max_bytes=budget.max_bytes is not None)
+        floor = spec.smallest_budget(model, recipe.exclude)
+        self.nonzeros = budget.resolve(self.dense_weights, floor=floor) if spec.compresses else self.dense_weights
+        rate = self._build_rate_control(model, budget, spec, recipe, train) if budget.max_bytes is not None else None
         plan = Plan(
             nonzeros=self.nonzeros, dense_weights=self.dense_weights, bits=budget.bits, recipe=recipe, rate=rate
         )
-        phases = build_phases(method, plan)
+        phases = spec.build(plan)
         working = copy.deepcopy(model).to(device)
         train, val = train.to(device), mix_classes(val).to(device)
         restore_batch_norm(working, train)
         recipe = replace(
-            choose_recipe(method, recipe),
+            spec.recipe(recipe),
             channels_last=recipe.channels_last and takes_channels_last(working, train),
         )
         if recipe.channels_last:
@@ -126,11 +127,9 @@ class Job:
         artifact.from_bytes(artifact.to_bytes(empty, **self._metadata), factory=self._plain_copy)
 
     def _build_rate_control(
-        self, model: nn.Module, budget: Budget, method: str, recipe: Recipe, train: Images
+        self, model: nn.Module, budget: Budget, method: MethodSpec, recipe: Recipe, train: Images
     ) -> RateControl:
         """Return the rate control of a budget in bytes; raise BudgetTooSmall if no file of the model is that small."""
-        if method == "da":
-            raise ValueError("method 'da' keeps every weight: leave out max_bytes")
         assert budget.max_bytes is not None
         probe = probe_images(train)
 
@@ -140,13 +139,13 @@ class Job:
         def file_bytes(rounded: nn.Module) -> int:
             return len(artifact.to_bytes(rounded, **self._metadata))
 
-        smallest = file_bytes(smallest_model(method, model, recipe.exclude))
+        smallest = file_bytes(smallest_model(model, recipe.exclude, low_rank=method.low_rank))
         if budget.max_bytes < smallest:
             raise BudgetTooSmall(
                 f"a budget of {budget.max_bytes:,} bytes is below the smallest file of this model and method, "
                 f"{smallest:,} bytes"
             )
-        most_bits = (budget.bits or 8) if method in CODEBOOK_METHODS else None
+        most_bits = (budget.bits or 8) if method.codebook else None
         return RateControl(
             max_bytes=budget.max_bytes,
             smallest=smallest,

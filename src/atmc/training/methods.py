@@ -89,7 +89,7 @@ def alr(plan: Plan) -> list[Phase]:
         entries = plan.nonzeros
         if plan.rate:
             projected_bytes = plan.rate.projected_bytes
-            least = smallest_budget("alr", model, plan.recipe.exclude)
+            least = _entries_of_rank_one(model, plan.recipe.exclude)
             entries, _ = plan.rate.largest_that_fits(
                 lambda k: projected_bytes(cut_to(copy.deepcopy(model), k)),
                 least,
@@ -106,51 +106,86 @@ def da(plan: Plan) -> list[Phase]:
     return [_dense_phase()]
 
 
-METHODS: dict[str, Callable[[Plan], list[Phase]]] = {
-    "atmc": atmc,
-    "al0": al0,
-    "al0q": al0q,
-    "alr": alr,
-    "ap": ap,
-    "nap": al0,  # the same phases under the natural objective (see `choose_recipe`)
-    "da": da,
+@dataclass(frozen=True, kw_only=True)
+class MethodSpec:
+    """A method as users name it.
+
+    Args:
+        help: what it does, in one line.
+        build: plan -> its phases.
+        compresses: whether it has a budget; if not, it keeps every weight.
+        codebook: whether it can quantize values.
+        needs_codebook: whether it has to.
+        factors: whether it trains W = U V + C, and takes the factors of a checkpoint as they are.
+        low_rank: whether it prunes ranks instead of single entries.
+        natural: whether it trains on clean images, whatever the objective.
+    """
+
+    help: str
+    build: Callable[[Plan], list[Phase]]
+    compresses: bool = True
+    codebook: bool = False
+    needs_codebook: bool = False
+    factors: bool = False
+    low_rank: bool = False
+    natural: bool = False
+
+    def recipe(self, given: Recipe) -> Recipe:
+        """Return the recipe that the method trains with."""
+        return replace(given, objective="natural", objective_options={}) if self.natural else given
+
+    def smallest_budget(self, model: nn.Module, exclude: tuple[str, ...] = ()) -> int:
+        """Return the smallest number of nonzeros with which every layer keeps one entry, or one rank."""
+        if not self.compresses:
+            return 1
+        if not self.low_rank:
+            return len(compressible_weights(model, exclude=exclude))
+        return _entries_of_rank_one(model, exclude)
+
+
+METHODS: dict[str, MethodSpec] = {
+    "atmc": MethodSpec(help="factors, budget and codebook", build=atmc, codebook=True, factors=True),
+    "al0": MethodSpec(help="l0 projection alone", build=al0),
+    "al0q": MethodSpec(help="al0 with a codebook", build=al0q, codebook=True, needs_codebook=True),
+    "alr": MethodSpec(help="low rank", build=alr, low_rank=True),
+    "ap": MethodSpec(help="one-shot mask", build=ap),
+    "nap": MethodSpec(help="al0 on clean images", build=al0, natural=True),
+    "da": MethodSpec(help="no compression", build=da, compresses=False),
 }
-CODEBOOK_METHODS = ("atmc", "al0q")
 
 
-def build_phases(method: str, plan: Plan) -> list[Phase]:
-    """Return the phases of a method by name.
+def keeps_every_weight(name: str) -> str:
+    """Return the error for a budget that is given to a method without one."""
+    return f"method {name!r} keeps every weight: leave out ratio, nonzeros, max_bytes and bits"
+
+
+def find_method(name: str, bits: int | None = None, *, max_bytes: bool = False) -> MethodSpec:
+    """Return a method by name.
+
+    Args:
+        bits: of the codebook that is asked for.
+        max_bytes: whether the budget is in bytes, so that rate control chooses the bits.
 
     Raises:
-        ValueError: as `check_method`.
+        ValueError: the method is unknown, has no budget or no codebook for what is asked, or needs bits.
     """
-    check_method(method, plan.bits, max_bytes=plan.rate is not None)
-    return METHODS[method](plan)
+    if name not in METHODS:
+        raise unknown("method", name, METHODS)
+    spec = METHODS[name]
+    if not spec.compresses and (bits is not None or max_bytes):
+        raise ValueError(keeps_every_weight(name))
+    if bits is not None and not spec.codebook:
+        able = ", ".join(other for other, each in METHODS.items() if each.codebook)
+        raise ValueError(f"method {name!r} has no codebook: leave out bits, or use one of {able}")
+    if bits is None and not max_bytes and spec.needs_codebook:
+        raise ValueError(f"method {name!r} is {spec.help}: give bits")
+    return spec
 
 
-def check_method(method: str, bits: int | None, *, max_bytes: bool = False) -> None:
-    """Raise ValueError for an unknown method, bits for a method without a codebook, or `al0q` without bits."""
-    if method not in METHODS:
-        raise unknown("method", method, METHODS)
-    if bits is not None and method not in CODEBOOK_METHODS:
-        raise ValueError(
-            f"method {method!r} has no codebook: leave out bits, or use one of {', '.join(CODEBOOK_METHODS)}"
-        )
-    if bits is None and not max_bytes and method == "al0q":
-        raise ValueError("method 'al0q' is al0 with a codebook: give bits")
-
-
-def choose_recipe(method: str, recipe: Recipe) -> Recipe:
-    """Return the recipe that a method trains with: for `nap` the natural objective, for others the given one."""
-    return replace(recipe, objective="natural", objective_options={}) if method == "nap" else recipe
-
-
-def smallest_budget(method: str, model: nn.Module, exclude: tuple[str, ...] = ()) -> int:
-    """Return the smallest k that leaves every layer one nonzero, or one rank for `alr`."""
-    if method == "alr":
-        shapes = [weight.tensor.shape for weight in _factorable_weights(model, exclude)]
-        return sum(shape[0] + shape[1:].numel() for shape in shapes) + _count_unfactored(model, exclude)
-    return 1 if method == "da" else len(compressible_weights(model, exclude=exclude))
+def _entries_of_rank_one(model: nn.Module, exclude: tuple[str, ...]) -> int:
+    """Return the number of entries of a model whose weights are factored with rank one, if they can be factored."""
+    shapes = [weight.tensor.shape for weight in _factorable_weights(model, exclude)]
+    return sum(shape[0] + shape[1:].numel() for shape in shapes) + _count_unfactored(model, exclude)
 
 
 def _factorable_weights(model: nn.Module, exclude: tuple[str, ...]) -> list[CompressibleWeight]:

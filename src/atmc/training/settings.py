@@ -18,7 +18,7 @@ from atmc.core.arguments import AT_LEAST_ONE, NOT_NEGATIVE, POSITIVE, Bounds
 from atmc.core.errors import unknown
 from atmc.core.rng import check_seed
 from atmc.data import AUGMENTATIONS
-from atmc.robust.objectives import OBJECTIVES
+from atmc.robust.objectives import OBJECTIVES, TrainingAttack
 
 PHASES = ("dense", "l0", "admm", "tune")
 DEFAULT_EPOCHS = {"dense": 20, "l0": 10, "admm": 10, "tune": 5}
@@ -83,12 +83,15 @@ class Recipe:
     attack_steps: int = setting("ascent steps of the training attack", 7, bounds=AT_LEAST_ONE)
     relative_step: float = setting(
         "path length of the training attack over eps: a step is `relative_step * eps / attack_steps`",
-        2.0,
+        TrainingAttack.relative_step,
         bounds=POSITIVE,
     )
-    random_start: bool = setting("start the training attack at a random point of the ball; false: at the image", True)
+    random_start: bool = setting(
+        "start the training attack at a random point of the ball; false: at the image", TrainingAttack.random_start
+    )
     batch_statistics: bool = setting(
-        "let batch norm normalize by the attacked batch's own statistics during the attack", False
+        "let batch norm normalize by the attacked batch's own statistics during the attack",
+        TrainingAttack.batch_statistics,
     )
     optimizer: str = setting(
         "AdamW, or SGD with Nesterov momentum 0.9", "adamw", with_batch_norm="sgd", choices=LEARNING_RATES
