@@ -56,7 +56,7 @@ def verdict_tables(figures: Mapping[str, Any]) -> list[RenderableType]:
     """Return the table of the evaluation's checks, as a list that is empty if none were run."""
     if not figures.get("checks"):
         return []
-    table = new_table("does the evaluation hold?", ["check", "verdict", "figures"])
+    table = new_table("checks of the evaluation", ["check", "verdict", "figures"])
     for check in figures["checks"]:
         style = "bold red" if check["ok"] is False else ""
         table.add_row(check["name"], Text(VERDICTS[check["ok"]], style=style), Text(check["detail"]))
