@@ -49,7 +49,7 @@ def encode_and_decode(values: np.ndarray, shape: tuple[int, ...], seed: int) -> 
 @settings(max_examples=20, deadline=None)
 def test_compiled_and_plain_functions_give_the_same_bits(weight, seed):
     results = []
-    for functions in (coder_run.compiled_functions(), coder_run.plain_functions()):
+    for functions in (coder_run.compile_functions(), coder_run.plain_functions()):
         with pytest.MonkeyPatch.context() as patch:
             patch.setattr(coder_run, "select_functions", lambda decisions, chosen=functions: chosen)
             results.append(encode_and_decode(*weight, seed))
@@ -58,13 +58,13 @@ def test_compiled_and_plain_functions_give_the_same_bits(weight, seed):
 
 def test_without_numba_the_plain_functions_serve(monkeypatch):
     values = uniform((50, 80), 500, 4, seed=0)
-    coder_run.compiled_functions.cache_clear()
+    coder_run.compile_functions.cache_clear()
     with_numba = encode_and_decode(values, (50, 80), 0)
     monkeypatch.setitem(sys.modules, "numba", None)
-    coder_run.compiled_functions.cache_clear()
+    coder_run.compile_functions.cache_clear()
     assert coder_run.select_functions(10**9) is coder_run.plain_functions()
     assert encode_and_decode(values, (50, 80), 0) == with_numba
-    coder_run.compiled_functions.cache_clear()
+    coder_run.compile_functions.cache_clear()
 
 
 TYPES = [np.float32, np.float64, np.int64, np.int32, np.uint8, np.bool_]

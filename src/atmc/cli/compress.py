@@ -73,8 +73,10 @@ def compress(
         str | None, typer.Option(help="Precision of training: auto, fp32 or bf16 (default: auto).")
     ] = None,
     threads: Annotated[int | None, typer.Option(help="Number of CPU threads (default: torch's choice).")] = None,
-    resume: Annotated[bool, typer.Option("--resume", help="Continue an interrupted run.")] = False,
-    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace the run that the folder holds.")] = False,
+    resume: Annotated[bool, typer.Option("--resume/--no-resume", help="Continue an interrupted run.")] = False,
+    overwrite: Annotated[
+        bool, typer.Option("--overwrite/--no-overwrite", help="Replace the run that the folder holds.")
+    ] = False,
 ) -> None:
     """Train the most robust model that fits the budget; write its file, read it back, evaluate it."""
     from atmc.commands.config import configure

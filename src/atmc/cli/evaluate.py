@@ -78,7 +78,10 @@ def evaluate(
         typer.Option("--json", help="Also write the figures to this JSON file; for several models, into this folder."),
     ] = None,
     resume: Annotated[
-        bool, typer.Option("--resume", help="Continue an interrupted evaluation (with --json); skip finished files.")
+        bool,
+        typer.Option(
+            "--resume/--no-resume", help="Continue an interrupted evaluation (with --json); skip finished files."
+        ),
     ] = False,
     overwrite: OverwriteFiles = False,
 ) -> None:

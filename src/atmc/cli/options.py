@@ -18,7 +18,7 @@ ImageColumn = Annotated[str | None, typer.Option(help="Column of the images, if 
 LabelColumn = Annotated[
     str | None, typer.Option(help="Column of the labels, if it is called neither label nor fine_label.")
 ]
-OverwriteFiles = Annotated[bool, typer.Option("--overwrite", help="Replace output files that exist.")]
+OverwriteFiles = Annotated[bool, typer.Option("--overwrite/--no-overwrite", help="Replace output files that exist.")]
 JsonFile = Annotated[Path | None, typer.Option("--json", help="Also write the figures to this JSON file.")]
 
 

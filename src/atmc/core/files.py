@@ -19,11 +19,11 @@ def write_beside(path: Path, data: bytes) -> int:
     """
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
-        with _named(path), open(temporary, "wb") as file:
+        with _name_errors(path), open(temporary, "wb") as file:
             file.write(data)
             file.flush()
             os.fsync(file.fileno())
-        with _named(path):
+        with _name_errors(path):
             os.replace(temporary, path)
     finally:
         temporary.unlink(missing_ok=True)
@@ -36,7 +36,7 @@ def append_line(path: Path, text: str) -> None:
     Raises:
         OSError: it names path; part of the line may be in the file.
     """
-    with _named(path), open(path, "a", encoding="utf-8") as file:
+    with _name_errors(path), open(path, "a", encoding="utf-8") as file:
         file.write(text + "\n")
 
 
@@ -47,7 +47,7 @@ def remove_leftovers(folder: Path) -> None:
 
 
 @contextmanager
-def _named(path: Path) -> Iterator[None]:
+def _name_errors(path: Path) -> Iterator[None]:
     """Make an OSError within the context name this path; the system's own error for a full disk names no file."""
     try:
         yield

@@ -115,7 +115,7 @@ def build_attacks(
                 attack.loss = part.loss
             attack.targeted = part.targeted
             attack.seed = seed
-            with _isolated(model, x.device), torch.no_grad():
+            with _isolate(model, x.device), torch.no_grad():
                 adv: Tensor = attack.perturb(x.contiguous(), y)
             return adv
 
@@ -170,7 +170,7 @@ def check_fit(threat: Threat, names: Sequence[str], *, attack: str, classes: int
 
 
 @contextmanager
-def _isolated(model: nn.Module, device: torch.device) -> Iterator[None]:
+def _isolate(model: nn.Module, device: torch.device) -> Iterator[None]:
     """Set evaluation mode without weight gradients (FAB leaves some), and restore torch's generators at the end."""
     trainable = [parameter for parameter in model.parameters() if parameter.requires_grad]
     with attack_mode(model), torch.random.fork_rng([device] if device.type == "cuda" else []):

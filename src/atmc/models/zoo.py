@@ -251,12 +251,12 @@ def _build_zoo_model(spec: _Spec, seed: int | None) -> nn.Module:
         builder = find_model(spec.name).builder
         return builder(spec.num_classes, tuple(spec.input_shape), normalize=normalize, **spec.options)
 
-    model = _call_seeded(build_network, seed)
+    model = _call_with_seed(build_network, seed)
     setattr(model, _SPEC_ATTRIBUTE, asdict(spec))
     return model
 
 
-def _call_seeded(build_value: Callable[[], _Built], seed: int | None) -> _Built:
+def _call_with_seed(build_value: Callable[[], _Built], seed: int | None) -> _Built:
     """Return ``build_value()``, called with the CPU's generator at a seed, and set the generator back.
 
     A module is moved to the default device. Without a seed the call draws from the generator as it is.
@@ -276,7 +276,7 @@ def _call_seeded(build_value: Callable[[], _Built], seed: int | None) -> _Built:
 
 def _build_from_factory(name: str, num_classes: int, input_shape: Shape | None, seed: int | None) -> nn.Module:
     factory = import_factory(name)
-    model = _call_seeded(lambda: call_factory(factory, num_classes, name), seed)
+    model = _call_with_seed(lambda: call_factory(factory, num_classes, name), seed)
     shape = None if input_shape is None else list(input_shape)
     setattr(model, _SPEC_ATTRIBUTE, {"name": name, "num_classes": num_classes, "input_shape": shape})
     return model

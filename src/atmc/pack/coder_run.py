@@ -139,13 +139,13 @@ class Stream:
 def prepare(decisions: int) -> None:
     """Start Numba before the first of many streams, if all of them together are expected to take enough decisions."""
     if decisions > COMPILE_ABOVE:
-        compiled_functions()
+        compile_functions()
 
 
 def select_functions(decisions: int) -> types.SimpleNamespace:
     """Return the compiled functions if they are ready or worth their start, else the plain ones."""
-    ready = compiled_functions.cache_info().currsize > 0
-    return compiled_functions() if ready or decisions > COMPILE_ABOVE else plain_functions()
+    ready = compile_functions.cache_info().currsize > 0
+    return compile_functions() if ready or decisions > COMPILE_ABOVE else plain_functions()
 
 
 @cache
@@ -158,7 +158,7 @@ def plain_functions() -> types.SimpleNamespace:
 
 
 @cache
-def compiled_functions() -> types.SimpleNamespace:
+def compile_functions() -> types.SimpleNamespace:
     """Return the functions of `arithmetic` compiled, on arrays; the plain ones if Numba is not installed."""
     try:
         import numba

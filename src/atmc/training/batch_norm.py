@@ -13,7 +13,7 @@ from atmc.data import Images
 from atmc.models.batch_norm import is_affine
 from atmc.robust.attacks import BATCH_NORMS
 from atmc.robust.objectives import Objective, TrainingAttack
-from atmc.training.loop import Loop, autocast, seeded
+from atmc.training.loop import Loop, autocast, seed_generators
 
 
 @torch.no_grad()
@@ -40,7 +40,7 @@ def reestimate_batch_norm(
         noise = Noise(batch.index, seed=loop.seed, purpose="batch norm")
         device = batch.x.device
         with (
-            seeded(derived_seed(loop.seed, 0, step), device),
+            seed_generators(derived_seed(loop.seed, 0, step), device),
             cached_weights(before),
             autocast(device, loop.recipe.bf16),
         ):

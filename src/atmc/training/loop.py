@@ -127,7 +127,7 @@ def fit(
             perturb = attack.on(model, noise, eps_scale=ramp)
             # gradient step
             optimizer.zero_grad(set_to_none=True)
-            with seeded(derived_seed(loop.seed, epoch, step), batch.x.device), cached_weights(model):
+            with seed_generators(derived_seed(loop.seed, epoch, step), batch.x.device), cached_weights(model):
                 with autocast(batch.x.device, loop.recipe.bf16):
                     loss = objective(model, batch.x, batch.y, perturb)
                 loss.backward()  # type: ignore[no-untyped-call]
@@ -162,7 +162,7 @@ def assign(tensors: Mapping[str, nn.Parameter], values: Mapping[str, Tensor]) ->
 
 
 @contextmanager
-def seeded(seed: int, device: torch.device) -> Iterator[None]:
+def seed_generators(seed: int, device: torch.device) -> Iterator[None]:
     """Seed torch's global generators, from which dropout draws, within the context; restore them at the end."""
     with torch.random.fork_rng([device] if device.type == "cuda" else []):
         torch.manual_seed(seed)
