@@ -43,7 +43,7 @@ def compress(
         str | None, typer.Option(help="Epochs: a number for every phase, or one for some phases (default: {epochs}).")
     ] = None,
     objective: Annotated[
-        str | None, typer.Option(help="Training loss; its options may be left out: {objectives} (default: mixed).")
+        str | None, typer.Option(help="Training loss; its options may be left out: {objectives}.")
     ] = None,
     normalize: Annotated[
         bool | None,
