@@ -40,7 +40,7 @@ def compress(
         str | None, typer.Option(help="Start from the weights in this .atmc, .safetensors or .pt file.")
     ] = None,
     epochs: Annotated[
-        str | None, typer.Option(help="Epochs: a number for every phase, or one for some phases (default: {epochs}).")
+        str | None, typer.Option(help="Epochs: 20 for every phase, or dense=20,l0=10 for some (default: {epochs}).")
     ] = None,
     objective: Annotated[
         str | None, typer.Option(help="Training loss; its options may be left out: {objectives}.")

@@ -49,10 +49,10 @@ def _attacks() -> str:
 
 
 def _epochs() -> str:
-    """Return the default number of epochs of each phase, as --epochs takes them."""
+    """Return the default number of epochs of each phase."""
     from atmc.training.settings import DEFAULT_EPOCHS
 
-    return ",".join(f"{phase}={epochs}" for phase, epochs in DEFAULT_EPOCHS.items())
+    return ", ".join(f"{phase}={epochs}" for phase, epochs in DEFAULT_EPOCHS.items())
 
 
 def _losses() -> str:
