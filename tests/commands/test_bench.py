@@ -209,6 +209,12 @@ def test_an_onnx_model_that_cannot_be_made_leaves_its_engines_out(pruned, tmp_pa
     assert set(left_out) == {kind.name for kind in KINDS if "onnx" in kind.packages}
 
 
+def tiny_files(path):
+    """Return a `ModelFiles` whose files are all at one path, for engines that do not read them."""
+    forms = dict.fromkeys(("model", "module", "dense", "int8", "plain"), path)
+    return ModelFiles(**forms, input_shape=TINY_SHAPE)
+
+
 def test_a_worker_measures_the_memory_of_its_engine(monkeypatch, tmp_path):
     megabytes = 1 << 18
 
@@ -217,7 +223,7 @@ def test_a_worker_measures_the_memory_of_its_engine(monkeypatch, tmp_path):
         return lambda images: images * weights[0] + np.ones(50 * megabytes, np.float32)[:1], {}
 
     monkeypatch.setattr(worker, "KINDS", (EngineKind("heavy", "float32", (), "model", load),))
-    files = ModelFiles(*[tmp_path] * 5, TINY_SHAPE)
+    files = tiny_files(tmp_path)
     heavy = Worker("heavy", files, replace(files, factory="tiny"))
     loaded, run = heavy.load(1)["load_bytes"], heavy.warm_up(IMAGES)["run_bytes"]
     if not Path("/proc/self/clear_refs").exists():  # elsewhere than on Linux
@@ -232,7 +238,7 @@ def test_a_worker_says_why_loading_failed(monkeypatch, tmp_path):
         raise KeyError("Conv")
 
     monkeypatch.setattr(worker, "KINDS", (EngineKind("broken", "float32", (), "model", load),))
-    files = ModelFiles(*[tmp_path] * 5, TINY_SHAPE)
+    files = tiny_files(tmp_path)
     pipe, worker_pipe = Pipe()
     pipe.send(("load", (1,)))
     thread = threading.Thread(target=worker.serve, args=(worker_pipe, "broken", files, files))
@@ -251,7 +257,7 @@ def test_an_unexpected_error_ends_a_worker(monkeypatch, tmp_path):
         raise Unexpected
 
     monkeypatch.setattr(worker, "KINDS", (EngineKind("broken", "float32", (), "model", load),))
-    files = ModelFiles(*[tmp_path] * 5, TINY_SHAPE)
+    files = tiny_files(tmp_path)
     pipe, worker_pipe = Pipe()
     pipe.send(("load", (1,)))
     with pytest.raises(Unexpected):

@@ -89,7 +89,9 @@ def _conv2d(add: Append, a: Arguments) -> int:
             raise ValueError("its padding is not the same on both sides")
         padding = total[0] // 2, total[1] // 2
     bias = _bias(a.bias, len(weight))
-    return add(Conv(weight, bias, _pair(a.stride), padding, dilation, int(a.groups)), x.number)
+    stride, groups = _pair(a.stride), int(a.groups)
+    conv = Conv(weight, bias, stride=stride, padding=padding, dilation=dilation, groups=groups)
+    return add(conv, x.number)
 
 
 def _linear(add: Append, a: Arguments) -> int:
