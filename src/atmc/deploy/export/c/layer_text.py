@@ -1,4 +1,4 @@
-"""Write the C text of one fused layer: its tables, a function with one loop over channels, and the call of the function."""
+"""Write the C text of one fused layer: its tables, a function with one loop over channels, and the call of it."""
 
 from __future__ import annotations
 
