@@ -57,7 +57,14 @@ def random_conv(rng: Rng, shape: tuple[int, ...], outputs: int | None = None) ->
     outputs = outputs or groups * int(rng.integers(1, 4))
     weight = floats(rng, outputs, c // groups, *kernel, density=density)
     weight /= np.sqrt(max(1, np.count_nonzero(weight) / outputs), dtype=np.float32)
-    return Conv(weight, floats(rng, outputs), _pair(stride), _pair(padding), _pair(dilation), groups)
+    return Conv(
+        weight,
+        floats(rng, outputs),
+        stride=_pair(stride),
+        padding=_pair(padding),
+        dilation=_pair(dilation),
+        groups=groups,
+    )
 
 
 def random_pool(rng: Rng, shape: tuple[int, ...]) -> MaxPool | AvgPool:

@@ -39,8 +39,8 @@ def floats(rng, *shape, zeros=0.5):
     return np.where(kept, rng.standard_normal(shape), 0).astype(np.float32)
 
 
-def conv(rng, outputs, inputs, kernel, *rest, **options):
-    return Conv(floats(rng, outputs, inputs, *kernel), floats(rng, outputs), *rest, **options)
+def conv(rng, outputs, inputs, kernel, **options):
+    return Conv(floats(rng, outputs, inputs, *kernel), floats(rng, outputs), **options)
 
 
 def affine(rng, channels):
@@ -54,10 +54,10 @@ def chain(shape, *ops):
 def one_op_graphs():
     rng = np.random.default_rng(0)
     ops = [
-        conv(rng, 6, 4, (3, 2), (2, 1), (1, 0), (1, 2)),
+        conv(rng, 6, 4, (3, 2), stride=(2, 1), padding=(1, 0), dilation=(1, 2)),
         conv(rng, 8, 2, (3, 3), padding=(1, 1), groups=2),
         conv(rng, 4, 1, (3, 3), stride=(2, 2), padding=(1, 1), groups=4),
-        conv(rng, 3, 4, (5, 5), (3, 2), (4, 4), (2, 1)),
+        conv(rng, 3, 4, (5, 5), stride=(3, 2), padding=(4, 4), dilation=(2, 1)),
         Conv(np.zeros((2, 4, 1, 1), np.float32), floats(rng, 2)),
         affine(rng, 4),
         Relu(),

@@ -27,7 +27,7 @@ def floats(*shape: int) -> np.ndarray:
 
 
 OPS = [
-    Conv(floats(6, 4, 3, 2), floats(6), (2, 1), (1, 0), (1, 2)),
+    Conv(floats(6, 4, 3, 2), floats(6), stride=(2, 1), padding=(1, 0), dilation=(1, 2)),
     Conv(floats(8, 2, 3, 3), floats(8), padding=(1, 1), groups=2),
     Affine(floats(4), floats(4)),
     Relu(),

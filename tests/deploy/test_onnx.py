@@ -84,7 +84,8 @@ def test_operations(graph):
 @small
 def test_convolution(window, groups):
     sides, kernel, stride, padding, dilation = window
-    op = Conv(floats(8, 4 // groups, *kernel), floats(8), stride, padding, dilation, groups)
+    weight = floats(8, 4 // groups, *kernel)
+    op = Conv(weight, floats(8), stride=stride, padding=padding, dilation=dilation, groups=groups)
     expect_agreement(Graph((4, *sides), (Node(op, (0,), "conv"),)))
 
 

@@ -56,7 +56,7 @@ def random_op(draw: np.random.Generator, shape: tuple[int, ...]):
     padding = padding if draw.random() < 0.5 else (0, 0)
     weight, bias = sparse(draw, outputs, channels // groups, *size), sparse(draw, outputs)
     kinds = [
-        Conv(weight, bias, (1, int(draw.integers(1, 3))), padding, groups=groups),
+        Conv(weight, bias, stride=(1, int(draw.integers(1, 3))), padding=padding, groups=groups),
         Conv(weight, bias, padding=padding, groups=groups),
         Affine(sparse(draw, channels), sparse(draw, channels)),
         Affine(np.abs(sparse(draw, channels)), sparse(draw, channels)),

@@ -44,9 +44,8 @@ def single(*geometry: object) -> Graph:
     match geometry:
         case "conv", stride, padding, kernel, dilation, groups:
             weight = floats(rng, 8, 4 // groups, *kernel, density=0.3)
-            return with_classifier(
-                chain((4, 9, 8), Conv(weight, floats(rng, 8), stride, padding, dilation, groups), Relu())
-            )
+            options = {"stride": stride, "padding": padding, "dilation": dilation, "groups": groups}
+            return with_classifier(chain((4, 9, 8), Conv(weight, floats(rng, 8), **options), Relu()))
         case "max", kernel, stride, padding, dilation, ceil_mode:
             return with_classifier(chain((2, 9, 8), MaxPool(kernel, stride, padding, dilation, ceil_mode)))
         case "mean", kernel, stride, padding, ceil_mode, count:

@@ -68,3 +68,12 @@ def test_a_new_row_is_all_it_takes(monkeypatch):
     assert not takes_pgd_settings(["invert"])
     with pytest.raises(ValueError, match="attack 'invert' exists for linf only"):
         robust_accuracy(model, images, L2(0.3), "invert")
+
+
+def test_the_page_on_evaluation_has_the_table():
+    rows = ["| name | norms | what it does |", "|---|---|---|"]
+    for name, spec in ATTACKS.items():
+        norms = "no ball" if not spec.bounded else ", ".join(spec.norms or ("all",))
+        rows.append(f"| `{name}` | {norms} | {spec.help} |")
+    page = Path(__file__).parents[2] / "docs" / "evaluation.md"
+    assert "\n".join(rows) + "\n" in page.read_text(encoding="utf-8")

@@ -331,13 +331,14 @@ def test_one_kind_fills_the_place_of_the_other(near: int, far: int) -> None:
 
 def test_outputs_that_are_no_numbers_are_no_class() -> None:
     image, nothing = torch.zeros(1, 2, 2), torch.full((3,), math.nan)
-    example = pictures.Example(0, 1, image, image, torch.ones(3), nothing)
+    example = pictures.Example(index=0, label=1, clean=image, adv=image, before=torch.ones(3), after=nothing)
     assert example.fooled
     assert pictures.predicted_class(example.after) == -1
 
 
 def example_of(change: Tensor) -> pictures.Example:
-    return pictures.Example(0, 0, torch.full_like(change, 0.5), 0.5 + change, torch.ones(1), torch.ones(1))
+    clean, ones = torch.full_like(change, 0.5), torch.ones(1)
+    return pictures.Example(index=0, label=0, clean=clean, adv=clean + change, before=ones, after=ones)
 
 
 def test_picture_of_a_change() -> None:

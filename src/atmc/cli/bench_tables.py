@@ -53,19 +53,19 @@ def _quartiles(times: Mapping[str, Any], narrow: bool) -> str:
 
 def _sizes(figures: Mapping[str, Any], narrow: bool) -> Table:
     batches = [str(batch) for batch in figures["batches"][: 1 if narrow else None]]
-    macs, labelled = figures["macs"], figures["data"] is not None
+    macs, labeled = figures["macs"], figures["data"] is not None
     title = (
         f"multiply-adds per image: {macs['dense']:,} dense, {macs['left']:,} left "
         f"({macs['left'] / max(macs['dense'], 1):.2%})"
     )
     peaks = [*([] if narrow else ["load"]), *batches]
     names = ["to load" if name == "load" else f"batch {name}" for name in peaks]
-    columns = ["file, bytes", *(f"MB {name}" for name in names), *["accuracy"] * labelled]
+    columns = ["file, bytes", *(f"MB {name}" for name in names), *["accuracy"] * labeled]
     table = _table(title, [*columns, *["same top-1"] * (not narrow), "difference"])
     for row in figures["engines"]:
         memory = (row["run_bytes"].get(name) if name != "load" else row["load_bytes"] for name in peaks)
         cells = [f"{row['file_bytes']:,}", *("" if peak is None else f"{peak / 1e6:,.1f}" for peak in memory)]
-        cells += [f"{row['accuracy']:.2%}"] if labelled else []
+        cells += [f"{row['accuracy']:.2%}"] if labeled else []
         compared = [f"{row['same_top1']:,}", f"{row['difference']:.1g}"] if "difference" in row else ["", ""]
         table.add_row(row["engine"], *cells, *compared[narrow:])
     table.caption = Text(_caption(figures))

@@ -1,4 +1,4 @@
-"""Load data sets into memory, as splits of labelled images, and serve batches; import from here, not the modules."""
+"""Load data sets into memory, as splits of labeled images, and serve batches; import from here, not the modules."""
 
 from atmc.data.augment import AUGMENTATIONS
 from atmc.data.batches import Batch, batch_count, batches

@@ -1,4 +1,4 @@
-"""Load data sets: whole splits of labelled images in memory, with a fixed validation split.
+"""Load data sets: whole splits of labeled images in memory, with a fixed validation split.
 
 The splits of a data set are a pure function of the data set: no option and no run's seed moves an image from one to
 another.
@@ -83,7 +83,7 @@ def load_data(
     makes the whole set RGB; images of more than 8 bits per channel are refused.
 
     Raises:
-        ValueError: the name is unknown, or its content is not a set of labelled images of one size.
+        ValueError: the name is unknown, or its content is not a set of labeled images of one size.
 
     >>> digits = load_data("digits")
     >>> digits.input_shape, len(digits.train), len(digits.val), len(digits.test)

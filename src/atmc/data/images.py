@@ -1,4 +1,4 @@
-"""Hold labelled images in memory, and read them from what a Python user may pass."""
+"""Hold labeled images in memory, and read them from what a Python user may pass."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ def to_unit_range(pixels: Tensor) -> Tensor:
 
 @dataclass(frozen=True, eq=False)
 class Images:
-    """Labelled images in memory, all on one device.
+    """Labeled images in memory, all on one device.
 
     Args:
         pixels: (n, c, h, w), uint8, or float32 in [0, 1].
@@ -71,7 +71,7 @@ def _index(indices: Tensor | Sequence[int] | slice) -> Tensor | slice:
 
 
 def as_images(source: object) -> Images:
-    """Read labelled images from a source that a Python user passes, once and in its order.
+    """Read labeled images from a source that a Python user passes, once and in its order.
 
     Args:
         source: a DataLoader; a dataset or other iterable of (image, label) pairs, an image being a tensor or array

@@ -1,4 +1,4 @@
-"""Read labelled images as whole splits of uint8 pixels: scikit-learn's digits, parquet files, image folders, the hub.
+"""Read labeled images as whole splits of uint8 pixels: scikit-learn's digits, parquet files, image folders, the hub.
 
 Decoding: 8-bit gray stays one channel, everything else of 8 bits (palette, RGBA, CMYK, ...) becomes RGB, without
 alpha; images of more than 8 bits per channel are refused. If a data set has gray and RGB images, the gray ones are
@@ -48,7 +48,7 @@ def read(name: str, image_column: str | None, label_column: str | None) -> tuple
     """Read the splits (keys among ``train``, ``validation``, ``test``) and class names of a local folder or a hub id.
 
     Raises:
-        ValueError: the name is unknown, or the content is not a set of labelled images of one size.
+        ValueError: the name is unknown, or the content is not a set of labeled images of one size.
     """
     folder = Path(name).expanduser()
     if folder.is_file():

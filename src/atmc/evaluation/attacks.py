@@ -58,7 +58,7 @@ class AttackSpec:
     """An attack as users name it.
 
     Args:
-        help: what it does, in one line.
+        help: what it does, in one line; docs/evaluation.md has it, and a test compares the two.
         build: `Setup` -> its stages, each of which attacks what the ones before left, and the settings that
             metrics.json shows.
         norms: names of the threats that it is for; None for every one.
@@ -178,28 +178,38 @@ def _autoattack(*parts: str, **flags: Any) -> AttackSpec:
 ATTACKS: dict[str, AttackSpec] = {
     "fgsm": AttackSpec(help="one step of length eps from the image", build=_build_fgsm, white_box=False),
     "pgd": AttackSpec(
-        help="the paper's PGD: 7 or 16 steps from the image", build=_build_pgd, takes_pgd=True, only_pgd=True
+        help="the paper's: 7 steps for linf below 0.1, else 16, of 1.25 eps / steps, from the image, last iterate",
+        build=_build_pgd,
+        takes_pgd=True,
+        only_pgd=True,
     ),
     "pgd-strong": AttackSpec(
-        help="pgd, then 5 random starts of 40 steps each", build=_build_strong_pgd, takes_pgd=True
+        help="`pgd`, then 5 random starts of 40 steps of eps / 10, iterate of highest loss",
+        build=_build_strong_pgd,
+        takes_pgd=True,
     ),
     "wrm": AttackSpec(
-        help="loss minus a price of the squared distance, without a ball",
+        help="7 steps on the loss minus 1.3 times the squared distance, in [0, 1]; reports mean distances",
         build=_build_wrm,
         bounded=False,
         white_box=False,
         report=mean_distances,
     ),
     "cw": AttackSpec(
-        help="the nearest wrong image, by Carlini and Wagner", build=_build_cw, norms=("l2",), minimal_norm=True
+        help="the nearest wrong image by Adam, 9 penalties of 200 steps; counts if it is within eps",
+        build=_build_cw,
+        norms=("l2",),
+        minimal_norm=True,
     ),
-    "apgd-ce": _autoattack("apgd-ce", help="APGD on the cross-entropy"),
-    "apgd-dlr": _autoattack("apgd-dlr", help="APGD on the difference of logits ratio"),
-    "fab": _autoattack("fab", help="the nearest wrong image, by FAB", minimal_norm=True),
-    "square": _autoattack("square", help="queries without gradients", white_box=False),
+    "apgd-ce": _autoattack("apgd-ce", help="APGD on the cross-entropy, 100 steps, 1 start (l1: 5), by pyautoattack"),
+    "apgd-dlr": _autoattack("apgd-dlr", help="APGD on the DLR loss, 100 steps, 1 start (l1: 5), by pyautoattack"),
+    "fab": _autoattack(
+        "fab", help="the nearest wrong image by FAB, 100 steps, 1 start, by pyautoattack", minimal_norm=True
+    ),
+    "square": _autoattack("square", help="5,000 queries, no gradient, by pyautoattack", white_box=False),
     "autoattack": _autoattack(
         *autoattack.STANDARD,
-        help="APGD-CE, targeted APGD-DLR, targeted FAB and Square in turn",
+        help="APGD-CE, targeted APGD-DLR, targeted FAB and Square, in this order, by pyautoattack",
         report=accuracy_after_stages,
     ),
 }

@@ -33,10 +33,13 @@ def select_fooled(model: nn.Module, clean: Tensor, adv: Tensor, labels: Tensor, 
     with attack_mode(model):
         before, after = (model(x[changed].to(device)).float().softmax(1).cpu() for x in (clean, adv))
     rows = enumerate(changed)
-    return [Example(i, int(labels[i]), clean[i], adv[i], before[j], after[j]) for j, i in rows]
+    return [
+        Example(index=i, label=int(labels[i]), clean=clean[i], adv=adv[i], before=before[j], after=after[j])
+        for j, i in rows
+    ]
 
 
-def draw_gallery(examples: Sequence[Example], threat: Threat, *, class_names: Sequence[str] = ()) -> bytes:
+def draw_gallery(examples: Sequence[Example], threat: Threat) -> bytes:
     """Draw one row of three pictures per example, as PNG.
 
     Raises:
@@ -56,7 +59,7 @@ def draw_gallery(examples: Sequence[Example], threat: Threat, *, class_names: Se
     for i, example in enumerate(examples):
         top, enlarged = LINE + MARGIN + i * row, change_scale(example, threat)
         pictures = (example.clean, change_picture(example, enlarged), example.adv)
-        answers = [_describe(outputs, class_names) for outputs in (example.before, example.after)]
+        answers = [_describe(outputs) for outputs in (example.before, example.after)]
         captions = (answers[0], f"full = {enlarged:.3g}", answers[1])
         for column, (picture, text) in enumerate(zip(pictures, captions, strict=True)):
             left = MARGIN + column * (wide + MARGIN)
@@ -69,13 +72,10 @@ def draw_gallery(examples: Sequence[Example], threat: Threat, *, class_names: Se
     return buffer.getvalue()
 
 
-def _describe(outputs: Tensor, names: Sequence[str]) -> str:
+def _describe(outputs: Tensor) -> str:
     """Return the predicted class and its softmax output."""
     label = predicted_class(outputs)
-    if label < 0:
-        return "no class"
-    name = names[label] if label < len(names) else str(label)
-    return f"{name[:14]} {float(outputs[label]):.0%}"
+    return "no class" if label < 0 else f"{label} {float(outputs[label]):.0%}"
 
 
 def _enlarge(picture: Tensor, scale: int) -> Image.Image:

@@ -19,7 +19,7 @@ AT_ONCE, SEARCHED = 16, 64  # images that are attacked at once, and in all
 PALETTE = ((0.13, 0.40, 0.67), (0.97, 0.97, 0.97), (0.90, 0.38, 0.0))  # darker, unchanged and lighter gray pixels
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(frozen=True, eq=False, kw_only=True)
 class Example:
     """A test image that is classified correctly, and the image that an attack made of it.
 
@@ -82,7 +82,10 @@ def _attack(model: nn.Module, test: Images, rows: list[int], threat: Threat, pgd
         return []
     adv = pgd.attack(model, x[kept], y[kept], threat)
     after = _softmax(model, adv)
-    return [Example(rows[i], int(y[i]), x[i], adv[j], before[i], after[j]) for j, i in enumerate(kept)]
+    return [
+        Example(index=rows[i], label=int(y[i]), clean=x[i], adv=adv[j], before=before[i], after=after[j])
+        for j, i in enumerate(kept)
+    ]
 
 
 @torch.no_grad()

@@ -8,7 +8,7 @@ graph from a module.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import KW_ONLY, dataclass
 
 import numpy as np
 import torch
@@ -28,6 +28,7 @@ class Conv:
 
     weight: FloatArray
     bias: FloatArray
+    _: KW_ONLY
     stride: Pair = (1, 1)
     padding: Pair = (0, 0)
     dilation: Pair = (1, 1)
