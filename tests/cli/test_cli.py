@@ -12,7 +12,7 @@ import sys
 
 import pytest
 import torch
-from commands import call, expect_refusal
+from command_line import call, expect_refusal
 from PIL import Image
 from safetensors.torch import save_file
 from torch import nn

@@ -8,11 +8,11 @@ import sys
 import time
 from pathlib import Path
 
-import commands
+import command_line
 import numpy as np
 import pytest
 import torch
-from commands import call
+from command_line import call
 from PIL import Image
 from safetensors.torch import save_file
 from torch import nn
@@ -86,7 +86,7 @@ def run_evaluate(file: object, *options: object, threat: str = "linf:0.05", mode
 
 
 def expect_refusal(capsys: pytest.CaptureFixture[str], *arguments: object, **options: str) -> str:
-    return commands.expect_refusal(capsys, *command_of(*arguments, **options))
+    return command_line.expect_refusal(capsys, *command_of(*arguments, **options))
 
 
 def figures(path: str) -> dict:
@@ -397,7 +397,7 @@ class TestSeveralFiles:
         assert call(*self.several("cut")) == 1
         assert sorted(path.name for path in (here / "cut").iterdir()) == ["a.json", "b.json.state"]
         before = (here / "cut" / "a.json").read_bytes()
-        assert "a.json exists: add --overwrite" in commands.expect_refusal(capsys, *self.several("cut"))
+        assert "a.json exists: add --overwrite" in command_line.expect_refusal(capsys, *self.several("cut"))
         assert call(*self.several("cut", "--resume")) == 0
         assert "all models" in capsys.readouterr().out
         assert (here / "cut" / "a.json").read_bytes() == before
@@ -416,14 +416,14 @@ class TestSeveralFiles:
         folder = here / "same"
         assert call(*self.several(folder)) == 0
         attack_again = [*self.several(folder, "--resume"), "--n", 10]
-        message = commands.expect_refusal(capsys, *attack_again)
+        message = command_line.expect_refusal(capsys, *attack_again)
         assert "a.json is of another evaluation (n was 20, is 10): add --overwrite to replace it" in message
         assert call(*attack_again, "--overwrite") == 0
         assert figures(folder / "c.json")["attacks"]["pgd"]["n"] == 10
         (here / "runs" / "c" / "model.atmc").write_bytes((here / "b.atmc").read_bytes())
-        assert "c.json is of another evaluation (file was" in commands.expect_refusal(capsys, *attack_again)
+        assert "c.json is of another evaluation (file was" in command_line.expect_refusal(capsys, *attack_again)
         (folder / "c.json").write_text("mine")
-        assert "c.json exists: add --overwrite" in commands.expect_refusal(capsys, *attack_again)
+        assert "c.json exists: add --overwrite" in command_line.expect_refusal(capsys, *attack_again)
 
     @pytest.mark.parametrize(
         ("files", "names"),
@@ -459,7 +459,7 @@ class TestSeveralFiles:
 
         monkeypatch.setattr(evaluate, "run_protocol", attacked)
         options = options if "--json" in options else [*options, "--json", "refused"]
-        assert message in commands.expect_refusal(capsys, *command_of(options[0], *options[1:]))
+        assert message in command_line.expect_refusal(capsys, *command_of(options[0], *options[1:]))
         assert not (here / "refused").exists()
 
 

@@ -8,7 +8,7 @@ import numpy as np
 import onnx
 import pytest
 import torch
-from commands import call, expect_refusal
+from command_line import call, expect_refusal
 from safetensors import safe_open
 
 import atmc

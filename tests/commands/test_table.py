@@ -8,11 +8,11 @@ import sys
 from pathlib import Path
 
 import pytest
-from commands import call, expect_refusal
+from command_line import call, expect_refusal
 
 from atmc.commands.expressions import Scope, evaluate, parse, render
 from atmc.commands.pages import fill_page
-from atmc.commands.table import default_columns, draw_table, parse_column, parse_columns, read_results
+from atmc.commands.rows import default_columns, draw_table, parse_column, parse_columns, read_results
 
 RESULTS = Path(__file__).parents[2] / "results"
 PAGES = [RESULTS.parent / "README.md"]

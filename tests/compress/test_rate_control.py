@@ -7,7 +7,7 @@ import sys
 
 import pytest
 import torch
-from commands import call
+from command_line import call
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn

@@ -32,27 +32,18 @@ def table(
     overwrite: OverwriteFiles = False,
 ) -> None:
     """Compare runs and evaluations in one table, a row per result; missing values are en dashes."""
-    from atmc.commands.outputs import check_file
-    from atmc.commands.pages import fill_page
-    from atmc.commands.table import default_columns, draw_table, parse_columns, read_results
-    from atmc.core.files import write_beside
+    from atmc.commands.table import TableRequest, make_table
 
-    if bool(results) == bool(page):
-        raise ValueError("expected either results to compare (run folders or JSON files) or --page FILE")
-    if page and (columns or out):
-        raise ValueError("--page takes its columns from tables.toml and writes the page: leave out --columns and --out")
-    if out:
-        check_file(out, overwrite=overwrite)
-    for path in page or []:
-        filled = fill_page(path)
-        for file, text in {**filled.files, path: filled.text}.items():
-            write_beside(file, text.encode())
-            say(str(file))
-    if results:
-        rows = read_results(results)
-        chosen = [column for text in columns or [] for column in parse_columns(text)]
-        text = draw_table(rows, chosen or default_columns(rows), style)
-        if out:
-            write_beside(out, text.encode())
-        else:
-            print(text, end="")
+    made = make_table(
+        TableRequest(
+            results=tuple(results or ()),
+            columns=tuple(columns or ()),
+            style=style,
+            out=out,
+            pages=tuple(page or ()),
+            overwrite=overwrite,
+        )
+    )
+    for file in made.written:
+        say(f"{file}")
+    print(made.text, end="")

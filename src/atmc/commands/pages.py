@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from atmc.commands.expressions import Lookups, Scope, evaluate, parse, render
-from atmc.commands.table import Row, draw_table, parse_column, read_json
+from atmc.commands.rows import Row, draw_table, parse_column, read_json
 from atmc.core.errors import unknown
 
 DESCRIPTION = "tables.toml"

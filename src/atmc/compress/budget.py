@@ -121,7 +121,7 @@ def nominal_bits(tensors: Mapping[str, Tensor], bits: Bits) -> int:
     """Return the paper's nominal size in bits, which leaves out positions, biases and batch norm.
 
     A tensor takes 32 bits per nonzero if it has no codebook or at most 2^bits nonzeros; else `bits` bits per nonzero
-    and 32 bits per distinct nonzero value (Gui et al. 2019, section 4, and the authors' implementation). A tensor with
+    and 32 bits per distinct nonzero value (Gui et al. 2019, section 4, and the reference implementation). A tensor with
     more than 2^bits distinct values, before its quantization, counts as having no codebook.
     """
     total = 0

@@ -1,7 +1,7 @@
 """Hold conv, linear and attention weights of any model as W = U V + C, by a torch parametrization.
 
 Legend: W a weight seen as a matrix (out, columns), columns = in*kh*kw; U (out, r), V (r, columns), C like W;
-r = min(out, columns). Forms (Gui et al. 2019, eq. 3, and the identity-shifted forms of the authors' implementation):
+r = min(out, columns). Forms (Gui et al. 2019, eq. 3, and the identity-shifted forms of the reference implementation):
 
     left     W = (U + I) V + C    if out <= columns; starts at V = W, U = C = 0
     right    W = U (V + I) + C    otherwise;         starts at U = W, V = C = 0
