@@ -307,7 +307,7 @@ class TestObjectives:
         loss = objective(name)(model, images(), y, self.perturb(model))
         loss.backward()
         assert all(p.grad is not None and p.grad.abs().sum() > 0 for p in model.parameters())
-        assert model[1].num_batches_tracked == (2 if name == "mixed" else 1)
+        assert model[1].num_batches_tracked == (2 if name in ("mixed", "mtl_ibp") else 1)
         assert model.training
 
     def test_values_are_their_definitions(self):
@@ -338,6 +338,31 @@ class TestObjectives:
         expected = boosted.mean() + 2 * weighted.mean()
         assert torch.allclose(mart(model, x, y, self.perturb(model), weight=2), expected, rtol=1e-3)
 
+    def test_certified_objectives_are_their_definitions(self):
+        """On a linear model the bounds through the last layer are exact: every margin falls by eps |w_j - w_y|_1."""
+        model, x, y = linear_model(classes=3), images(), torch.arange(8) % 3
+        weight, z = model[1].weight, model(x)
+        box = [F.relu(x - 0.1).flatten(1), (x + 0.1).clamp_max(1).flatten(1)]
+        middle, radius = (box[0] + box[1]) / 2, (box[1] - box[0]) / 2
+        rows = weight[None] - weight[y][:, None]
+        worst = (rows @ middle[:, :, None])[:, :, 0] + (rows.abs() @ radius[:, :, None])[:, :, 0]
+        worst = worst + model[1].bias - model[1].bias[y][:, None]
+        clean, bounded = F.cross_entropy(z, y), F.cross_entropy(worst, y)
+        l1 = 0.5 * weight.abs().sum()
+        perturb = self.perturb(model)
+        loss = objective("ibp", kappa=0.2, eps_factor=1.0, l1=0.5)(model, x, y, perturb)
+        assert torch.allclose(loss, 0.2 * clean + 0.8 * bounded + l1, rtol=1e-4)
+        attacked = F.cross_entropy(model(self.perturb(model)(x, y)), y)
+        loss = objective("mtl_ibp", alpha=0.25, eps_factor=1.0)(model, x, y, self.perturb(model))
+        assert torch.allclose(loss, 0.25 * bounded + 0.75 * attacked, rtol=1e-4)
+
+    def test_kappa_falls_and_the_ball_grows_with_the_ramp(self):
+        model, x, y = linear_model(classes=3), images(), torch.arange(8) % 3
+        ramped = TrainingAttack(Linf(0.4), steps=1).on(model, noise(8), eps_scale=0.25)
+        whole = TrainingAttack(Linf(0.1), steps=1).on(model, noise(8))
+        at_quarter = objective("ibp", kappa=0.2)(model, x, y, ramped)
+        assert torch.allclose(at_quarter, objective("ibp", kappa=0.8)(model, x, y, whole), rtol=1e-5)
+
     @pytest.mark.parametrize("name", ["trades", "mart"])
     def test_gradients_stay_finite_if_the_softmax_underflows(self, name):
         model = linear_model(classes=3)
@@ -348,12 +373,12 @@ class TestObjectives:
 
     @pytest.mark.parametrize(("name", "option"), [(n, o) for n, spec in OBJECTIVES.items() for o in spec.options])
     def test_options_reach_the_loss(self, name, option):
-        """A loss with half an option's default is another one, and the default is the one of the table."""
+        """A loss with another value of an option is another one, and the default is the one of the table."""
         model, y = linear_model(classes=3), torch.arange(8) % 3
         value = OBJECTIVES[name].options[option].default
         default, same, other = (
             objective(name, **options)(model, images(), y, self.perturb(model))
-            for options in ({}, {option: value}, {option: value / 2})
+            for options in ({}, {option: value}, {option: value / 2 if value else 0.01})
         )
         assert default == same
         assert not torch.allclose(default, other, rtol=1e-4)

@@ -42,6 +42,7 @@ from atmc.evaluation.evaluate import EvaluationOptions, Report, run_evaluation
 from atmc.pack import artifact
 from atmc.report.report import write_report
 from atmc.robust.attacks import PgdSettings
+from atmc.robust.objectives import OBJECTIVES
 from atmc.training.job import Job, Result
 from atmc.training.methods import METHODS
 from atmc.training.runner import EpochDone
@@ -170,6 +171,7 @@ def _build_metrics(
 ) -> dict[str, Any]:
     """Return what metrics.json holds; size is the file's in bytes, seconds the time of the whole run."""
     choices = result.decided
+    robust = "interval" if OBJECTIVES[job.recipe.objective].certified else "pgd"
     return {
         "method": config.method,
         "objective": job.recipe.objective,
@@ -188,10 +190,10 @@ def _build_metrics(
         **report.to_json(),
         "validation": {
             "clean": choices.clean.to_json(),
-            "pgd": choices.robust.to_json(),
+            robust: choices.robust.to_json(),
             "fp16": choices.fp16,
             "batch_norm_reestimated": choices.batch_norm,
-            "before_rounding": {"clean": choices.unrounded[0].to_json(), "pgd": choices.unrounded[1].to_json()},
+            "before_rounding": {"clean": choices.unrounded[0].to_json(), robust: choices.unrounded[1].to_json()},
             "idle_dropped": choices.dead_weights,
             "pruned_to_fit": choices.pruned,
         },

@@ -21,6 +21,7 @@ from atmc.evaluation.attacks import Protocol, build_protocol
 from atmc.evaluation.statistics import Accuracy
 from atmc.evaluation.verdicts import Verdicts
 from atmc.robust.attacks import PgdSettings, attack_mode
+from atmc.robust.intervals import certified
 from atmc.robust.threats import Threat
 
 SLACK = 1e-4  # an image whose distance exceeds eps by more than this share does not count (float32 rounding)
@@ -41,6 +42,22 @@ def clean_accuracy(model: nn.Module, images: Images, *, n: int | None = None, ba
     """Return the accuracy on the first n unchanged images, all by default."""
     count = count_examples(images, n)
     return Accuracy.of(torch.cat([predictions(model, x) == y for x, y in _batches(images, count, batch_size)]))
+
+
+@full_float32()
+@torch.no_grad()
+def interval_accuracy(
+    model: nn.Module, images: Images, threat: Threat, *, n: int | None = None, batch_size: int = 500
+) -> Accuracy:
+    """Return the share of the first n images whose label interval bounds certify, in float32 and without a margin.
+
+    For validation: `robust.intervals` claims no soundness.
+    """
+    count = count_examples(images, n)
+    with attack_mode(model):
+        return Accuracy.of(
+            torch.cat([certified(model, x, y, threat) for x, y in _batches(images, count, batch_size)]), eps=threat.eps
+        )
 
 
 @full_float32()

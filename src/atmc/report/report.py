@@ -20,6 +20,7 @@ from atmc.robust.attacks import PgdSettings
 from atmc.robust.threats import Threat
 
 NAME = 28  # letters of a class name below a picture
+ROBUST = {"pgd": "under pgd", "interval": "certified by intervals"}  # what validation measured, in words
 SPACE = "\u00a0"  # a space that does not break, before a percent sign
 
 
@@ -52,7 +53,7 @@ def write_report(
     sections = [
         _head(metrics),
         section("Result", _accuracies(metrics), _checks(metrics), _sizes(metrics)),
-        section("Training", _training(records)),
+        section("Training", _training(records, ROBUST[_robust_measure(metrics["validation"])])),
         section("Layers", layers_section(inspect_file(folder / "model.atmc"))),
         section("Adversarial examples", _examples(examples, threat, class_names)),
         section("Run it again", _again(config_toml)),
@@ -146,9 +147,9 @@ def _sizes(metrics: Mapping[str, Any]) -> str:
     """Return two tables: the model's sizes, and how it was trained."""
     size, dense, validation = metrics["file_bytes"], metrics["dense_file_bytes"], metrics["validation"]
     density = metrics["nonzeros"] / metrics["dense_weights"]
-    accuracies = (
-        f"{_percent(validation['clean']['accuracy'])} clean, {_percent(validation['pgd']['accuracy'])} under pgd"
-    )
+    robust = _robust_measure(validation)
+    accuracies = f"{_percent(validation['clean']['accuracy'])} clean, "
+    accuracies += f"{_percent(validation[robust]['accuracy'])} {ROBUST[robust]}"
     small = {
         "file": f"{size:,} bytes" + (f" of at most {metrics['max_bytes']:,}" if metrics.get("max_bytes") else ""),
         "dense float32 file": f"{dense:,} bytes, {dense / size:,.1f} times the file",
@@ -173,13 +174,18 @@ def _describe_rounding(validation: Mapping[str, Any]) -> str:
     """Return whether values were rounded to float16, and why, in words."""
     if not validation["fp16"]:
         return "no"
-    before = validation.get("before_rounding", validation)
-    worse = any(validation[name]["accuracy"] < before[name]["accuracy"] for name in ("clean", "pgd"))
+    before, robust = validation.get("before_rounding", validation), _robust_measure(validation)
+    worse = any(validation[name]["accuracy"] < before[name]["accuracy"] for name in ("clean", robust))
     return "yes, for the budget, though validation is worse" if worse else "yes, validation no worse"
 
 
-def _training(records: Sequence[Mapping[str, Any]]) -> str:
-    """Return charts of the log's records."""
+def _robust_measure(validation: Mapping[str, Any]) -> str:
+    """Return the key of `ROBUST` that a run validated by."""
+    return next(key for key in ROBUST if key in validation)
+
+
+def _training(records: Sequence[Mapping[str, Any]], robust: str) -> str:
+    """Return charts of the log's records; robust says what their robust accuracy is, as in `ROBUST`."""
     if not records:
         return element("p", "No epoch was trained: the weights are those that were given.")
     bands = [svg.Band(name, [r["epoch"] for r in group]) for name, group in groupby(records, lambda r: str(r["phase"]))]
@@ -187,7 +193,7 @@ def _training(records: Sequence[Mapping[str, Any]]) -> str:
     def column(key: str) -> list[float | None]:
         return [record[key] for record in records]
 
-    accuracy = {"clean": column("clean"), "under pgd": column("robust")}
+    accuracy = {"clean": column("clean"), robust: column("robust")}
     residuals = {"primal": column("primal"), "dual": column("dual")}
     charts = [
         svg.line_chart("Accuracy on the validation split", bands, accuracy, scale="percent"),
@@ -198,7 +204,7 @@ def _training(records: Sequence[Mapping[str, Any]]) -> str:
     seconds = sum(record["seconds"] for record in records)
     trained = sum(record["epoch"] > 0 for record in records)
     images = {key: {record[key] for record in records if key in record} for key in ("clean_n", "robust_n")}
-    counts = [f"{n:,} {word}" for key, word in zip(images, ("clean", "under pgd"), strict=True) for n in images[key]]
+    counts = [f"{n:,} {word}" for key, word in zip(images, ("clean", robust), strict=True) for n in images[key]]
     shown = f"Validation images: {', '.join(counts)}. " if counts else ""
     text = (
         f"{trained:,} epochs, {seconds:,.1f} s. {shown}Accuracies are of the model that satisfies the phase's"

@@ -22,15 +22,24 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from atmc.core.arguments import NOT_NEGATIVE, Bounds
+from atmc.core.arguments import NOT_NEGATIVE, POSITIVE, Bounds
 from atmc.core.errors import unknown
 from atmc.core.rng import Noise
 from atmc.robust.attacks import Loss, attack_mode, kl_from, pgd
+from atmc.robust.intervals import bound_logits, margins
 from atmc.robust.threats import Threat
 
 
 class Perturb(Protocol):
-    """An attack on a model for one batch."""
+    """An attack on a model for one batch, with the threat's ball at the size that it has in this step."""
+
+    @property
+    def threat(self) -> Threat:
+        """The ball; it grows to its full size while `ramp` rises."""
+
+    @property
+    def ramp(self) -> float:
+        """How far the ball has grown, in (0, 1]; 1 outside a ramp."""
 
     def __call__(self, x: Tensor, y: Tensor, *, loss: str | Loss = "ce") -> Tensor:
         """Return adversarial images (n, c, h, w) that maximize the loss of x and y."""
@@ -62,7 +71,7 @@ class TrainingAttack:
 
     def on(self, model: nn.Module, noise: Noise, *, eps_scale: float = 1.0) -> Perturb:
         """Return this attack on a model; eps_scale in (0, 1] shrinks the ball (for a ramp at the start of training)."""
-        return Perturbation(self, model, noise, self.threat.with_eps(self.threat.eps * eps_scale))
+        return Perturbation(self, model, noise, self.threat.with_eps(self.threat.eps * eps_scale), eps_scale)
 
 
 @dataclass(frozen=True)
@@ -73,6 +82,7 @@ class Perturbation:
     model: nn.Module
     noise: Noise
     threat: Threat
+    ramp: float = 1.0
 
     def __call__(self, x: Tensor, y: Tensor, *, loss: str | Loss = "ce") -> Tensor:
         """Return adversarial images (n, c, h, w) that maximize the loss of x and y."""
@@ -145,6 +155,58 @@ def mart(model: nn.Module, x: Tensor, y: Tensor, perturb: Perturb, *, weight: fl
     return boosted + weight * (kl_from(adversarial, log_probabilities) * doubt).mean()
 
 
+def ibp(
+    model: nn.Module, x: Tensor, y: Tensor, perturb: Perturb, *, kappa: float, eps_factor: float, l1: float
+) -> Tensor:
+    """Return kappa times the clean cross-entropy plus 1 - kappa times that of the worst logits (Gowal et al. 2018).
+
+    The worst logits are bounded by intervals over the ball, so that no attack is needed. kappa falls from 1 to its
+    value while the ball grows. One pass, in float32.
+
+    Args:
+        kappa: weight of the clean images once the ball has its full size.
+        eps_factor: radius in training over the threat's.
+        l1: price of the sum of the absolute values of all weights.
+    """
+    logits, worst = _bounded_logits(model, x, y, perturb, eps_factor)
+    clean_weight = 1 - (1 - kappa) * perturb.ramp
+    loss = clean_weight * F.cross_entropy(logits, y) + (1 - clean_weight) * F.cross_entropy(worst, y)
+    return loss + l1 * _absolute_weights(model) if l1 else loss
+
+
+def mtl_ibp(
+    model: nn.Module, x: Tensor, y: Tensor, perturb: Perturb, *, alpha: float, eps_factor: float, l1: float
+) -> Tensor:
+    """Return alpha times the cross-entropy of the worst logits plus 1 - alpha times the adversarial one.
+
+    Source: De Palma et al. 2024, "Expressive losses", MTL-IBP. Two passes, the bounds' one in float32.
+
+    Args:
+        alpha: weight of the bounds; 1 leaves them alone, 0 is `pgd_at`.
+        eps_factor: radius of the bounds over the threat's.
+        l1: price of the sum of the absolute values of all weights.
+    """
+    _, worst = _bounded_logits(model, x, y, perturb, eps_factor)
+    loss = alpha * F.cross_entropy(worst, y) + (1 - alpha) * F.cross_entropy(model(perturb(x, y)).float(), y)
+    return loss + l1 * _absolute_weights(model) if l1 else loss
+
+
+def _bounded_logits(
+    model: nn.Module, x: Tensor, y: Tensor, perturb: Perturb, eps_factor: float
+) -> tuple[Tensor, Tensor]:
+    """Return the clean logits (n, classes), and the worst ones less that of the label, by intervals; in float32."""
+    largest = perturb.threat.largest_eps(x[0].numel())
+    threat = perturb.threat.with_eps(min(perturb.threat.eps * eps_factor, largest))
+    with torch.autocast(x.device.type, enabled=False):
+        logits = bound_logits(model, x, threat)
+        return logits.clean, margins(logits, y)
+
+
+def _absolute_weights(model: nn.Module) -> Tensor:
+    """Return the sum of the absolute values of all parameters of two dimensions or more."""
+    return torch.stack([weight.abs().sum() for weight in model.parameters() if weight.dim() > 1]).sum()
+
+
 def _evaluation_log_probabilities(model: nn.Module, x: Tensor) -> Tensor:
     """Return the (n, classes) log-softmax outputs in evaluation mode, without gradients; the model keeps its modes."""
     with attack_mode(model), torch.no_grad():
@@ -171,6 +233,8 @@ class ObjectiveSpec:
         options: keyword argument of the function -> `Option`.
         norms: names of the threats that it is for; None for every one.
         adversarial: whether it trains against attacks; if not, validation chooses by clean accuracy alone.
+        certified: whether it trains for interval bounds; validation then counts the images that they certify, and
+            takes the place of an attack.
     """
 
     loss: Callable[..., Tensor]
@@ -178,6 +242,7 @@ class ObjectiveSpec:
     options: Mapping[str, Option] = field(default_factory=dict)
     norms: tuple[str, ...] | None = None
     adversarial: bool = True
+    certified: bool = False
 
     def check_options(self, name: str, options: Mapping[str, float]) -> None:
         """Raise ValueError for an option that the objective does not have, or a value that it cannot take."""
@@ -209,6 +274,7 @@ class ObjectiveSpec:
         return partial(self.loss, **options)
 
 
+FRACTION = Bounds(low=0, high=1)
 OBJECTIVES: dict[str, ObjectiveSpec] = {
     "natural": ObjectiveSpec(loss=natural, help="cross-entropy on clean images", adversarial=False),
     "gaussian": ObjectiveSpec(
@@ -229,6 +295,26 @@ OBJECTIVES: dict[str, ObjectiveSpec] = {
                 5.0, NOT_NEGATIVE, "weight of the divergence, which counts more for images of low confidence"
             )
         },
+    ),
+    "ibp": ObjectiveSpec(
+        loss=ibp,
+        help="cross-entropy of the worst logits by intervals, beside the clean one (Gowal et al. 2018)",
+        options={
+            "kappa": Option(0.3, FRACTION, "weight of the clean cross-entropy at the end of the ramp"),
+            "eps_factor": Option(1.01, POSITIVE, "radius in training over the threat's"),
+            "l1": Option(0.0, NOT_NEGATIVE, "price of the absolute values of the weights"),
+        },
+        certified=True,
+    ),
+    "mtl_ibp": ObjectiveSpec(
+        loss=mtl_ibp,
+        help="cross-entropy of the worst logits by intervals, beside the adversarial one (De Palma et al. 2024)",
+        options={
+            "alpha": Option(0.5, FRACTION, "weight of the intervals' cross-entropy"),
+            "eps_factor": Option(1.01, POSITIVE, "radius of the intervals over the threat's"),
+            "l1": Option(0.0, NOT_NEGATIVE, "price of the absolute values of the weights"),
+        },
+        certified=True,
     ),
 }
 

@@ -17,6 +17,7 @@ from atmc.compress.factorize import check_compressible, compressible_weights, fo
 from atmc.compress.rate_control import Allocation, BudgetTooSmall, RateControl
 from atmc.core.files import write_beside
 from atmc.data import Images, mix_classes
+from atmc.evaluation.accuracy import interval_accuracy
 from atmc.evaluation.evaluate import check_model, takes_channels_last
 from atmc.pack import artifact
 from atmc.robust.objectives import OBJECTIVES
@@ -76,6 +77,8 @@ class Job:
         OBJECTIVES[recipe.objective].check_threat(recipe.objective, threat)
         classes = check_model(model, train, classes)
         check_model(model, val, classes)
+        if OBJECTIVES[recipe.objective].certified:
+            interval_accuracy(model, val.to(next(model.parameters()).device), threat, n=1)  # raises if it has no bounds
         check_compressible(model, exclude=recipe.exclude)
         if has_batch_norm(model) and min(len(train), recipe.batch_size) == 1:
             raise ValueError(

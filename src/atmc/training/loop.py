@@ -134,6 +134,8 @@ def fit(
             total += float(loss.detach())
             if not math.isfinite(total):
                 raise TrainingDiverged(f"the loss became {total} in epoch {epoch + 1}; try a lower learning rate")
+            if loop.recipe.clip_norm is not None:
+                nn.utils.clip_grad_norm_(model.parameters(), loop.recipe.clip_norm)
             if admm is not None:
                 admm.add_penalty_gradient(tensors)
             optimizer.step()

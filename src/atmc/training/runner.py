@@ -23,7 +23,7 @@ from atmc.compress.rate_control import Allocation, RateControl
 from atmc.core.numerics import full_float32
 from atmc.core.rng import derived_seed
 from atmc.data import Images
-from atmc.evaluation.accuracy import clean_accuracy, robust_accuracy
+from atmc.evaluation.accuracy import clean_accuracy, interval_accuracy, robust_accuracy
 from atmc.evaluation.statistics import Accuracy
 from atmc.robust.objectives import OBJECTIVES, TrainingAttack
 from atmc.robust.threats import Threat
@@ -288,11 +288,17 @@ class Runner:
         )
 
     def _validate(self, model: nn.Module) -> tuple[Accuracy, Accuracy]:
-        """Return clean and `pgd` accuracy on the first val_clean_n and val_n validation images, in float32."""
+        """Return clean and robust accuracy on the first val_clean_n and val_n validation images, in float32.
+
+        Robust means under `pgd`, or certified by intervals if the objective trains for them.
+        """
         model.eval()
         with full_float32(), cached_weights(model):
             clean = clean_accuracy(model, self._val, n=self._recipe.val_clean_n)
-            robust = robust_accuracy(model, self._val, self._threat, "pgd", n=self._recipe.val_n)
+            if OBJECTIVES[self._recipe.objective].certified:
+                robust = interval_accuracy(model, self._val, self._threat, n=self._recipe.val_n)
+            else:
+                robust = robust_accuracy(model, self._val, self._threat, "pgd", n=self._recipe.val_n)
         return clean, robust
 
     def _score(self, clean: Accuracy, robust: Accuracy) -> float:

@@ -99,6 +99,13 @@ class Recipe:
     weight_decay: float = setting(
         "weight decay of the optimizer, on all parameters", 1e-4, with_batch_norm=5e-4, bounds=NOT_NEGATIVE
     )
+    clip_norm: float | None = setting(
+        "largest Euclidean norm of the whole gradient; a longer one is scaled down (default: none, 10 for certified "
+        "objectives)",
+        None,
+        bounds=POSITIVE,
+        optional=True,
+    )
     batch_size: int = setting(
         "images per step; an epoch's last batch may be smaller, but a single remaining image joins the batch before it",
         128,
@@ -211,6 +218,9 @@ def default_recipe(model: nn.Module, **settings: Any) -> Recipe:
     check_setting("objective", objective)
     settings["epochs"] = fill_phases(settings.get("epochs"), DEFAULT_EPOCHS, "epochs")
     settings["learning_rate"] = fill_phases(settings.get("learning_rate"), LEARNING_RATES[optimizer], "learning_rate")
+    if OBJECTIVES[objective].certified:
+        settings.setdefault("eps_ramp", settings["epochs"]["dense"] / 2)
+        settings.setdefault("clip_norm", 10.0)
     settings["objective_options"] = OBJECTIVES[objective].fill_options(objective, settings.get("objective_options"))
     return Recipe(**settings)
 
