@@ -14,11 +14,12 @@ from atmc.core.version import __version__
 
 if TYPE_CHECKING:
     from atmc import models
-    from atmc.api import compress, evaluate, load, save
+    from atmc.api import compress, evaluate, load, save, verify
     from atmc.compress.budget import Budget
     from atmc.data import load_data
     from atmc.deploy.engine.engine import Engine
     from atmc.evaluation.evaluate import EvaluationWarning, Report
+    from atmc.evaluation.verify.verify import Verification
     from atmc.robust.threats import L1, L2, Linf, parse_threat
     from atmc.training.job import Result
     from atmc.training.settings import Recipe
@@ -33,12 +34,14 @@ _HOME = {  # public name -> the module that defines it
     "Recipe": "atmc.training.settings",
     "Report": "atmc.evaluation.evaluate",
     "Result": "atmc.training.job",
+    "Verification": "atmc.evaluation.verify.verify",
     "compress": "atmc.api",
     "evaluate": "atmc.api",
     "load": "atmc.api",
     "load_data": "atmc.data",
     "parse_threat": "atmc.robust.threats",
     "save": "atmc.api",
+    "verify": "atmc.api",
 }
 __all__ = [
     "L1",
@@ -50,6 +53,7 @@ __all__ = [
     "Recipe",
     "Report",
     "Result",
+    "Verification",
     "__version__",
     "compress",
     "evaluate",
@@ -58,6 +62,7 @@ __all__ = [
     "models",
     "parse_threat",
     "save",
+    "verify",
 ]
 
 

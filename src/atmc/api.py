@@ -1,4 +1,4 @@
-"""The functions of the Python interface: compress(), evaluate(), load(), save()."""
+"""The functions of the Python interface: compress(), evaluate(), verify(), load(), save()."""
 
 from __future__ import annotations
 
@@ -13,6 +13,7 @@ from atmc.core.arguments import check_module, parse_device
 from atmc.core.numerics import deterministic
 from atmc.data import as_images
 from atmc.evaluation.evaluate import evaluate
+from atmc.evaluation.verify.verify import verify
 from atmc.pack.artifact import load, save
 from atmc.robust.threats import Threat, as_threat
 from atmc.training.job import Job, Result
@@ -20,7 +21,7 @@ from atmc.training.loop import StepDone
 from atmc.training.runner import EpochDone
 from atmc.training.settings import Recipe, default_recipe
 
-__all__ = ["compress", "evaluate", "load", "save"]
+__all__ = ["compress", "evaluate", "load", "save", "verify"]
 
 
 def compress(

@@ -16,6 +16,7 @@ from atmc.commands.partial_results import PartMeasured
 from atmc.commands.run import Message
 from atmc.evaluation.accuracy import BatchAttacked
 from atmc.evaluation.checks import Check
+from atmc.evaluation.verify.verify import BatchVerified
 from atmc.training.loop import StepDone
 from atmc.training.runner import EpochDone, Record
 
@@ -91,6 +92,8 @@ class LiveLine:
                 self._show_attack(event)
             case PartMeasured():
                 self._show_part(event)
+            case BatchVerified():
+                self._show_verified(event)
             case Check():
                 self._bar.update(self._task, description="checking", completed=1.0, note=event.name)
 
@@ -133,6 +136,24 @@ class LiveLine:
         self._bar.update(self._task, description="measuring", completed=event.done / event.total, note=line)
         if not self._console.is_terminal and (event.total <= 100 or not event.done % 100 or event.done == event.total):
             self._print(line)
+
+    def _show_verified(self, event: BatchVerified) -> None:
+        line = verify_line(event, narrow=self._narrow)
+        self._bar.update(self._task, description="verifying", completed=event.done / event.total, note=line)
+        if not self._console.is_terminal and event.done == event.total:
+            self._print(line)
+
+
+def verify_line(event: BatchVerified, *, narrow: bool = False) -> str:
+    """Return how far a stage of a verification has come.
+
+    Such as 'interval: 200 of 938; 140 certified, 62 broken, 798 undecided of 1,000'; narrow, in percent of the images.
+    """
+    undecided = event.n - event.certified - event.broken
+    begin = f"{event.stage}: {event.done:,} of {event.total:,}; "
+    if narrow:
+        return begin + f"{event.certified / event.n:.1%} certified, {event.broken / event.n:.1%} broken"
+    return begin + f"{event.certified:,} certified, {event.broken:,} broken, {undecided:,} undecided of {event.n:,}"
 
 
 def attack_line(event: BatchAttacked, *, narrow: bool = False) -> str:

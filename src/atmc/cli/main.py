@@ -14,6 +14,7 @@ from atmc.cli.export import export
 from atmc.cli.inspect import inspect
 from atmc.cli.options import Command
 from atmc.cli.table import table
+from atmc.cli.verify import verify
 from atmc.core.version import __version__
 
 # The modules that are imported here do not load torch: each command imports what it needs of atmc inside its functions,
@@ -22,7 +23,7 @@ app = typer.Typer(add_completion=False, no_args_is_help=True, pretty_exceptions_
 UsageError: Any = typer.BadParameter.__bases__[0]  # of the click that typer uses, which may be its own copy
 _TYPER_INTERRUPTED = 130  # the status typer returns after Ctrl-C; older versions raise Abort
 
-for command in (compress, evaluate, inspect, export, bench, table):
+for command in (compress, evaluate, verify, inspect, export, bench, table):
     app.command(cls=Command)(command)
 
 

@@ -9,14 +9,15 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, cast
 
+import numpy as np
 import torch
 from torch import Tensor, fx, nn
 from torch.export import ExportedProgram
 from torch.export.graph_signature import InputKind
 
 from atmc.compress.factorize import fold
-from atmc.deploy.graph.graph import Conv, Flatten, GlobalAvgPool, Graph, Linear, Node, Op
-from atmc.deploy.graph.operators import OPERATORS, RESHAPES, SUPPORTED, Arguments, Value
+from atmc.deploy.graph.graph import Affine, Conv, Flatten, FloatArray, GlobalAvgPool, Graph, Linear, Node, Op
+from atmc.deploy.graph.operators import OPERATORS, RESHAPES, SUPPORTED, Arguments, Value, to_float64
 from atmc.deploy.graph.rewrite import remove_dead_nodes
 from atmc.models.factory import USER_CODE_ERRORS, first_line
 
@@ -33,10 +34,16 @@ class UnsupportedModel(ValueError):
 
 @dataclass(frozen=True)
 class TracedModel:
-    """A module's operations, constants in float64; weight_names: of convolutions and linear layers, the parameter."""
+    """A module's operations, constants in float64.
+
+    Args:
+        weight_names: of convolutions and linear layers, the parameter.
+        shift_terms: of affines that were batch norms, |bias| + |mean scale|: PyTorch rounds these, not their sum.
+    """
 
     graph: Graph
     weight_names: dict[Op, str]
+    shift_terms: dict[Op, FloatArray]
 
 
 def trace(model: nn.Module, input_shape: Sequence[int] | None = None) -> TracedModel:
@@ -55,6 +62,7 @@ def trace(model: nn.Module, input_shape: Sequence[int] | None = None) -> TracedM
     constants, parameter_names = _constants(exported)
     nodes: list[Node] = []
     weight_names: dict[Op, str] = {}
+    shift_terms: dict[Op, FloatArray] = {}
     values: dict[fx.Node, Traced] = {}
     (output,) = (node for node in exported.graph.nodes if node.op == "output")
     for node in exported.graph.nodes:
@@ -66,9 +74,12 @@ def trace(model: nn.Module, input_shape: Sequence[int] | None = None) -> TracedM
             values[node] = _append_call(node, values, nodes)
             if nodes and isinstance(nodes[-1].op, Conv | Linear) and values[node] == len(nodes):
                 weight_names[nodes[-1].op] = parameter_names.get(str(node.args[1]), "")
+            elif "batch_norm" in _operator_name(node) and isinstance(values[node], int):
+                batch_norm = cast(Affine, nodes[-1].op)
+                shift_terms[batch_norm] = _shift_terms(_arguments(node, values), batch_norm)
     graph = remove_dead_nodes(Graph(shape, tuple(nodes)), _logits(output, values))
     graph.shapes()  # raises ValueError if an operation does not fit its input
-    return TracedModel(graph, weight_names)
+    return TracedModel(graph, weight_names, shift_terms)
 
 
 def _image_shape(model: nn.Module, given: Sequence[int] | None) -> tuple[int, int, int]:
@@ -174,6 +185,12 @@ def _shape(node: fx.Node) -> tuple[int, ...]:
     value = node.meta.get("val")
     value = value[0] if isinstance(value, tuple | list) else value
     return tuple(int(side) for side in value.shape[1:]) if isinstance(value, Tensor) else ()
+
+
+def _shift_terms(a: Arguments, batch_norm: Affine) -> FloatArray:
+    """Return |bias| + |mean scale| of a batch norm, (c,)."""
+    terms = np.abs(to_float64(a.running_mean) * batch_norm.scale)
+    return to_float64(terms if a.bias is None else terms + np.abs(to_float64(a.bias)))
 
 
 def _append_reshape(a: Arguments, nodes: list[Node], layer: str, only_reshaped: bool) -> int:

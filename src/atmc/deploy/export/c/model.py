@@ -39,11 +39,25 @@ def model_to_c(
     >>> model_to_c(models.build("lenet", 10, seed=0)).arena_bytes
     14976
     """
+    graphs = list_graphs(model, input_shape, factors)
+    return min((to_c(graph, name=name, labels=labels) for graph in graphs), key=lambda source: source.table_bytes)
+
+
+def list_graphs(
+    model: nn.Module,
+    input_shape: Sequence[int] | None = None,
+    factors: Mapping[str, weight_forms.Weight] | None = None,
+) -> list[Graph]:
+    """Return the graphs of which `model_to_c` takes one; the first is the graph that the engine runs.
+
+    Args:
+        model, input_shape, factors: see `simplify`.
+    """
     factors = weight_forms.factorized_weights(model) if factors is None else factors
     graphs = [simplify(model, input_shape, factors), simplify_keeping_affines(model, input_shape, factors)]
     if factors:
         graphs.append(simplify_keeping_affines(model, input_shape, factors, value_cost=0))
-    return min((to_c(graph, name=name, labels=labels) for graph in graphs), key=lambda source: source.table_bytes)
+    return graphs
 
 
 def simplify_keeping_affines(
