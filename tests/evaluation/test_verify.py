@@ -4,6 +4,7 @@ import copy
 import ctypes
 import subprocess
 from collections.abc import Callable
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -18,8 +19,9 @@ import atmc
 from atmc.compress.factorize import factorize
 from atmc.deploy.engine.sparse import SparseNetwork
 from atmc.deploy.export.c.source import to_c
-from atmc.deploy.graph.graph import Affine, Flatten, GlobalAvgPool, Graph, Linear, Node, Relu, run_graph
+from atmc.deploy.graph.graph import Add, Affine, Conv, Flatten, GlobalAvgPool, Graph, Linear, Node, Relu, run_graph
 from atmc.evaluation import autoattack
+from atmc.evaluation.verify import bounds
 from atmc.evaluation.verify.bounds import (
     RULES,
     Box,
@@ -35,7 +37,30 @@ from atmc.robust import intervals
 from atmc.robust.threats import L2, Linf
 
 EXACT = Rounding(outward=False)
-NETWORKS = {**EXTREMES, **{f"random {seed}": random_graph(seed) for seed in range(24)}}
+
+
+def factors_network(seed: int) -> Graph:
+    """Build a network whose two layers run as factors V, U and C, as `expand_factors` makes them."""
+    rng = np.random.default_rng(seed)
+    geometry = {"stride": (2, 2), "padding": (1, 1)}
+
+    def layer(kind: Callable[..., object], *shape: int, **options: object) -> object:
+        weight = rng.standard_normal(shape).astype(np.float32)
+        return kind(weight, rng.standard_normal(shape[0]).astype(np.float32), **options)
+
+    ops = [layer(Conv, 3, 2, 3, 3, **geometry), layer(Conv, 5, 3, 1, 1), layer(Conv, 5, 2, 3, 3, **geometry)]
+    nodes = [Node(op, (value,)) for op, value in zip(ops, (0, 1, 0), strict=True)]
+    nodes += [Node(Add(), (2, 3)), Node(Relu(), (4,)), Node(Flatten(), (5,)), Node(layer(Linear, 4, 45), (6,))]
+    nodes += [Node(layer(Linear, 3, 4), (7,)), Node(layer(Linear, 3, 45), (6,)), Node(Add(), (9, 8))]
+    return Graph((2, 6, 6), tuple(nodes))
+
+
+NETWORKS = {
+    "factors": factors_network(0),
+    "other factors": factors_network(1),
+    **EXTREMES,
+    **{f"random {seed}": random_graph(seed) for seed in range(24)},
+}
 RUNS: dict[str, Callable[[Graph], Callable[[Tensor], Tensor]]] = {
     "torch": lambda graph: lambda x: run_graph(graph, x),
     "torch, one by one": lambda graph: lambda x: torch.cat([run_graph(graph, one) for one in x[:50].split(1)]),
@@ -57,8 +82,8 @@ def points(x: Tensor, eps: float, n: int) -> Tensor:
 
 def escaped(graph: Graph, box: Box, images: Tensor, run: Callable[[Tensor], Tensor], rounding: Rounding) -> int:
     """Count the logits of images that leave the bounds of a box."""
-    bounds, logits = bound_logits(graph, box, rounding), run(images).double()
-    lower, upper = (values.expand(len(images), -1)[: len(logits)] for values in (bounds.lower, bounds.upper))
+    limits, logits = bound_logits(graph, box, rounding), run(images).double()
+    lower, upper = (values.expand(len(images), -1)[: len(logits)] for values in (limits.lower, limits.upper))
     return int(((logits < lower) | (logits > upper)).sum())
 
 
@@ -125,6 +150,43 @@ class TestBounds:
             escapes += escaped(graph, bound_images(x, Linf(0.3)), points(x, 0.3, 500), RUNS["torch"](graph), Rounding())
         assert escapes > 0
 
+    def test_factors_are_bounded_as_the_layers_that_they_are(self, monkeypatch):
+        """The bounds of U (V x) + C x are those of (U V + C) x; the margin alone differs."""
+        graph = factors_network(0)
+        conv_v, conv_u, conv_c, *_ = (node.op for node in graph.nodes)
+        linear_v, linear_u, linear_c = (graph.nodes[index].op for index in (6, 7, 8))
+        u = conv_u.weight[:, :, 0, 0].astype(np.float64)
+        one = Conv(
+            np.einsum("or,rihw->oihw", u, conv_v.weight) + conv_c.weight,
+            u @ conv_v.bias + conv_u.bias + conv_c.bias,
+            stride=(2, 2),
+            padding=(1, 1),
+        )
+        u = linear_u.weight.astype(np.float64)
+        two = Linear(u @ linear_v.weight + linear_c.weight, u @ linear_v.bias + linear_u.bias + linear_c.bias)
+        whole = chain((2, 6, 6), one, Relu(), Flatten(), two)
+        x = torch.from_numpy(images_of(graph, 4))
+        box, labels = bound_images(x, Linf(0.1)), torch.tensor([0, 1, 2, 0])
+        margins = [bound_margins(one_graph, box, labels, EXACT) for one_graph in (graph, whole)]
+        finite = margins[0].isfinite()
+        assert torch.allclose(margins[0][finite], margins[1][finite], rtol=1e-10)
+        sound = bound_margins(graph, box, labels) - margins[1]
+        assert 0 < float(sound[finite].min()) <= float(sound[finite].max()) < 0.02
+        monkeypatch.setattr(bounds, "_compose", lambda first, second: None)
+        assert float((bound_margins(graph, box, labels, EXACT) - margins[1])[finite].min()) > 1
+
+    def test_a_wrong_composition_is_seen(self, monkeypatch):
+        compose = bounds._compose
+
+        def wrong(first, second):
+            form = compose(first, second)
+            return form and replace(form, bias=form.bias + 1)
+
+        monkeypatch.setattr(bounds, "_compose", wrong)
+        graph = factors_network(0)
+        x = torch.from_numpy(images_of(graph, 20))
+        assert escaped(graph, Box(x.double(), x.double()), x, RUNS["torch"](graph), Rounding()) > 0
+
     @pytest.mark.parametrize("name", NETWORKS)
     def test_the_margin_widens_and_eps_too(self, name):
         graph = NETWORKS[name]
@@ -141,12 +203,12 @@ class TestBounds:
         graph = NETWORKS[name]
         x = torch.from_numpy(images_of(graph, 1))
         box, classes = bound_images(x, Linf(0.1)), graph.shapes()[-1][0]
-        logits, bounds = run_graph(graph, points(x, 0.1, 1000)).double(), bound_logits(graph, box)
+        logits, limits = run_graph(graph, points(x, 0.1, 1000)).double(), bound_logits(graph, box)
         for y in range(min(classes, 3)):
             margins = bound_margins(graph, box, torch.tensor([y]))
             differences = (logits - logits[:, y : y + 1]).index_fill(1, torch.tensor([y]), -torch.inf)
             assert bool((differences <= margins).all())
-            loose = (bounds.upper - bounds.lower[:, y : y + 1]).index_fill(1, torch.tensor([y]), -torch.inf)
+            loose = (limits.upper - limits.lower[:, y : y + 1]).index_fill(1, torch.tensor([y]), -torch.inf)
             assert bool((margins <= loose + 1e-9 * loose.abs().clamp(max=1e9)).all())
 
     def test_every_image_that_counts_as_an_attack_lies_inside(self):

@@ -11,7 +11,7 @@ roundings (Higham 2002, lemma 3.1); n images; z_j the logit of class j, y the la
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
@@ -32,6 +32,7 @@ from atmc.deploy.graph.graph import (
     MaxPool,
     Node,
     Op,
+    Pair,
     Relu,
 )
 from atmc.evaluation.accuracy import SLACK
@@ -44,6 +45,7 @@ AFFINE_ROUNDINGS = 8  # of x * scale + shift, batch norm's own calculation of sc
 FLOAT64 = 1 + 2.0**-10  # factor on a margin that covers the rounding of the calculation here, in float64, as well
 MOST = 2**18  # terms of a sum for which that factor suffices
 TINY = 2.0**-124  # per term: underflow, with or without subnormal numbers
+POINTWISE = (1, 1), (0, 0), (1, 1), 1  # geometry: stride, padding, dilation, groups
 LARGEST = 2.0**127  # a sum of absolute values from which on float32 may overflow
 
 
@@ -56,12 +58,14 @@ class Box:
         terms: (n, ...) upper bounds of the sum of the absolute values of the terms that are added up to the value; None
             for the value itself, a single term.
         count: number of these terms, per channel or for all.
+        form: the value as an affine map of an earlier value, if it is one.
     """
 
     lower: Tensor
     upper: Tensor
     terms: Tensor | None = None
     count: Tensor | int = 1
+    form: AffineForm | None = None
 
     def magnitude(self) -> Tensor:
         """Return the largest absolute value of each entry."""
@@ -70,6 +74,41 @@ class Box:
     def map(self, function: Callable[[Tensor], Tensor]) -> Box:
         """Return the box through a function that never decreases, does not round, or only rearranges entries."""
         return Box(function(self.lower), function(self.upper))
+
+
+@dataclass(frozen=True, eq=False)
+class AffineForm:
+    """A value y as an affine map of an earlier one, x: float32 computes y with |y - (W x + b)| <= margin.
+
+    Two layers without an activation between them, such as the factors of W = U V + C, are one affine map. Bounds that
+    go through it once are tighter than those that go through one layer after the other.
+
+    Args:
+        source: the box of x.
+        weight, bias: W and b, float64.
+        geometry: stride, padding, dilation and groups of a convolution; None for a linear layer.
+        margin: (n, ...) like y.
+    """
+
+    source: Box
+    weight: Tensor
+    bias: Tensor
+    geometry: tuple[Pair, Pair, Pair, int] | None
+    margin: Tensor
+
+    def apply(self, x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+        """Apply a weight of this geometry."""
+        return F.linear(x, weight, bias) if self.geometry is None else F.conv2d(x, weight, bias, *self.geometry)
+
+    def is_pointwise(self) -> bool:
+        """Return whether it is a convolution of 1 x 1 pixels and one group."""
+        return self.geometry == POINTWISE and self.weight.shape[2:] == (1, 1)
+
+    def bounds(self) -> tuple[Tensor, Tensor]:
+        """Return lower and upper bounds of y by W m + b -+ (|W| r + margin) for center m and radius r of x."""
+        middle, radius = _center(self.source)
+        center, reach = self.apply(middle, self.weight, self.bias), self.apply(radius, self.weight.abs())
+        return center - reach - self.margin, center + reach + self.margin
 
 
 @dataclass(frozen=True)
@@ -87,10 +126,14 @@ class Rounding:
     def margin(self, terms: Tensor, count: Tensor | int, scale: Tensor | float) -> Tensor:
         """Bound |computed - exact| of sums; NaN if float32 may overflow, or if there are too many terms.
 
+        The margin is 0 if there is to be none.
+
         Args:
             terms, count: as in `Box`; the count per channel has a shape that broadcasts.
             scale: (1 + largest absolute weight) * (1 + largest absolute input), for underflow.
         """
+        if not self.outward:
+            return torch.zeros_like(terms)
         roundings = torch.as_tensor(count, dtype=torch.float64) + SPARE
         gamma = torch.where(roundings < MOST, roundings * UNIT / (1 - roundings * UNIT), torch.nan)
         margin = (gamma * terms + TINY * roundings * scale) * FLOAT64
@@ -98,8 +141,6 @@ class Rounding:
 
     def widen(self, lower: Tensor, upper: Tensor, terms: Tensor, count: Tensor | int, scale: Tensor | float) -> Box:
         """Return the box of a sum that is computed in float32, from bounds of the exact sum; arguments as `margin`."""
-        if not self.outward:
-            return Box(lower, upper)
         margin = self.margin(terms, count, scale)
         return Box(lower - margin, upper + margin, terms, count)
 
@@ -143,26 +184,34 @@ def bound_logits(graph: Graph, images: Box, rounding: Rounding | None = None) ->
     Raises:
         ValueError: the graph has an operation without a rule.
     """
-    return _propagate(graph, images, len(graph.nodes), rounding or Rounding())
+    rounding = rounding or Rounding()
+    last_reader = {value: index for index, node in enumerate(graph.nodes) for value in node.inputs}
+    boxes: dict[int, Box] = {0: images}
+    for index, node in enumerate(graph.nodes):
+        rule = RULES.get(type(node.op))
+        if rule is None:
+            raise ValueError(f"there is no rule for the bounds of {_describe(node)}")
+        boxes[index + 1] = rule(node.op, [boxes[value] for value in node.inputs], rounding)
+        for value in set(node.inputs):
+            if last_reader[value] == index:
+                del boxes[value]  # to save memory
+    return boxes[len(graph.nodes)]
 
 
 def bound_margins(graph: Graph, images: Box, labels: Tensor, rounding: Rounding | None = None) -> Tensor:
     """Return upper bounds (n, classes) of z_j - z_y for labels y (n,), -infinity for the label's own column.
 
-    If the graph ends in a linear layer, the differences of its rows are bounded (Gowal et al. 2018, section 3), and the
-    rounding of both logits is added. NaN means that nothing is known.
+    If the logits are an affine map of features, the differences of its rows are bounded (Gowal et al. 2018, section 3),
+    and the rounding of both logits is added. NaN means that nothing is known.
 
     Raises:
         ValueError: the graph has an operation without a rule.
     """
-    rounding = rounding or Rounding()
     label = labels.cpu()[:, None]
-    last = graph.nodes[-1]
-    if isinstance(last.op, Linear):
-        features = _propagate(graph, images, last.inputs[0], rounding)
-        bounds = _bound_differences(last.op, features, label, rounding)
+    logits = bound_logits(graph, images, rounding)
+    if logits.form is not None and logits.form.geometry is None:
+        bounds = _bound_differences(logits.form, label)
     else:
-        logits = bound_logits(graph, images, rounding)
         bounds = logits.upper - logits.lower.gather(1, label)
     return bounds.scatter(1, label, -torch.inf)
 
@@ -172,40 +221,19 @@ def prove(graph: Graph, images: Box, labels: Tensor, rounding: Rounding | None =
     return (bound_margins(graph, images, labels, rounding) < 0).all(1)  # false for NaN
 
 
-def _propagate(graph: Graph, images: Box, value: int, rounding: Rounding) -> Box:
-    """Return the box of one value of a graph; boxes that are not needed any more are dropped on the way."""
-    last_reader = {source: index for index, node in enumerate(graph.nodes[:value]) for source in node.inputs}
-    boxes: dict[int, Box] = {0: images}
-    for index, node in enumerate(graph.nodes[:value]):
-        rule = RULES.get(type(node.op))
-        if rule is None:
-            raise ValueError(f"there is no rule for the bounds of {_describe(node)}")
-        boxes[index + 1] = rule(node.op, [boxes[source] for source in node.inputs], rounding)
-        for source in set(node.inputs):
-            if last_reader[source] == index and source != value:
-                del boxes[source]
-    return boxes[value]
-
-
 def _describe(node: Node) -> str:
     return f"{type(node.op).__name__} {node.name}".strip()
 
 
-def _bound_differences(op: Linear, features: Box, label: Tensor, rounding: Rounding) -> Tensor:
+def _bound_differences(form: AffineForm, label: Tensor) -> Tensor:
     """Return upper bounds (n, classes) of z_j - z_y; label: (n, 1)."""
-    weight, bias = _float64(op.weight), _float64(op.bias)
-    middle, radius = _center(features)
-    logits = F.linear(middle, weight, bias)
+    middle, radius = _center(form.source)
+    logits = F.linear(middle, form.weight, form.bias)
     bounds = logits - logits.gather(1, label)
     for y in sorted(set(label[:, 0].tolist())):
         rows = label[:, 0] == y
-        bounds[rows] += F.linear(radius[rows], (weight - weight[y]).abs())
-    if rounding.outward:
-        magnitude = features.magnitude()
-        terms = F.linear(magnitude, weight.abs(), bias.abs())
-        margin = rounding.margin(terms, weight.count_nonzero(1) + 1, _scale(weight, magnitude))
-        bounds = bounds + margin + margin.gather(1, label)
-    return bounds
+        bounds[rows] += F.linear(radius[rows], (form.weight - form.weight[y]).abs())
+    return bounds + form.margin + form.margin.gather(1, label)
 
 
 # Rules. Each takes an operation, the boxes of its inputs and the rounding, and returns the box of its output.
@@ -213,28 +241,40 @@ def _bound_differences(op: Linear, features: Box, label: Tensor, rounding: Round
 Rule = Callable[[Any, Sequence[Box], Rounding], Box]
 
 
-def _convolve(op: Conv, inputs: Sequence[Box], rounding: Rounding) -> Box:
-    def apply(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-        return F.conv2d(x, weight, bias, op.stride, op.padding, op.dilation, op.groups)
-
-    return _bound_layer(op, apply, inputs[0], rounding)
-
-
-def _multiply(op: Linear, inputs: Sequence[Box], rounding: Rounding) -> Box:
-    return _bound_layer(op, F.linear, inputs[0], rounding)
-
-
-def _bound_layer(op: Conv | Linear, apply: Callable[..., Tensor], x: Box, rounding: Rounding) -> Box:
+def _bound_layer(op: Conv | Linear, inputs: Sequence[Box], rounding: Rounding) -> Box:
+    x, geometry = inputs[0], (op.stride, op.padding, op.dilation, op.groups) if isinstance(op, Conv) else None
     weight, bias = _float64(op.weight), _float64(op.bias)
-    middle, radius = _center(x)
-    center, reach = apply(middle, weight, bias), apply(radius, weight.abs(), None)
-    lower, upper = center - reach, center + reach
-    if not rounding.outward:
-        return Box(lower, upper)
+    form = AffineForm(x, weight, bias, geometry, torch.zeros(()))
     magnitude = x.magnitude()
-    terms = apply(magnitude, weight.abs(), bias.abs())
-    count = _per_channel(weight.flatten(1).count_nonzero(1) + 1, lower)  # a term of a zero weight is exactly zero
-    return rounding.widen(lower, upper, terms, count, _like(_scale(weight, magnitude), lower))
+    terms = form.apply(magnitude, weight.abs(), bias.abs())
+    count = _per_channel(weight.flatten(1).count_nonzero(1) + 1, terms)  # a term of a zero weight is exactly zero
+    margin = rounding.margin(terms, count, _like(_scale(weight, magnitude), terms))
+    form = replace(form, margin=margin)
+    composed = _compose(x.form, form) if x.form is not None else None
+    return _intersect(Box(*form.bounds(), terms, count, form), composed)
+
+
+def _compose(first: AffineForm, second: AffineForm) -> AffineForm | None:
+    """Return second(first(x)) as one form if the second is pointwise: a linear layer, or a convolution of 1 x 1."""
+    if second.geometry is None:
+        weight = second.weight @ first.weight
+    elif second.is_pointwise() and first.geometry is not None and first.geometry[3] == 1:
+        weight = torch.einsum("or,rihw->oihw", second.weight[:, :, 0, 0], first.weight)
+    else:
+        return None
+    if weight[0].numel() >= MOST:
+        return None
+    bias = second.bias + second.weight.flatten(1) @ first.bias
+    margin = second.margin + second.apply(first.margin, second.weight.abs())
+    return AffineForm(first.source, weight, bias, first.geometry, margin)
+
+
+def _intersect(box: Box, form: AffineForm | None) -> Box:
+    """Return the box of a value that has this form as well."""
+    if form is None:
+        return box
+    lower, upper = form.bounds()
+    return replace(box, lower=torch.maximum(box.lower, lower), upper=torch.minimum(box.upper, upper), form=form)
 
 
 def _scale_and_shift(op: Affine, inputs: Sequence[Box], rounding: Rounding) -> Box:
@@ -290,18 +330,29 @@ def _add(op: Add, inputs: Sequence[Box], rounding: Rounding) -> Box:
     one, two = inputs
     terms = [box.magnitude() if box.terms is None else box.terms for box in inputs]
     scale = 2 * (1 + _largest(torch.maximum(*terms)))
-    lower, upper = one.lower + two.lower, one.upper + two.upper
-    return rounding.widen(lower, upper, terms[0] + terms[1], one.count + two.count, _like(scale, lower))
+    margin = rounding.margin(terms[0] + terms[1], one.count + two.count, _like(scale, terms[0]))
+    lower, upper = one.lower + two.lower - margin, one.upper + two.upper + margin
+    box = Box(lower, upper, terms[0] + terms[1], one.count + two.count)
+    if one.form is None or two.form is None or not _is_alike(one.form, two.form):
+        return box
+    weight, bias = one.form.weight + two.form.weight, one.form.bias + two.form.bias
+    total = replace(one.form, weight=weight, bias=bias, margin=one.form.margin + two.form.margin + margin)
+    return _intersect(box, total)
+
+
+def _is_alike(one: AffineForm, two: AffineForm) -> bool:
+    """Return whether two forms read the same value in the same geometry."""
+    return one.source is two.source and one.geometry == two.geometry and one.weight.shape == two.weight.shape
 
 
 RULES: dict[type[Op], Rule] = {
     Add: _add,
     Affine: _scale_and_shift,
     AvgPool: _avg_pool,
-    Conv: _convolve,
+    Conv: _bound_layer,
     Flatten: _flatten,
     GlobalAvgPool: _global_avg_pool,
-    Linear: _multiply,
+    Linear: _bound_layer,
     MaxPool: _max_pool,
     Relu: _clip,
 }
