@@ -17,6 +17,7 @@ from atmc.compress.constraints import Codebook
 from atmc.data import Images
 from atmc.evaluation.accuracy import BatchAttacked
 from atmc.evaluation.verdicts import Verdicts
+from atmc.evaluation.verify.verify import BatchVerified
 from atmc.pack import artifact
 from atmc.pack.inspect import inspect_file
 from atmc.training.loop import StepDone
@@ -118,6 +119,22 @@ def test_an_attack_fits_the_terminal(width, right):
     text = re.sub(r"\x1b\[[0-9;?]*[A-Za-z]", "", shown(event, terminal=True, width=width))
     assert max(map(len, re.split(r"[\r\n]+", text))) <= width
     assert f"autoattack, apgd-ce: 9,995 of 9,995; {right}" in text
+
+
+@pytest.mark.parametrize(
+    ("width", "verdicts"),
+    [
+        (80, "pgd-strong: 40.0% certified, 59.0% broken"),
+        (120, "9,995 of 9,995; 4,000 certified, 5,900 broken of 10,000"),
+    ],
+)
+def test_a_verification_fits_the_terminal(width, verdicts):
+    event = BatchVerified(stage="pgd-strong", done=9_995, total=9_995, certified=4_000, broken=5_900, n=10_000)
+    text = re.sub(r"\x1b\[[0-9;?]*[A-Za-z]", "", shown(event, terminal=True, width=width))
+    assert max(map(len, re.split(r"[\r\n]+", text))) <= width
+    assert verdicts in text
+    assert shown(event, terminal=False).count("pgd-strong") == 1
+    assert shown(BatchVerified(**{**vars(event), "done": 100}), terminal=False) == ""
 
 
 def test_without_a_terminal_each_stage_has_a_line():

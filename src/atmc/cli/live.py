@@ -138,22 +138,22 @@ class LiveLine:
             self._print(line)
 
     def _show_verified(self, event: BatchVerified) -> None:
-        line = verify_line(event, narrow=self._narrow)
-        self._bar.update(self._task, description="verifying", completed=event.done / event.total, note=line)
+        note = verify_line(event, narrow=self._narrow)
+        self._bar.update(self._task, description="verifying", completed=event.done / event.total, note=note)
         if not self._console.is_terminal and event.done == event.total:
-            self._print(line)
+            self._print(verify_line(event))
 
 
 def verify_line(event: BatchVerified, *, narrow: bool = False) -> str:
     """Return how far a stage of a verification has come.
 
-    Such as 'interval: 200 of 938; 140 certified, 62 broken, 798 undecided of 1,000'; narrow, in percent of the images.
+    Such as 'interval: 200 of 938; 140 certified, 62 broken of 1,000'; narrow, at most 56 characters:
+    'interval: 14.0% certified, 6.2% broken'.
     """
-    undecided = event.n - event.certified - event.broken
-    begin = f"{event.stage}: {event.done:,} of {event.total:,}; "
     if narrow:
-        return begin + f"{event.certified / event.n:.1%} certified, {event.broken / event.n:.1%} broken"
-    return begin + f"{event.certified:,} certified, {event.broken:,} broken, {undecided:,} undecided of {event.n:,}"
+        return f"{event.stage}: {event.certified / event.n:.1%} certified, {event.broken / event.n:.1%} broken"
+    verdicts = f"{event.certified:,} certified, {event.broken:,} broken of {event.n:,}"
+    return f"{event.stage}: {event.done:,} of {event.total:,}; {verdicts}"
 
 
 def attack_line(event: BatchAttacked, *, narrow: bool = False) -> str:
