@@ -276,7 +276,7 @@ class TestModules:
             if isinstance(module, nn.BatchNorm2d):
                 nn.init.normal_(module.running_mean)
                 nn.init.normal_(module.bias)
-        x = torch.rand(6, *shape, generator=torch.Generator().manual_seed(0))
+        x = torch.rand(2, *shape, generator=torch.Generator().manual_seed(0))
         executions = list_executions(model, shape)
         box = Box(x.double(), x.double())
         with torch.no_grad():
