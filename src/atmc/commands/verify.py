@@ -18,7 +18,7 @@ from atmc.core.version import __version__
 from atmc.data import load_data
 from atmc.evaluation import resume
 from atmc.evaluation.verify.bounds import check_provable
-from atmc.evaluation.verify.verify import BatchVerified, Verification, VerifyOptions, run_verification
+from atmc.evaluation.verify.verify import LAST_STAGES, BatchVerified, Verification, VerifyOptions, run_verification
 from atmc.robust.threats import Threat
 
 
@@ -136,7 +136,7 @@ def _measure(request: VerifyRequest, identity: dict[str, Any]) -> Generator[Batc
     check_image_shape(loaded, data)
     if request.state_path and not request.resume:
         request.state_path.unlink(missing_ok=True)
-    decided = {name: value for name, value in identity.items() if name != "autoattack"}  # it may be added later
+    decided = {name: value for name, value in identity.items() if name not in LAST_STAGES}  # they may be added later
     mark = resume.compute_fingerprint(loaded.model, data.test, len(data.test), request=decided, atmc=__version__)
     parts = PartialResults(request.state_path, mark)
     result = None

@@ -40,7 +40,13 @@ from atmc.pack.weight_forms import Weight
 from atmc.robust.threats import Threat, as_threat
 
 CERTIFIED, BROKEN, UNDECIDED = "certified", "broken", "undecided"
-VERDICTS = {"clean": BROKEN, "interval": CERTIFIED, "pgd-strong": BROKEN, "autoattack": BROKEN}  # by deciding stage
+STAGES = {
+    "clean": BROKEN,
+    "interval": CERTIFIED,
+    "pgd-strong": BROKEN,
+}  # by deciding stage
+LAST_STAGES = {"autoattack": BROKEN}  # those that are asked for
+VERDICTS = STAGES | LAST_STAGES
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -66,7 +72,7 @@ class VerifyOptions:
     @property
     def stages(self) -> tuple[str, ...]:
         """The stages that run, in order."""
-        return tuple(name for name in VERDICTS if self.autoattack or name != "autoattack")
+        return tuple(VERDICTS if self.autoattack else STAGES)
 
 
 @dataclass(frozen=True, kw_only=True)
