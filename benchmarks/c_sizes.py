@@ -1,6 +1,6 @@
 """Measure the C sources of committed model files: sizes, times, and how their logits differ from PyTorch's.
 
-    python benchmarks/c_sizes.py [results/mnist/atmc8-006/model.atmc ...] --data ../shared/data --out results/deploy
+    python benchmarks/c_sizes.py [results/mnist-adversarial/atmc8-006/model.atmc ...] --data ../shared/data --out results/deploy
 
 Writes c_sizes.json; `atmc table --page results/deploy/c_sizes.md` makes the table of it. If files are named, the other
 rows stay as they are. The script needs cc; the figures of the Cortex-M4 need arm-none-eabi-gcc, the instructions also
@@ -41,7 +41,7 @@ CORTEX_M4 = ["-mcpu=cortex-m4", "-mthumb", "-mfpu=fpv4-sp-d16", "-mfloat-abi=har
 PGD_STEPS = 20  # each of size eps / 8
 CIFAR_IMAGES = 100
 JOBS: tuple[tuple[str, str, float, int | None, int], ...] = (  # data, files, eps, clean images, attacked images
-    ("mnist", "results/mnist/*/model.atmc", 76 / 255, None, 500),
+    ("mnist", "results/mnist-adversarial/*/model.atmc", 76 / 255, None, 500),
     ("cifar10-jpeg", "results/cifar10/brief-*/model.atmc", 8 / 255, CIFAR_IMAGES, CIFAR_IMAGES),
 )
 

@@ -59,7 +59,7 @@ OTHERS = [Case("wrn-16-8", "uniform", zeros) for zeros in (90, 99)]
 OTHERS += [Case("mobilenetv2", "uniform", zeros) for zeros in (90, 95)]  # at 99 no path from input to output is left
 TRAINED = [Case("resnet18", "trained", zeros, file, CIFAR) for zeros, file in FILES.items()]
 TRAINED += [Case("resnet34", "layerwise", zeros) for zeros in FILES]
-TRAINED += [Case("lenet", "trained", 99.4, "results/mnist/atmc8-006/model.atmc", MNIST)]
+TRAINED += [Case("lenet", "trained", 99.4, "results/mnist-adversarial/atmc8-006/model.atmc", MNIST)]
 CASES = {case.name: case for case in [*RESNETS, *TRAINED, *OTHERS]}
 
 

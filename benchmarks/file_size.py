@@ -2,7 +2,7 @@
 
     python benchmarks/file_size.py --nncodec runs/nncodec/bin/python --out results/files
 
-Writes size.json: every committed file of results/mnist and results/cifar10, and random tensors (seed 0);
+Writes size.json: every committed file of results/mnist-adversarial and results/cifar10, and random tensors (seed 0);
 `atmc table --page results/files/README.md` makes the tables of it. NNCodec runs in an environment of its own
 (`nncodec_size`); without --nncodec it is left out.
 
@@ -356,7 +356,7 @@ def main() -> None:
             for ratio in RATIOS:
                 report["random"].append(measure_random_tensor(kind, shape, ratio, arguments.nncodec))
                 print(kind, shape, ratio, report["random"][-1]["ours_over_best_rival"], flush=True)
-    for path in sorted(ROOT.glob("results/mnist/*/model.atmc")) + sorted(
+    for path in sorted(ROOT.glob("results/mnist-adversarial/*/model.atmc")) + sorted(
         ROOT.glob("results/cifar10/brief-*/model.atmc")
     ):
         report["files"].append(measure_file(path, arguments.nncodec))

@@ -1,6 +1,6 @@
 """Time the stages of a verification, one thread, and measure what the margin for rounding costs.
 
-    python benchmarks/verify.py results/mnist/atmc4-006/model.atmc --data DATA --out verify.json [--n 1000]
+    python benchmarks/verify.py results/mnist-adversarial/atmc4-006/model.atmc --data DATA --out verify.json [--n 1000]
 
 For each radius it writes the verdicts and the images per second of every stage, and how many images interval bounds
 certify with the margin, without it (which proves nothing), and for PyTorch alone. It also writes how much wider the

@@ -71,7 +71,7 @@ def open_engines(file: Path, lenet: bool) -> Iterator[tuple[str, LogitsFunction]
 
 
 def main() -> None:
-    """Compare every file of results/mnist and the briefly trained ResNet-18s of results/cifar10."""
+    """Compare every file of results/mnist-adversarial and the briefly trained ResNet-18s of results/cifar10."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("folders", nargs="*", default=["mnist", "cifar10"])
     parser.add_argument("--mnist", default="../shared/data/mnist")

@@ -55,7 +55,7 @@ def format_row(file: Path, images: torch.Tensor | None, labels: torch.Tensor) ->
 
 
 def main() -> None:
-    """Simplify every file of results/mnist and the briefly trained ResNet-18s of results/cifar10."""
+    """Simplify every file of results/mnist-adversarial and the briefly trained ResNet-18s of results/cifar10."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--mnist", default="../shared/data/mnist")
     parser.add_argument("--n", type=int, default=2000)

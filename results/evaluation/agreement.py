@@ -1,6 +1,6 @@
-"""Compare the PGD of atmc with pyautoattack's APGD, image by image, on LeNets of results/mnist; write agreement.json.
+"""Compare the PGD of atmc with pyautoattack's APGD, image by image, on LeNets of results/mnist-adversarial; write agreement.json.
 
-python results/evaluation/agreement.py [--models results/mnist] [--data ../shared/data/mnist] [--n 300]
+python results/evaluation/agreement.py [--models results/mnist-adversarial] [--data ../shared/data/mnist] [--n 300]
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ APGD = {"pgd 100 steps, ce": "apgd-ce", "pgd 100 steps, dlr": "apgd-dlr", "pgd-s
 def main() -> None:
     """Compare three pairs of attacks on three models."""
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--models", default="results/mnist")
+    parser.add_argument("--models", default="results/mnist-adversarial")
     parser.add_argument("--data", default="../shared/data/mnist")
     parser.add_argument("--n", type=int, default=300)
     options = parser.parse_args()

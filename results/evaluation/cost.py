@@ -1,6 +1,6 @@
 """Time standard AutoAttack through `atmc.evaluate` and by calls of pyautoattack itself; write cost.json.
 
-python results/evaluation/cost.py [--models results/mnist] [--data ../shared/data/mnist] [--n 20] [--rounds 3]
+python results/evaluation/cost.py [--models results/mnist-adversarial] [--data ../shared/data/mnist] [--n 20] [--rounds 3]
 
 Same images, batch, device, seed and one thread, in turn in one process. pyautoattack gets the model as `atmc.load`
 returns it, and once more in the memory layout that atmc chooses for itself. The checks are timed separately.
@@ -35,7 +35,7 @@ def seconds(run: Callable[[], object]) -> float:
 def main() -> None:
     """Time all three in turn, a few times; the median of each counts."""
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--models", default="results/mnist")
+    parser.add_argument("--models", default="results/mnist-adversarial")
     parser.add_argument("--data", default="../shared/data/mnist")
     parser.add_argument("--run", default="atmc8-0015")
     parser.add_argument("--n", type=int, default=20)
