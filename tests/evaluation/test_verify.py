@@ -32,7 +32,8 @@ from atmc.evaluation.verify.bounds import (
     check_finite,
     prove,
 )
-from atmc.evaluation.verify.verify import list_executions, prove_executions, verify
+from atmc.evaluation.verify.executions import list_executions
+from atmc.evaluation.verify.verify import prove_executions, verify
 from atmc.robust import intervals
 from atmc.robust.threats import L2, Linf
 

@@ -26,16 +26,14 @@ from atmc.compress.factorize import fold
 from atmc.core.arguments import check_module
 from atmc.core.rng import check_seed
 from atmc.data import Images, as_images, mix_classes
-from atmc.deploy.export.c.model import list_graphs
-from atmc.deploy.graph.graph import Graph
-from atmc.deploy.graph.trace import UnsupportedModel, trace
 from atmc.evaluation.accuracy import count_examples, predictions, run_protocol
 from atmc.evaluation.attacks import Protocol as AttackProtocol
 from atmc.evaluation.attacks import build_protocol
 from atmc.evaluation.evaluate import check_model, prepare
 from atmc.evaluation.statistics import Accuracy
 from atmc.evaluation.verdicts import Verdicts
-from atmc.evaluation.verify.bounds import Rounding, bound_images, check_finite, check_provable, prove
+from atmc.evaluation.verify.bounds import bound_images, check_provable, prove
+from atmc.evaluation.verify.executions import Execution, list_executions
 from atmc.pack.weight_forms import Weight
 from atmc.robust.threats import Threat, as_threat
 
@@ -179,14 +177,6 @@ class _NoParts:
         return measure()
 
 
-@dataclass(frozen=True, kw_only=True)
-class Execution:
-    """A graph that runs in float32 on the CPU, and the rounding that its bounds must cover."""
-
-    graph: Graph
-    rounding: Rounding
-
-
 def verify(
     model: nn.Module,
     test: Any,
@@ -294,26 +284,6 @@ def run_verification(
         seconds=seconds,
         settings={name: protocol.settings for name, protocol in protocols.items()},
     )
-
-
-def list_executions(
-    model: nn.Module, input_shape: tuple[int, ...], factors: Mapping[str, Weight] | None = None
-) -> list[Execution]:
-    """Return what runs of a model: by PyTorch the traced module, by the engine and exported C a simplified graph.
-
-    Raises:
-        ValueError: an operation that a graph cannot hold, or a constant that is not a finite number.
-    """
-    try:
-        traced = trace(model, input_shape)
-        executions = [Execution(graph=traced.graph, rounding=Rounding(shift_terms=traced.shift_terms))]
-        check_finite(traced.graph)
-        graphs = list_graphs(model, input_shape, factors)
-    except UnsupportedModel as error:
-        raise ValueError(f"cannot verify the model: {error}") from None
-    for graph in graphs:
-        check_finite(graph)
-    return executions + [Execution(graph=graph, rounding=Rounding()) for graph in graphs]
 
 
 def prove_executions(executions: Sequence[Execution], x: Tensor, labels: Tensor, threat: Threat) -> Tensor:
