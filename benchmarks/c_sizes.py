@@ -1,6 +1,6 @@
 """Measure the C sources of committed model files: sizes, times, and how their logits differ from PyTorch's.
 
-    python benchmarks/c_sizes.py [results/mnist-adversarial/atmc8-006/model.atmc ...] --data ../shared/data --out results/deploy
+    python benchmarks/c_sizes.py [FILE.atmc ...] --data ../shared/data --out results/deploy
 
 Writes c_sizes.json; `atmc table --page results/deploy/c_sizes.md` makes the table of it. If files are named, the other
 rows stay as they are. The script needs cc; the figures of the Cortex-M4 need arm-none-eabi-gcc, the instructions also

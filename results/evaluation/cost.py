@@ -1,6 +1,6 @@
 """Time standard AutoAttack through `atmc.evaluate` and by calls of pyautoattack itself; write cost.json.
 
-python results/evaluation/cost.py [--models results/mnist-adversarial] [--data ../shared/data/mnist] [--n 20] [--rounds 3]
+python results/evaluation/cost.py [--models FOLDER] [--data ../shared/data/mnist] [--n 20] [--rounds 3]
 
 Same images, batch, device, seed and one thread, in turn in one process. pyautoattack gets the model as `atmc.load`
 returns it, and once more in the memory layout that atmc chooses for itself. The checks are timed separately.

@@ -1,6 +1,6 @@
 """Draw figure.svg, accuracy against nominal size, from summary.csv and the paper's curves in paper.json.
 
-python results/mnist-adversarial/figure.py (needs the extra `plots`), after `atmc table --page results/mnist-adversarial/README.md`.
+python results/mnist-adversarial/figure.py (needs the extra `plots`), after `atmc table` has made that page's tables.
 """
 
 from __future__ import annotations
