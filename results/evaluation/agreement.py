@@ -1,4 +1,4 @@
-"""Compare the PGD of atmc with pyautoattack's APGD, image by image, on LeNets trained against attacks; write agreement.json.
+"""Compare the PGD of atmc with pyautoattack's APGD, image by image, on LeNets trained against attacks (agreement.json).
 
 python results/evaluation/agreement.py [--models results/mnist-adversarial] [--data ../shared/data/mnist] [--n 300]
 """
