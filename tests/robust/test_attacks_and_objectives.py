@@ -374,10 +374,13 @@ class TestObjectives:
     @pytest.mark.parametrize(("name", "option"), [(n, o) for n, spec in OBJECTIVES.items() for o in spec.options])
     def test_options_reach_the_loss(self, name, option):
         """A loss with another value of an option is another one, and the default is the one of the table."""
-        model, y = linear_model(classes=3), torch.arange(8) % 3
+        torch.manual_seed(0)
+        x, y = images(), torch.arange(8) % 3
+        model = nn.Sequential(nn.Flatten(), nn.Linear(x[0].numel(), 6), nn.ReLU(), nn.Linear(6, 3))
+        attack = TrainingAttack(Linf(0.1), steps=2)
         value = OBJECTIVES[name].options[option].default
         default, same, other = (
-            objective(name, **options)(model, images(), y, self.perturb(model))
+            objective(name, **options)(model, x, y, attack.on(model, noise(8), eps_scale=0.5))  # the ball is growing
             for options in ({}, {option: value}, {option: value / 2 if value else 0.01})
         )
         assert default == same

@@ -9,7 +9,17 @@ from atmc import models
 from atmc.compress.factorize import factorize
 from atmc.core.rng import Noise
 from atmc.robust import intervals
-from atmc.robust.intervals import Interval, UnsupportedOperation, bound_logits, certified, margins
+from atmc.robust.intervals import (
+    Interval,
+    UnsupportedOperation,
+    bound_logits,
+    certified,
+    imbalance,
+    initialize_weights,
+    looseness,
+    margins,
+)
+from atmc.robust.objectives import OBJECTIVES, TrainingAttack
 from atmc.robust.threats import L1, L2, Linf
 
 THREATS = [Linf(0.1), L2(0.7), L1(2.0)]
@@ -227,3 +237,67 @@ def test_a_model_that_returns_something_else_is_refused():
         bound_logits(nn.Identity(), images(), Linf(0.1))
     with pytest.raises(ValueError, match="got tuple"):
         bound_logits(Pair(), images(), Linf(0.1))
+
+
+class TestWarmUp:
+    """The initialization and the penalties of Shi et al. 2021."""
+
+    def test_initialization_keeps_the_width_of_bounds_through_deep_networks(self):
+        def widths(initialize):
+            torch.manual_seed(0)
+            layers = [layer for _ in range(6) for layer in (nn.Linear(256, 256), nn.ReLU())]
+            model = nn.Sequential(nn.Flatten(), *layers)
+            if initialize:
+                initialize_weights(model, seed=0)
+            else:
+                for layer in model:
+                    if isinstance(layer, nn.Linear):
+                        nn.init.kaiming_normal_(layer.weight)
+            box = Interval.of(torch.rand(4, 1, 16, 16), Linf(0.01))
+            with torch.no_grad():
+                bounds = model(box)
+            return float((bounds.upper - bounds.lower).mean() / (box.upper - box.lower).mean())
+
+        assert 0.2 < widths(True) < 5
+        assert widths(False) > 1e3
+
+    def test_initialization_depends_on_the_seed_alone(self):
+        models = [nn.Sequential(nn.Conv2d(1, 2, 3), nn.Flatten(), nn.Linear(8, 3)) for _ in range(3)]
+        for model, seed in zip(models, (1, 1, 2), strict=True):
+            initialize_weights(model, seed)
+        one, same, other = ([weight.detach().clone() for weight in model.parameters()] for model in models)
+        assert all(torch.equal(a, b) for a, b in zip(one, same, strict=True))
+        assert not torch.equal(one[0], other[0])
+        assert not one[1].any()  # biases
+        assert not one[3].any()
+
+    def test_penalties_of_known_bounds(self):
+        def interval(lower, upper):
+            ends = torch.tensor(lower), torch.tensor(upper)
+            return Interval((ends[0] + ends[1]) / 2, *ends)
+
+        images = interval([[0.0, 0.0]], [[0.1, 0.1]])  # width 0.1
+        wide = interval([[-1.0, 1.0]], [[-0.6, 1.4]])  # width 0.4: a ratio of 1/4; centers -0.8 and 1.2
+        narrow = interval([[1.0, 2.0]], [[1.1, 2.1]])  # width 0.1; nothing inactive
+        assert float(looseness(images, [wide])) == pytest.approx(0.25)
+        assert float(looseness(images, [wide, narrow])) == pytest.approx(0.125)
+        assert float(imbalance([wide])) == 0  # sums 0.8 and 1.2; equal distances to the mean
+        assert float(imbalance([narrow])) == pytest.approx(1.0)  # both ratios are 0
+        skewed = interval([[-0.3, 1.0]], [[-0.1, 1.0]])  # centers -0.2 and 1: ratios 0.2 and 1
+        assert float(imbalance([skewed])) == pytest.approx(0.3)
+        assert float(looseness(images, [])) == float(imbalance([])) == 0
+
+    def test_penalties_fall_to_zero_with_the_ramp(self):
+        torch.manual_seed(0)
+        model = nn.Sequential(nn.Flatten(), nn.Linear(16, 8), nn.ReLU(), nn.Linear(8, 3))
+        x, y = torch.rand(4, 1, 4, 4), torch.tensor([0, 1, 2, 0])
+        attack = TrainingAttack(Linf(0.1), steps=1)
+
+        def price(scale):
+            perturb = attack.on(model, Noise(torch.arange(4), seed=0, purpose="attack"), eps_scale=scale)
+            losses = [OBJECTIVES["ibp"].build({**defaults, "regularizer": r})(model, x, y, perturb) for r in (1.0, 0.0)]
+            return float((losses[0] - losses[1]).detach())
+
+        defaults = OBJECTIVES["ibp"].fill_options("ibp", None)
+        assert price(0.01) > price(0.5) > 0
+        assert price(1.0) == 0

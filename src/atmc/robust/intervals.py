@@ -6,6 +6,8 @@ that batch norm in training mode uses the statistics of the clean pass, and one 
 
 These bounds are for training and validation: they are calculated in floating point, without a margin for rounding.
 
+`initialize_weights`, `looseness` and `imbalance` serve the start of a training, while the ball grows (Shi et al. 2021).
+
 Legend: n images; d values of an image; lower <= z <= upper elementwise for the values z of every allowed image.
 Sources: Gowal et al. 2018 (interval propagation, margins through the last layer); the bounds of an l2 or l1 ball behind
 the first affine layer by the dual norm, as in Wong and Kolter 2018, section 3.
@@ -13,7 +15,10 @@ the first affine layer by the dual norm, as in Wong and Kolter 2018, section 3.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+import math
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from contextvars import ContextVar
 from dataclasses import dataclass, replace
 from typing import Any, cast
 
@@ -22,6 +27,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from atmc.core.errors import unknown
+from atmc.core.rng import Noise
 from atmc.robust.threats import Threat
 
 Rule = Callable[..., Any]
@@ -194,6 +200,77 @@ def certified(model: nn.Module, x: Tensor, y: Tensor, threat: Threat) -> Tensor:
     return (bounds.scatter(1, y[:, None], -torch.inf) < 0).all(1) & bounds.isfinite().all(1)
 
 
+_ACTIVATED: ContextVar[list[Interval] | None] = ContextVar("_ACTIVATED", default=None)
+
+
+@contextmanager
+def collect_preactivations() -> Iterator[list[Interval]]:
+    """Collect the inputs of every ReLU that intervals go through within the context, in order."""
+    collected: list[Interval] = []
+    token = _ACTIVATED.set(collected)
+    try:
+        yield collected
+    finally:
+        _ACTIVATED.reset(token)
+
+
+def looseness(x: Interval, preactivations: Sequence[Interval], *, tolerance: float = 0.5) -> Tensor:
+    """Return how far the bounds widen from the images to the inputs of the ReLUs, a scalar, 0 if they do not.
+
+    It is the mean over the ReLUs of max(0, tolerance - w_0 / w_i), for the mean width w_0 of the images' bounds and w_i
+    of the bounds of the i-th ReLU's inputs (Shi et al. 2021, section 4.2, "bound tightness").
+    """
+    width = (x.upper - x.lower).mean()
+    ratios = [width / (z.upper - z.lower).mean().clamp_min(1e-12) for z in preactivations]
+    return _shortfall(ratios, tolerance, like=width)
+
+
+def imbalance(preactivations: Sequence[Interval], *, tolerance: float = 0.5) -> Tensor:
+    """Return how unevenly the inputs of ReLUs lie around 0, a scalar, 0 if neither side outweighs the other by far.
+
+    For the centers c of the bounds of one ReLU, those of entries that are surely active (lower >= 0) and surely
+    inactive (upper <= 0) are compared: the sums of |c|, and the sums of squared distances to the mean of all centers.
+    Each pair of sums has a ratio r <= 1 of the smaller to the larger one; the result is the mean over the ReLUs of
+    max(0, tolerance - r), added up over both pairs (Shi et al. 2021, section 4.2, "ReLU balance"). A ReLU that has no
+    entry on a side counts as r = 0, without a gradient.
+    """
+    ratios = []
+    for z in preactivations:
+        center = (z.upper + z.lower) / 2
+        active, inactive = (z.lower >= 0).to(center.dtype), (z.upper <= 0).to(center.dtype)
+        spread = (center - center.mean()).square()
+        for weight in (center.abs(), spread):
+            sums = (weight * active).sum(), (weight * inactive).sum()
+            ratios.append(torch.minimum(*sums) / torch.maximum(*sums).clamp_min(1e-12))
+    return 2 * _shortfall(ratios, tolerance, like=torch.zeros(()))
+
+
+def _shortfall(ratios: Sequence[Tensor], tolerance: float, *, like: Tensor) -> Tensor:
+    """Return the mean of max(0, tolerance - ratio); 0 without ratios."""
+    return F.relu(tolerance - torch.stack(list(ratios))).mean() if ratios else torch.zeros_like(like)
+
+
+@torch.no_grad()
+def initialize_weights(model: nn.Module, seed: int) -> None:
+    """Draw the weights of all convolutions and linear layers so that bounds keep their width from layer to layer.
+
+    An entry is normal with standard deviation sqrt(2 pi) / m for m inputs per output, so that m E|w| / 2 is 1: a layer
+    widens bounds by m E|w|, and a ReLU halves them (Shi et al. 2021, section 4.1). Biases become 0, and everything else
+    stays as it is.
+
+    Args:
+        model: changed in place.
+        seed: keys the random numbers.
+    """
+    layers = [module for module in model.modules() if isinstance(module, nn.Linear | nn.modules.conv._ConvNd)]
+    for index, layer in enumerate(layers):
+        noise = Noise(torch.tensor([index]), seed=seed, purpose="initialization")
+        deviation = math.sqrt(2 * math.pi) / layer.weight[0].numel()
+        layer.weight.copy_(deviation * noise.normal(layer.weight.shape)[0])
+        if layer.bias is not None:
+            layer.bias.zero_()
+
+
 # Rules. Each takes what the torch function takes, with intervals in place of tensors.
 
 
@@ -231,6 +308,19 @@ def _unary(function: Callable[..., Tensor]) -> Rule:
     def rule(inputs: Interval, *args: Any, **kwargs: Any) -> Interval:
         kwargs.pop("inplace", None)
         return inputs.map(lambda values: function(values, *args, **kwargs))
+
+    return rule
+
+
+def _relu(function: Callable[..., Tensor]) -> Rule:
+    """Return the rule of a ReLU, which is collected where `collect_preactivations` asks for it."""
+    apply = _unary(function)
+
+    def rule(inputs: Interval, *args: Any, **kwargs: Any) -> Interval:
+        collected = _ACTIVATED.get()
+        if collected is not None:
+            collected.append(inputs)
+        return cast(Interval, apply(inputs, *args, **kwargs))
 
     return rule
 
@@ -357,9 +447,11 @@ RULES: dict[str, Rule] = {
     **{name: _affine(getattr(F, name)) for name in ("linear", "conv1d", "conv2d", "conv3d")},
     **{
         name: _unary(getattr(F, name))
-        for name in ("relu", "relu6", "hardtanh", "sigmoid", "tanh", "softplus", "elu", "selu", "celu", "logsigmoid")
+        for name in ("hardtanh", "sigmoid", "tanh", "softplus", "elu", "selu", "celu", "logsigmoid")
     },
-    **{name: _unary(getattr(torch, name)) for name in ("relu_", "clamp", "sum", "mean", "exp")},
+    **{name: _relu(getattr(F, name)) for name in ("relu", "relu6")},
+    "relu_": _relu(F.relu),
+    **{name: _unary(getattr(torch, name)) for name in ("clamp", "sum", "mean", "exp")},
     **{
         name: _pool(getattr(F, name))
         for kind in ("avg", "max")

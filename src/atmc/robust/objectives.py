@@ -26,7 +26,7 @@ from atmc.core.arguments import NOT_NEGATIVE, POSITIVE, Bounds
 from atmc.core.errors import unknown
 from atmc.core.rng import Noise
 from atmc.robust.attacks import Loss, attack_mode, kl_from, pgd
-from atmc.robust.intervals import bound_logits, margins
+from atmc.robust.intervals import Interval, bound_logits, collect_preactivations, imbalance, looseness, margins
 from atmc.robust.threats import Threat
 
 
@@ -156,7 +156,15 @@ def mart(model: nn.Module, x: Tensor, y: Tensor, perturb: Perturb, *, weight: fl
 
 
 def ibp(
-    model: nn.Module, x: Tensor, y: Tensor, perturb: Perturb, *, kappa: float, eps_factor: float, l1: float
+    model: nn.Module,
+    x: Tensor,
+    y: Tensor,
+    perturb: Perturb,
+    *,
+    kappa: float,
+    eps_factor: float,
+    l1: float,
+    regularizer: float,
 ) -> Tensor:
     """Return kappa times the clean cross-entropy plus 1 - kappa times that of the worst logits (Gowal et al. 2018).
 
@@ -167,15 +175,25 @@ def ibp(
         kappa: weight of the clean images once the ball has its full size.
         eps_factor: radius in training over the threat's.
         l1: price of the sum of the absolute values of all weights.
+        regularizer: price, at the start of the ramp, of bounds that widen and of ReLUs that are all on one side (Shi et
+            al. 2021, section 4.2). It falls to 0 while the ball grows.
     """
-    logits, worst = _bounded_logits(model, x, y, perturb, eps_factor)
+    bounded = _bound_worst(model, x, y, perturb, eps_factor, regularizer)
     clean_weight = 1 - (1 - kappa) * perturb.ramp
-    loss = clean_weight * F.cross_entropy(logits, y) + (1 - clean_weight) * F.cross_entropy(worst, y)
-    return loss + l1 * _absolute_weights(model) if l1 else loss
+    loss = clean_weight * F.cross_entropy(bounded.clean, y) + (1 - clean_weight) * F.cross_entropy(bounded.worst, y)
+    return loss + bounded.penalty + (l1 * _absolute_weights(model) if l1 else 0.0)
 
 
 def mtl_ibp(
-    model: nn.Module, x: Tensor, y: Tensor, perturb: Perturb, *, alpha: float, eps_factor: float, l1: float
+    model: nn.Module,
+    x: Tensor,
+    y: Tensor,
+    perturb: Perturb,
+    *,
+    alpha: float,
+    eps_factor: float,
+    l1: float,
+    regularizer: float,
 ) -> Tensor:
     """Return alpha times the cross-entropy of the worst logits plus 1 - alpha times the adversarial one.
 
@@ -185,21 +203,36 @@ def mtl_ibp(
         alpha: weight of the bounds; 1 leaves them alone, 0 is `pgd_at`.
         eps_factor: radius of the bounds over the threat's.
         l1: price of the sum of the absolute values of all weights.
+        regularizer: as in `ibp`.
     """
-    _, worst = _bounded_logits(model, x, y, perturb, eps_factor)
-    loss = alpha * F.cross_entropy(worst, y) + (1 - alpha) * F.cross_entropy(model(perturb(x, y)).float(), y)
-    return loss + l1 * _absolute_weights(model) if l1 else loss
+    bounded = _bound_worst(model, x, y, perturb, eps_factor, regularizer)
+    adversarial = F.cross_entropy(model(perturb(x, y)).float(), y)
+    loss = alpha * F.cross_entropy(bounded.worst, y) + (1 - alpha) * adversarial
+    return loss + bounded.penalty + (l1 * _absolute_weights(model) if l1 else 0.0)
 
 
-def _bounded_logits(
-    model: nn.Module, x: Tensor, y: Tensor, perturb: Perturb, eps_factor: float
-) -> tuple[Tensor, Tensor]:
-    """Return the clean logits (n, classes), and the worst ones less that of the label, by intervals; in float32."""
+@dataclass(frozen=True)
+class BoundedLogits:
+    """Clean logits (n, classes), the worst ones less that of the label, and a penalty for loose bounds, a scalar."""
+
+    clean: Tensor
+    worst: Tensor
+    penalty: Tensor | float
+
+
+def _bound_worst(
+    model: nn.Module, x: Tensor, y: Tensor, perturb: Perturb, eps_factor: float, regularizer: float
+) -> BoundedLogits:
+    """Bound the logits by intervals, in float32; the penalty falls to 0 while the ball grows."""
     largest = perturb.threat.largest_eps(x[0].numel())
     threat = perturb.threat.with_eps(min(perturb.threat.eps * eps_factor, largest))
-    with torch.autocast(x.device.type, enabled=False):
+    price = regularizer * (1 - perturb.ramp)
+    with torch.autocast(x.device.type, enabled=False), collect_preactivations() as preactivations:
         logits = bound_logits(model, x, threat)
-        return logits.clean, margins(logits, y)
+        penalty: Tensor | float = 0.0
+        if price:
+            penalty = price * (looseness(Interval.of(x, threat), preactivations) + imbalance(preactivations))
+        return BoundedLogits(logits.clean, margins(logits, y), penalty)
 
 
 def _absolute_weights(model: nn.Module) -> Tensor:
@@ -303,6 +336,7 @@ OBJECTIVES: dict[str, ObjectiveSpec] = {
             "kappa": Option(0.3, FRACTION, "weight of the clean cross-entropy at the end of the ramp"),
             "eps_factor": Option(1.01, POSITIVE, "radius in training over the threat's"),
             "l1": Option(0.0, NOT_NEGATIVE, "price of the absolute values of the weights"),
+            "regularizer": Option(0.5, NOT_NEGATIVE, "price of loose bounds and one-sided ReLUs while the ball grows"),
         },
         certified=True,
     ),
@@ -313,6 +347,7 @@ OBJECTIVES: dict[str, ObjectiveSpec] = {
             "alpha": Option(0.5, FRACTION, "weight of the intervals' cross-entropy"),
             "eps_factor": Option(1.01, POSITIVE, "radius of the intervals over the threat's"),
             "l1": Option(0.0, NOT_NEGATIVE, "price of the absolute values of the weights"),
+            "regularizer": Option(0.5, NOT_NEGATIVE, "price of loose bounds and one-sided ReLUs while the ball grows"),
         },
         certified=True,
     ),

@@ -20,6 +20,7 @@ from atmc.data import Images, mix_classes
 from atmc.evaluation.accuracy import interval_accuracy
 from atmc.evaluation.evaluate import check_model, takes_channels_last
 from atmc.pack import artifact
+from atmc.robust.intervals import initialize_weights
 from atmc.robust.objectives import OBJECTIVES
 from atmc.robust.threats import Threat, check_threat
 from atmc.training.batch_norm import restore_batch_norm
@@ -104,7 +105,10 @@ class Job:
             nonzeros=self.nonzeros, dense_weights=self.dense_weights, bits=budget.bits, recipe=recipe, rate=rate
         )
         phases = spec.build(plan)
-        working = copy.deepcopy(model).to(device)
+        working = copy.deepcopy(model)
+        if recipe.initialization == "ibp":
+            initialize_weights(working, recipe.seed)
+        working.to(device)
         train, val = train.to(device), mix_classes(val).to(device)
         restore_batch_norm(working, train)
         recipe = replace(

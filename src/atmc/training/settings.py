@@ -26,6 +26,7 @@ LEARNING_RATES = {
     "adamw": {"dense": 2e-3, "l0": 1e-3, "admm": 1e-3, "tune": 5e-4},
     "sgd": {"dense": 0.1, "l0": 0.02, "admm": 0.01, "tune": 0.005},
 }
+INITIALIZATIONS = ("given", "ibp")
 FactorStart = Literal["identity", "svd"]
 
 
@@ -110,6 +111,12 @@ class Recipe:
         "images per step; an epoch's last batch may be smaller, but a single remaining image joins the batch before it",
         128,
         bounds=AT_LEAST_ONE,
+    )
+    initialization: str = setting(
+        "weights at the start: `given`, as the model comes, or `ibp`, drawn so that interval bounds keep their width "
+        "from layer to layer (Shi et al. 2021)",
+        "given",
+        choices=INITIALIZATIONS,
     )
     warmup: float = setting(
         "fraction of the dense phase in which the learning rate rises",
