@@ -22,8 +22,8 @@ import atmc
 from atmc.commands.outputs import write_json
 from atmc.data import mix_classes
 from atmc.evaluation.verify.bounds import Box, Rounding, bound_logits
-from atmc.evaluation.verify.executions import Execution, list_executions
-from atmc.evaluation.verify.verify import prove_executions, verify
+from atmc.evaluation.verify.executions import Execution, list_executions, prove_executions
+from atmc.evaluation.verify.verify import verify
 from atmc.pack import artifact
 from atmc.robust.threats import Threat
 

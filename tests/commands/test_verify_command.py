@@ -16,7 +16,7 @@ from torch import nn
 
 import atmc
 from atmc.evaluation import resume
-from atmc.evaluation.verify import verify
+from atmc.evaluation.verify import stages
 
 MODELS = """
 import torch
@@ -140,15 +140,15 @@ class TestResume:
 
     def interrupt(self, monkeypatch: pytest.MonkeyPatch, function: str, calls_before: int) -> list[tuple]:
         """Let a function of the verification raise KeyboardInterrupt once; return the list of its calls."""
-        original, calls = getattr(verify, function), []
+        original, calls = getattr(stages, function), []
 
-        def interrupted(*arguments):
+        def interrupted(*arguments, **options):
             calls.append(arguments)
             if len(calls) == calls_before + 1:
                 raise KeyboardInterrupt
-            return original(*arguments)
+            return original(*arguments, **options)
 
-        monkeypatch.setattr(verify, function, interrupted)
+        monkeypatch.setattr(stages, function, interrupted)
         return calls
 
     def test_nothing_is_measured_twice(self, here, monkeypatch, capsys):
@@ -183,7 +183,7 @@ class TestResume:
         monkeypatch.setattr("atmc.evaluation.autoattack.QUERIES", 50)
         assert run_verify("a.atmc", *self.ASKED, "added.json", "--autoattack") == 0
         whole = figures("added.json")
-        calls = self.interrupt(monkeypatch, "_attack_batch", 0)
+        calls = self.interrupt(monkeypatch, "run_protocol", 0)
         assert run_verify("a.atmc", *self.ASKED, "later.json") == 1
         assert run_verify("a.atmc", *self.ASKED, "later.json", "--autoattack", "--resume") == 0
         assert len(calls) > 2

@@ -32,8 +32,8 @@ from atmc.evaluation.verify.bounds import (
     check_finite,
     prove,
 )
-from atmc.evaluation.verify.executions import list_executions
-from atmc.evaluation.verify.verify import prove_executions, verify
+from atmc.evaluation.verify.executions import list_executions, prove_executions
+from atmc.evaluation.verify.verify import verify
 from atmc.robust import intervals
 from atmc.robust.threats import L2, Linf
 
@@ -287,22 +287,35 @@ class TestModules:
                 assert escaped(execution.graph, box, x, RUNS[run](execution.graph), execution.rounding) == 0
 
     def test_factors_run_too(self):
-        model = factorize(nn.Sequential(nn.Flatten(), nn.Linear(36, 12), nn.ReLU(), nn.Linear(12, 3)))
+        """PyTorch, and one form of the C export, run a layer whole; the engine and another form run its factors."""
+        torch.manual_seed(0)
+        model = factorize(nn.Sequential(nn.Flatten(), nn.Linear(36, 12), nn.ReLU(), nn.Linear(12, 3)), start="svd")
+        with torch.no_grad():
+            model[1].parametrizations.weight.original0[:, 2:] = 0  # U, to rank 2
         executions = list_executions(model, (1, 6, 6))
-        assert len(executions) == 4  # PyTorch, the engine, two forms of the C export
-        x = torch.rand(3, 1, 6, 6)
-        y = model(x).argmax(1)
-        assert bool((prove_executions(executions, x, y, Linf(1e-6)) <= torch.ones(3, dtype=torch.bool)).all())
+        layers = [[type(node.op) for node in execution.graph.nodes].count(Linear) for execution in executions]
+        assert layers == [2, 4]
+        x = torch.rand(200, 1, 6, 6)
+        with torch.no_grad():
+            y = model(x).argmax(1)
+        both, alone = (prove_executions(some, x, y, Linf(0.01)) for some in (executions, executions[:1]))
+        assert 0 < int(both.sum()) <= int(alone.sum()) < 200
+
+    def test_graphs_that_are_the_same_are_listed_once(self):
+        plain, normalized = linear_model(3, 2), nn.Sequential(atmc.models.Normalize([0.3], [0.7]), linear_model(3, 2))
+        assert len(list_executions(plain, (1, 2, 2))) == 1
+        graphs = [execution.graph for execution in list_executions(normalized, (1, 2, 2))]
+        assert [type(graph.nodes[0].op) for graph in graphs] == [Affine, Flatten, Affine]
 
     def test_a_proof_needs_every_execution(self):
         model, x = linear_model(3, 2), torch.rand(1, 1, 2, 2)
         with torch.no_grad():
             y = model(x).argmax(1)
-        executions = list_executions(model, (1, 2, 2))
-        assert bool(prove_executions(executions, x, y, Linf(1e-4)).all())
-        other = Linear(-executions[1].graph.nodes[-1].op.weight, executions[1].graph.nodes[-1].op.bias)
-        graph = chain((1, 2, 2), Flatten(), other)
-        wrong = [executions[0], *executions[2:], type(executions[0])(graph=graph, rounding=Rounding())]
+        (execution,) = list_executions(model, (1, 2, 2))
+        assert bool(prove_executions([execution, execution], x, y, Linf(1e-4)).all())
+        last = execution.graph.nodes[-1].op
+        graph = chain((1, 2, 2), Flatten(), Linear(-last.weight, last.bias))
+        wrong = [execution, type(execution)(graph=graph, rounding=Rounding())]
         assert not bool(prove_executions(wrong, x, y, Linf(1e-4)).any())
 
 

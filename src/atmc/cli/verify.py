@@ -20,8 +20,18 @@ def verify(
     threat: Annotated[str, typer.Option(help="What the adversary may do, in pixel units: linf:8/255 and the like.")],
     n: Annotated[int | None, typer.Option(help="Number of images, the first ones (default: all).")] = None,
     autoattack: Annotated[
-        bool, typer.Option(help="Run AutoAttack on the images that neither a proof nor PGD decides.")
+        bool, typer.Option(help="Run AutoAttack on the images that neither bounds nor PGD decide.")
     ] = False,
+    time_per_image: Annotated[
+        float | None,
+        typer.Option(
+            help="Seconds for the complete method, per image that is undecided at the end; without this option it does "
+            "not run."
+        ),
+    ] = None,
+    processes: Annotated[
+        int, typer.Option(help="Number of processes that share the images, with one thread each.")
+    ] = 1,
     batch_size: Annotated[int, typer.Option(help="Number of images that are taken at once.")] = 100,
     seed: Annotated[int, typer.Option(help="Seed of the attacks' random starts.")] = 0,
     model: Annotated[
@@ -30,6 +40,9 @@ def verify(
     ] = None,
     image_column: ImageColumn = None,
     label_column: LabelColumn = None,
+    save_examples: Annotated[
+        Path | None, typer.Option(help="Save the images that break others to this .npz file, see evaluate.")
+    ] = None,
     json_path: JsonFile = None,
     resume: Annotated[
         bool, typer.Option("--resume/--no-resume", help="Continue an interrupted verification (with --json).")
@@ -46,10 +59,18 @@ def verify(
         file=file,
         data=data,
         threat=parse_threat(threat),
-        options=VerifyOptions(n=n, autoattack=autoattack, seed=seed, batch_size=batch_size),
+        options=VerifyOptions(
+            n=n,
+            autoattack=autoattack,
+            time_per_image=time_per_image,
+            processes=processes,
+            seed=seed,
+            batch_size=batch_size,
+        ),
         model=model,
         image_column=image_column,
         label_column=label_column,
+        save_examples=save_examples,
         json_path=json_path,
         resume=resume,
         overwrite=overwrite,
@@ -72,16 +93,28 @@ def verify(
 
 
 def verification_tables(figures: Mapping[str, Any]) -> list[RenderableType]:
-    """Return the tables of a verification: its accuracies, and what each stage decided."""
+    """Return the tables of a verification: its accuracies, what each stage decided, and how hard the images were."""
     title = f"{figures['model']} on {figures['data']}, {figures['threat']}"
-    attacks = " and ".join(figures["attacked"]["attacks"])
+    breakers = [name for name in figures["attacked"]["broken_by"] if name != "clean"]
     accuracies = new_table(title, ["images"], ["accuracy [95 % interval]"])
     accuracies.add_row("clean", format_accuracy(figures["clean"]))
-    accuracies.add_row(f"attacked, by {attacks}: at most", format_accuracy(figures["attacked"]))
+    accuracies.add_row(f"attacked, by {', '.join(breakers)}: at most", format_accuracy(figures["attacked"]))
     accuracies.add_row("certified, under every attack: at least", format_accuracy(figures["certified"]))
     accuracies.add_row("undecided", f"{figures['certified']['undecided']:.2%}")
-    stages = new_table("verdicts by stage", ["stage", "verdict"], ["images", "decided", "seconds"])
+    stages = new_table("verdicts by stage", ["stage"], ["images", "certified", "broken", "seconds"])
     for row in figures["stages"]:
-        numbers = (f"{row['images']:,}", f"{row['decided']:,}", f"{row['seconds']:,.1f}")
-        stages.add_row(row["stage"], row["verdict"], *numbers)
-    return [accuracies, stages]
+        verdicts = [f"{row[verdict]:,}" if verdict in row else "" for verdict in ("certified", "broken")]
+        stages.add_row(row["stage"], f"{row['images']:,}", *verdicts, f"{row['seconds']:,.1f}")
+    return [accuracies, stages, *_search_tables(figures)]
+
+
+def _search_tables(figures: Mapping[str, Any]) -> list[RenderableType]:
+    """Return the table of the distributions over the images of the complete method, as a list, empty if it had none."""
+    if "complete" not in figures:
+        return []
+    search, quantiles = figures["complete"], ("min", "median", "p90", "max")
+    title = f"complete: {search['images']:,} images, {search['undecided']:,} undecided"
+    table = new_table(title, ["per image"], quantiles)
+    table.add_row("seconds", *(f"{search['seconds'][name]:,.1f}" for name in quantiles))
+    table.add_row("unstable ReLUs", *(f"{search['unstable'][name]:,.0f}" for name in quantiles))
+    return [table]

@@ -14,7 +14,7 @@ import torch
 from torch import nn
 
 from atmc.commands.model_files import check_image_shape, check_named, open_model
-from atmc.commands.outputs import check_absent, check_parent, write_json
+from atmc.commands.outputs import check_absent, check_examples_file, check_parent, write_json
 from atmc.commands.partial_results import PartialResults, PartMeasured, measure_certificate, measure_curves
 from atmc.core.arguments import parse_device
 from atmc.core.files import write_beside
@@ -166,11 +166,10 @@ def _check_request(request: EvaluateRequest) -> None:
         smoothing.check_settings(request.threat, request.certify, request.certify_samples)
     if len(request.files) > 1 and (request.save_examples or request.gallery):
         raise ValueError("--save-examples and --gallery write the images of one model: evaluate one file at a time")
-    for path in (request.save_examples, request.gallery):
-        if path:
-            check_parent(path)
-    if request.save_examples and request.save_examples.suffix != ".npz":
-        raise ValueError(f"expected a name that ends in .npz for the examples, got {request.save_examples}")
+    if request.save_examples:
+        check_examples_file(request.save_examples)
+    if request.gallery:
+        check_parent(request.gallery)
     if request.resume and not request.json_path:
         raise ValueError("--resume needs --json: the state of an evaluation lies beside that file")
 

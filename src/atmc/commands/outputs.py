@@ -33,6 +33,13 @@ def check_parent(path: Path) -> None:
         raise ValueError(f"there is no folder {path.parent} to write {path.name} into")
 
 
+def check_examples_file(path: Path) -> None:
+    """Raise ValueError if adversarial images cannot be written to this file: no folder, or a name without .npz."""
+    check_parent(path)
+    if path.suffix != ".npz":
+        raise ValueError(f"expected a name that ends in .npz for the examples, got {path}")
+
+
 def check_absent(path: Path, *, overwrite: bool) -> None:
     """Raise ValueError if a file exists already and the user did not ask to replace it."""
     if path.exists() and not overwrite:

@@ -54,12 +54,20 @@ class PartialResults:
             raise ValueError(f"{path} is of another measurement: remove it, or repeat the options of that measurement")
         self._values = values
 
+    def get(self, name: str) -> Any:
+        """Return the part of this name; None if there is none yet."""
+        return self._values.get(name)
+
+    def keep(self, name: str, value: Any) -> None:
+        """Keep a part, and write the file if the last time was some seconds ago."""
+        self._values[name] = value
+        if time.monotonic() - self._saved >= resume.SAVE_EVERY:
+            self.save()
+
     def get_or_measure(self, name: str, measure: Callable[[], Any]) -> Any:
         """Return the part of this name; if there is none yet, measure and keep it."""
         if name not in self._values:
-            self._values[name] = measure()
-            if time.monotonic() - self._saved >= resume.SAVE_EVERY:
-                self.save()
+            self.keep(name, measure())
         return self._values[name]
 
     def save(self) -> None:

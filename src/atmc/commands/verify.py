@@ -5,20 +5,21 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Generator, Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from atmc.commands.model_files import check_image_shape, check_named, open_model
-from atmc.commands.outputs import check_absent, check_parent, write_json
+from atmc.commands.outputs import check_absent, check_examples_file, check_parent, write_json
 from atmc.commands.partial_results import PartialResults
 from atmc.core.version import __version__
 from atmc.data import load_data
 from atmc.evaluation import resume
 from atmc.evaluation.verify.bounds import check_provable
-from atmc.evaluation.verify.verify import LAST_STAGES, BatchVerified, Verification, VerifyOptions, run_verification
+from atmc.evaluation.verify.stages import STAGES
+from atmc.evaluation.verify.verify import BatchVerified, Verification, VerifyOptions, run_verification
 from atmc.robust.threats import Threat
 
 
@@ -28,6 +29,7 @@ class VerifyRequest:
 
     Args:
         file: a model file or checkpoint.
+        save_examples: the file for the images that broke others, see `adversarial_file`.
         json_path: the file for the figures; the state of an unfinished verification lies beside it.
     """
 
@@ -38,6 +40,7 @@ class VerifyRequest:
     model: str | None = None
     image_column: str | None = None
     label_column: str | None = None
+    save_examples: Path | None = None
     json_path: Path | None = None
     resume: bool = False
     overwrite: bool = False
@@ -54,6 +57,8 @@ class VerifyRequest:
             "threat": str(self.threat),
             "n": self.options.n,
             "autoattack": self.options.autoattack,
+            "time_per_image": self.options.time_per_image,
+            "save_examples": self.save_examples is not None,
             "seed": self.options.seed,
             "batch_size": self.options.batch_size,
             "model": self.model,
@@ -98,6 +103,8 @@ def _check_request(request: VerifyRequest) -> None:
     check_named(request.file, request.model)
     if request.resume and not request.json_path:
         raise ValueError("--resume needs --json: the state of a verification lies beside that file")
+    if request.save_examples:
+        check_examples_file(request.save_examples)
     if request.json_path:
         check_parent(request.json_path)
         if request.json_path.is_dir():
@@ -118,10 +125,10 @@ def _read_figures(request: VerifyRequest, identity: dict[str, Any]) -> dict[str,
 
 def _check_output(request: VerifyRequest) -> None:
     """Raise ValueError if the verification would replace what exists, or leave a state that it does not continue."""
-    if request.json_path is None or request.state_path is None:
-        return
-    check_absent(request.json_path, overwrite=request.overwrite)
-    if request.state_path.exists() and not (request.resume or request.overwrite):
+    for path in (request.json_path, request.save_examples):
+        if path:
+            check_absent(path, overwrite=request.overwrite)
+    if request.state_path and request.state_path.exists() and not (request.resume or request.overwrite):
         raise ValueError(
             f"{request.state_path} holds an unfinished verification: add --resume to continue it or --overwrite to "
             "start again"
@@ -136,22 +143,27 @@ def _measure(request: VerifyRequest, identity: dict[str, Any]) -> Generator[Batc
     check_image_shape(loaded, data)
     if request.state_path and not request.resume:
         request.state_path.unlink(missing_ok=True)
-    decided = {name: value for name, value in identity.items() if name not in LAST_STAGES}  # they may be added later
+    asked = {stage.option for stage in STAGES.values()}  # stages that may be asked for when it continues
+    decided = {name: value for name, value in identity.items() if name not in asked}
     mark = resume.compute_fingerprint(loaded.model, data.test, len(data.test), request=decided, atmc=__version__)
     parts = PartialResults(request.state_path, mark)
-    result = None
+    options, result = replace(request.options, keep=request.save_examples is not None), None
     try:
         for event in run_verification(
-            loaded.model, data.test, request.threat, request.options, factors=loaded.factors, parts=parts
+            loaded.model, data.test, request.threat, options, factors=loaded.factors, parts=parts
         ):
             if isinstance(event, Verification):
                 result = event
             else:
                 yield event
-    except KeyboardInterrupt:
+    except (KeyboardInterrupt, RuntimeError):
         parts.save()
         raise
     assert result is not None
+    if request.save_examples:
+        assert result.examples is not None
+        about = {**result.examples.about, "model": str(request.file)}
+        replace(result.examples, about=about).save(request.save_examples)
     return {
         "model": str(request.file),
         "data": request.data,

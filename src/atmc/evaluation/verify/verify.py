@@ -1,55 +1,43 @@
-"""Give each image a verdict: certified by a proof, broken by an image that was found, or undecided.
+"""Give each image a verdict: certified by a proof, broken by an image that the model gets wrong, or undecided.
 
-The stages run from the cheapest on; each takes the images that are undecided until then:
-
-- ``clean``: an image that is wrong without an attack is broken;
-- ``interval``: certified if interval bounds prove every graph that runs (see `list_executions`);
-- ``pgd-strong``: broken if this attack finds an image that counts (see `evaluation.accuracy`);
-- ``autoattack``: likewise, if it is asked for.
-
-A proof and an attack cannot both succeed on an image, so the order of these two changes the time and no verdict.
+`run_verification` takes the images through the stages of `stages.STAGES`; docs/verification.md says what they do and
+what a proof covers.
 """
 
 from __future__ import annotations
 
-import time
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
-from functools import partial
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass, field
 from typing import Any, Protocol
 
+import numpy as np
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from atmc.compress.factorize import fold
 from atmc.core.arguments import check_module
 from atmc.core.rng import check_seed
 from atmc.data import Images, as_images, mix_classes
-from atmc.evaluation.accuracy import count_examples, predictions, run_protocol
-from atmc.evaluation.attacks import Protocol as AttackProtocol
+from atmc.evaluation.accuracy import count_examples, predictions
+from atmc.evaluation.adversarial_file import AdversarialExamples
 from atmc.evaluation.attacks import build_protocol
 from atmc.evaluation.evaluate import check_model, prepare
 from atmc.evaluation.statistics import Accuracy
-from atmc.evaluation.verdicts import Verdicts
-from atmc.evaluation.verify.bounds import bound_images, check_provable, prove
-from atmc.evaluation.verify.executions import Execution, list_executions
+from atmc.evaluation.verify.bounds import check_provable
+from atmc.evaluation.verify.executions import list_executions
+from atmc.evaluation.verify.stages import BROKEN, CERTIFIED, STAGES, UNDECIDED, Part, Problem, decode_image
+from atmc.evaluation.verify.workers import Workers
 from atmc.pack.weight_forms import Weight
 from atmc.robust.threats import Threat, as_threat
-
-CERTIFIED, BROKEN, UNDECIDED = "certified", "broken", "undecided"
-STAGES = {
-    "clean": BROKEN,
-    "interval": CERTIFIED,
-    "pgd-strong": BROKEN,
-}  # by deciding stage
-LAST_STAGES = {"autoattack": BROKEN}  # those that are asked for
-VERDICTS = STAGES | LAST_STAGES
 
 
 @dataclass(frozen=True, kw_only=True)
 class VerifyOptions:
     """How a verification is done: the arguments of `verify`.
+
+    Args:
+        keep: keep the images that break others, in `Verification.examples`.
 
     Raises:
         ValueError: options that make no sense.
@@ -57,6 +45,9 @@ class VerifyOptions:
 
     n: int | None = None
     autoattack: bool = False
+    time_per_image: float | None = None
+    processes: int = 1
+    keep: bool = True
     seed: int = 0
     batch_size: int = 100
 
@@ -66,11 +57,15 @@ class VerifyOptions:
             raise ValueError(f"expected n >= 1 examples, got {self.n}")
         if self.batch_size < 1:
             raise ValueError(f"expected batch_size >= 1, got {self.batch_size}")
+        if self.processes < 1:
+            raise ValueError(f"expected processes >= 1, got {self.processes}")
+        if self.time_per_image is not None and not 0 < self.time_per_image < float("inf"):
+            raise ValueError(f"expected a finite time per image > 0 seconds, got {self.time_per_image}")
 
     @property
     def stages(self) -> tuple[str, ...]:
         """The stages that run, in order."""
-        return tuple(VERDICTS if self.autoattack else STAGES)
+        return tuple(name for name, stage in STAGES.items() if stage.option is None or getattr(self, stage.option))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -86,30 +81,49 @@ class BatchVerified:
 
 
 @dataclass(frozen=True, kw_only=True)
+class ImageSearched:
+    """How the complete method fared on one image.
+
+    Args:
+        row: the image's position among those that were taken.
+        verdict: what it gave.
+        seconds: its time.
+        unstable: the number of ReLUs and pooling windows of which the bounds leave open what they pass on.
+        branches: the number of parts of the problem that it bounded.
+    """
+
+    row: int
+    verdict: str
+    seconds: float
+    unstable: int
+    branches: int
+
+
+@dataclass(frozen=True, kw_only=True)
 class Verification:
     """Verdicts on n images.
 
     Args:
         threat: what was proved against.
-        decided_by: for each image, in the order in which they were taken, the stage that decided it, None if it is
-            undecided.
+        verdicts: for each image, in the order in which they were taken, "certified", "broken" or "undecided".
+        decided_by: for each image the stage that decided it, None if it is undecided.
         stages: the stages that ran, in order.
         taken: how many images each stage took.
-        seconds: time of each stage.
+        seconds: time of each stage, added up over processes.
         settings: of each attack, as in metrics.json.
+        searched: the images that the complete method took, in order.
+        examples: for each image the one that broke it, or else the image itself; None if they were not kept.
     """
 
     threat: Threat
+    verdicts: tuple[str, ...]
     decided_by: tuple[str | None, ...]
     stages: tuple[str, ...]
     taken: Mapping[str, int]
     seconds: Mapping[str, float]
     settings: Mapping[str, dict[str, Any]] = field(default_factory=dict)
-
-    @property
-    def verdicts(self) -> tuple[str, ...]:
-        """For each image "certified", "broken" or "undecided"."""
-        return tuple(UNDECIDED if stage is None else VERDICTS[stage] for stage in self.decided_by)
+    searched: tuple[ImageSearched, ...] = ()
+    examples: AdversarialExamples | None = None
 
     @property
     def clean(self) -> Accuracy:
@@ -137,44 +151,79 @@ class Verification:
         counts = Counter(self.decided_by)
         return {name: counts[name] for name in self.stages}
 
+    def count(self, stage: str, verdict: str) -> int:
+        """Return how many images got this verdict by this stage."""
+        return list(zip(self.decided_by, self.verdicts, strict=True)).count((stage, verdict))
+
     def to_json(self) -> dict[str, Any]:
-        """Return the keys clean, certified, attacked, stages and decided_by of the JSON of `atmc verify`."""
-        n, eps = len(self.decided_by), self.threat.eps
-        shares = {
-            verdict: {name: round(self.by_stage[name] / n, 6) for name in self.stages if VERDICTS[name] == verdict}
-            for verdict in (CERTIFIED, BROKEN)
-        }
-        certified = {**self.certified.to_json(), "eps": eps, "by": shares[CERTIFIED]}
-        return {
+        """Return the keys of `atmc verify --json` on verdicts: clean, certified, attacked, stages, complete and so on.
+
+        complete is there if the complete method ran.
+        """
+        eps = self.threat.eps
+        certified = {**self.certified.to_json(), "eps": eps, "by": self._share_by_stage(CERTIFIED)}
+        attacked = {**self.attacked.to_json(), "eps": eps, "broken_by": self._share_by_stage(BROKEN)}
+        figures = {
             "clean": self.clean.to_json(),
             "certified": certified | {"undecided": round(self.undecided, 6)},
-            "attacked": {**self.attacked.to_json(), "eps": eps, "broken_by": shares[BROKEN], "attacks": self.settings},
+            "attacked": attacked | {"attacks": self.settings},
             "stages": [
                 {
                     "stage": name,
-                    "verdict": VERDICTS[name],
+                    "verdict": " or ".join(STAGES[name].verdicts),
                     "images": self.taken[name],
                     "decided": self.by_stage[name],
+                    **{verdict: self.count(name, verdict) for verdict in STAGES[name].verdicts},
                     "seconds": round(self.seconds[name], 2),
                 }
                 for name in self.stages
             ],
-            "decided_by": list(self.decided_by),
         }
+        if self.searched:
+            figures["complete"] = _describe_search(self.searched)
+        return figures | {"verdicts": list(self.verdicts), "decided_by": list(self.decided_by)}
+
+    def _share_by_stage(self, verdict: str) -> dict[str, float]:
+        """Return the share of images that got this verdict, by stage."""
+        names = [name for name in self.stages if verdict in STAGES[name].verdicts]
+        return {name: round(self.count(name, verdict) / len(self.verdicts), 6) for name in names}
+
+
+def _describe_search(searched: Sequence[ImageSearched]) -> dict[str, Any]:
+    """Return, as JSON, the distributions of time and of unstable ReLUs, and the figures of each image."""
+    return {
+        "images": len(searched),
+        "undecided": sum(one.verdict == UNDECIDED for one in searched),
+        "seconds": _describe_distribution([one.seconds for one in searched]),
+        "unstable": _describe_distribution([one.unstable for one in searched]),
+        "by_image": [{**asdict(one), "seconds": round(one.seconds, 3)} for one in searched],
+    }
+
+
+def _describe_distribution(values: Sequence[float]) -> dict[str, float]:
+    """Return the least value, the median, the 90th percentile and the largest value."""
+    shares = {"min": 0.0, "median": 0.5, "p90": 0.9, "max": 1.0}
+    return {name: round(float(np.quantile(values, share)), 3) for name, share in shares.items()}
 
 
 class Parts(Protocol):
     """Where finished parts of a verification are kept by name, so that an interrupted one continues."""
 
-    def get_or_measure(self, name: str, measure: Callable[[], Any]) -> Any:
-        """Return the part of this name, a JSON value; if there is none yet, measure and keep it."""
+    def get(self, name: str) -> Any:
+        """Return the part of this name, a JSON value; None if there is none yet."""
+
+    def keep(self, name: str, value: Any) -> None:
+        """Keep a part."""
 
 
 class _NoParts:
     """Keeps nothing."""
 
-    def get_or_measure(self, name: str, measure: Callable[[], Any]) -> Any:
-        return measure()
+    def get(self, name: str) -> Any:
+        return None
+
+    def keep(self, name: str, value: Any) -> None:
+        pass
 
 
 def verify(
@@ -184,6 +233,8 @@ def verify(
     threat: Threat | str,
     n: int | None = None,
     autoattack: bool = False,
+    time_per_image: float | None = None,
+    processes: int = 1,
     seed: int = 0,
     batch_size: int = 100,
     factors: Mapping[str, Weight] | None = None,
@@ -192,12 +243,15 @@ def verify(
 
     Args:
         model: module from images (n, c, h, w) in [0, 1] to logits, of operations that a graph can hold. It is verified
-            in evaluation mode, in float32 on the CPU, and is not changed.
+            in evaluation mode, whatever its mode is, as in `evaluate`; in float32 on the CPU. It is not changed.
         test: a DataLoader, a dataset of (image, label) pairs, or a pair of tensors; images in [0, 1]. If they are
             sorted by class, they are taken in a fixed mixed order, as `evaluate` does.
         threat: what the adversary may do, ``Linf(8 / 255)`` or "linf:8/255"; there are proofs for linf only.
         n: number of images, the first ones; all by default.
-        autoattack: run AutoAttack on the images that are undecided after `pgd-strong`.
+        autoattack: run AutoAttack on the images that are undecided after the stage `linear`.
+        time_per_image: run the complete method for at most so many seconds on each image that is undecided then.
+        processes: number of processes that share the images, with one thread each. If there are several, the script
+            that calls this function needs the guard ``if __name__ == "__main__":``, since each process imports it.
         seed: keys the random starts of attacks.
         batch_size: number of images that are taken at once. The verdicts of AutoAttack depend on it.
         factors: of the weights of a model file, if the engine runs them (`artifact.LoadedModel.factors`); by default
@@ -212,8 +266,16 @@ def verify(
     Raises:
         ValueError: another norm than linf, eps above 1, a model with an operation without a rule or with constants that
             are not finite, or one that does not fit the images.
+        WorkerEnded: one of several processes ended before it was done.
     """
-    options = VerifyOptions(n=n, autoattack=autoattack, seed=seed, batch_size=batch_size)
+    options = VerifyOptions(
+        n=n,
+        autoattack=autoattack,
+        time_per_image=time_per_image,
+        processes=processes,
+        seed=seed,
+        batch_size=batch_size,
+    )
     *_, result = run_verification(model, test, threat, options, factors=factors)
     assert isinstance(result, Verification)
     return result
@@ -232,10 +294,12 @@ def run_verification(
 
     Args:
         factors: see `verify`.
-        parts: finished batches of an earlier call with the same arguments; `autoattack` may differ.
+        parts: finished batches of an earlier call with the same arguments; processes, and the options that ask for
+            stages, may differ.
 
     Raises:
         ValueError: as `verify`.
+        WorkerEnded: as `verify`.
     """
     check_module(model)
     threat = as_threat(threat)
@@ -245,83 +309,118 @@ def run_verification(
     model = fold(model).float().cpu().eval()
     check_model(model, images, None, probabilities=True)
     model, images = prepare(model, images)
-    protocols = {
-        name: build_protocol(model, images, threat, name, seed=options.seed)
+    images = images.take(slice(0, count_examples(images, options.n)))
+    problem = Problem(
+        model=model,
+        images=images,
+        executions=executions,
+        threat=threat,
+        seed=options.seed,
+        time_per_image=options.time_per_image,
+        keep=options.keep,
+    )
+    settings = {
+        name: build_protocol(model, images, threat, name, seed=options.seed).settings
         for name in options.stages
-        if name not in ("clean", "interval")
+        if STAGES[name].is_attack
     }
-    n = count_examples(images, options.n)
-    stages: dict[str, Callable[[Tensor], Tensor]] = {
-        "clean": partial(_find_wrong, model, images),
-        "interval": partial(_prove_batch, executions, images, threat),
-        **{name: partial(_attack_batch, model, images, protocol, n) for name, protocol in protocols.items()},
-    }
-    decided_by: list[str | None] = [None] * n
-    seconds, taken = dict.fromkeys(stages, 0.0), dict.fromkeys(stages, 0)
-    parts = parts or _NoParts()
-    for name, decide in stages.items():
-        rows = [row for row, stage in enumerate(decided_by) if stage is None]
-        for start in range(0, len(rows), options.batch_size):
-            batch = rows[start : start + options.batch_size]
-            outcome = parts.get_or_measure(f"{name} {start}", partial(_time, decide, torch.tensor(batch)))
-            for row in outcome["decided"]:
-                decided_by[row] = name
-            seconds[name] += outcome["seconds"]
-            taken[name] += len(batch)
-            yield BatchVerified(
-                stage=name,
-                done=taken[name],
-                total=len(rows),
-                certified=sum(stage is not None and VERDICTS[stage] == CERTIFIED for stage in decided_by),
-                broken=sum(stage is not None and VERDICTS[stage] == BROKEN for stage in decided_by),
-                n=n,
-            )
+    progress = _Progress(images)
+    with Workers(problem, options.processes) as workers:
+        for name in options.stages:
+            rows = progress.list_undecided()
+            for batch, part in _run_stage(workers, name, rows, options, parts or _NoParts()):
+                progress.add(name, batch, part)
+                yield progress.describe(name, len(rows))
+    examples = None
+    if options.keep:
+        breaking = [name for name in options.stages if BROKEN in STAGES[name].verdicts]
+        examples = progress.collect_examples(model, attacks=breaking, threat=str(threat), seed=options.seed)
     yield Verification(
         threat=threat,
-        decided_by=tuple(decided_by),
-        stages=tuple(stages),
-        taken=taken,
-        seconds=seconds,
-        settings={name: protocol.settings for name, protocol in protocols.items()},
+        verdicts=tuple(progress.verdicts),
+        decided_by=tuple(progress.decided_by),
+        stages=options.stages,
+        taken={name: progress.taken[name] for name in options.stages},
+        seconds={name: progress.seconds.get(name, 0.0) for name in options.stages},
+        settings=settings,
+        searched=tuple(sorted(progress.searched, key=lambda one: one.row)),
+        examples=examples,
     )
 
 
-def prove_executions(executions: Sequence[Execution], x: Tensor, labels: Tensor, threat: Threat) -> Tensor:
-    """Return (n,) bool: whether interval bounds prove each image x (n, c, h, w) for everything that runs.
-
-    Raises:
-        ValueError: as `bound_images`.
-    """
-    proved = torch.ones(len(x), dtype=torch.bool)
-    for execution in executions:
-        rows = proved.nonzero()[:, 0]
-        if len(rows):
-            box = bound_images(x[rows], threat)
-            proved[rows] = prove(execution.graph, box, labels[rows], execution.rounding)
-    return proved
-
-
-# Stages: rows (b,) of images -> (b,) bool, which of them are decided.
-
-
-def _time(decide: Callable[[Tensor], Tensor], rows: Tensor) -> dict[str, Any]:
-    began = time.monotonic()
-    decided = rows[decide(rows)].tolist()
-    return {"decided": decided, "seconds": time.monotonic() - began}
+def _run_stage(
+    workers: Workers, name: str, rows: Sequence[int], options: VerifyOptions, parts: Parts
+) -> Iterator[tuple[list[int], Part]]:
+    """Run a stage on rows in batches, unless it did so in an earlier call; yield each batch and its part."""
+    stage, waiting = STAGES[name], dict[str, list[int]]()
+    size = min(options.batch_size, stage.most or options.batch_size)
+    asked = f" {getattr(options, stage.option)}" if stage.option else ""  # the earlier call may have asked otherwise
+    for start in range(0, len(rows), size):
+        batch = list(rows[start : start + size])
+        key = f"{name}{asked} {batch[0]}"
+        part = parts.get(key)
+        if part is None:
+            waiting[key] = batch
+        else:
+            yield batch, part
+    batches = list(waiting.items())
+    for position, part in workers.run(name, [batch for _, batch in batches]):
+        key, batch = batches[position]
+        parts.keep(key, part)
+        yield batch, part
 
 
-def _find_wrong(model: nn.Module, images: Images, rows: Tensor) -> Tensor:
-    return predictions(model, images.float_pixels(rows)) != images.labels[rows]
+class _Progress:
+    """What is decided so far; lists are in the order of the images."""
 
+    def __init__(self, images: Images) -> None:
+        self.verdicts = [UNDECIDED] * len(images)
+        self.decided_by: list[str | None] = [None] * len(images)
+        self.taken, self.seconds = Counter[str](), dict[str, float]()
+        self.searched: list[ImageSearched] = []
+        self._images, self._encoded = images, dict[int, str]()
 
-@torch.no_grad()
-def _prove_batch(executions: Sequence[Execution], images: Images, threat: Threat, rows: Tensor) -> Tensor:
-    return prove_executions(executions, images.float_pixels(rows), images.labels[rows], threat)
+    def list_undecided(self) -> list[int]:
+        """Return the rows of images without a verdict."""
+        return [row for row, verdict in enumerate(self.verdicts) if verdict == UNDECIDED]
 
+    def add(self, stage: str, batch: Sequence[int], part: Part) -> None:
+        """Add what a stage decided of a batch of rows."""
+        for verdict in STAGES[stage].verdicts:
+            for row in part[verdict]:
+                self.verdicts[row], self.decided_by[row] = verdict, stage
+        self._encoded.update(zip(part["broken"], part.get("images", ()), strict=False))
+        self.taken[stage] += len(batch)
+        self.seconds[stage] = self.seconds.get(stage, 0.0) + part["seconds"]
+        if "unstable" in part:
+            (row,) = batch
+            self.searched.append(
+                ImageSearched(
+                    row=row,
+                    verdict=self.verdicts[row],
+                    seconds=part["seconds"],
+                    unstable=part["unstable"],
+                    branches=part["branches"],
+                )
+            )
 
-def _attack_batch(model: nn.Module, images: Images, protocol: AttackProtocol, n: int, rows: Tensor) -> Tensor:
-    verdicts = Verdicts.fresh(images, n, keep=False)
-    verdicts.right[rows], verdicts.stage, verdicts.queue = True, 0, rows  # the clean pass is done
-    for _ in run_protocol(model, images, protocol, verdicts, batch_size=len(rows)):
-        pass
-    return ~verdicts.right[rows]
+    def describe(self, stage: str, total: int) -> BatchVerified:
+        """Return the event that a stage has taken so many of `total` images."""
+        return BatchVerified(
+            stage=stage,
+            done=self.taken[stage],
+            total=total,
+            certified=self.verdicts.count(CERTIFIED),
+            broken=self.verdicts.count(BROKEN),
+            n=len(self.verdicts),
+        )
+
+    def collect_examples(self, model: nn.Module, **about: Any) -> AdversarialExamples:
+        """Return for each image the one that broke it, or else the image itself, with the model's predictions."""
+        adv = self._images.float_pixels(slice(None)).clone()
+        for row, text in self._encoded.items():
+            adv[row] = decode_image(text, adv.shape[1:])
+        predicted = torch.cat([predictions(model, part) for part in torch.split(adv, 500)])
+        pairs = zip(self.verdicts, self.decided_by, strict=True)
+        fooled = torch.tensor([verdict == BROKEN and stage != "clean" for verdict, stage in pairs])
+        return AdversarialExamples(adv, self._images.labels, fooled, predicted, about)
