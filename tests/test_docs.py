@@ -30,7 +30,7 @@ DOTTED = re.compile(r"[A-Za-z_]\w*(?:\.[A-Za-z_]\w*)+")
 WORD = re.compile(r"[A-Za-z_]\w*")
 EXTENSIONS = {
     *("atmc", "json", "jsonl", "toml", "md", "py", "html", "c", "h"),
-    *("sh", "svg", "csv", "npz", "pt", "png", "parquet"),
+    *("sh", "svg", "csv", "npz", "pt", "png", "parquet", "onnx", "vnnlib"),
 }
 
 

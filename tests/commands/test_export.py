@@ -126,7 +126,7 @@ def test_c(lenet, tmp_path, capsys):
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        (["--to", "tflite"], "unknown format 'tflite': expected one of onnx, safetensors, c"),
+        (["--to", "tflite"], "unknown format 'tflite': expected one of onnx, safetensors, c, vnnlib"),
         (["--n", 0], "expected n >= 1, got 0"),
         (["--threat", "0.1"], "expected a threat like linf:8/255"),
         (["--threat", "linf:8"], "eps 8 is above the largest linf distance"),

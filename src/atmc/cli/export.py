@@ -13,8 +13,8 @@ from atmc.cli.terminal import say
 
 def export(
     file: ModelFile,
-    to: Annotated[str, typer.Option(help="Format: onnx, safetensors or c.")],
-    out: Annotated[Path, typer.Option(help="File to write; for c a folder.")],
+    to: Annotated[str, typer.Option(help="Format: onnx, safetensors, c or vnnlib.")],
+    out: Annotated[Path, typer.Option(help="File to write; for c and vnnlib a folder.")],
     model: OwnClass = None,
     data: Annotated[
         str | None,
@@ -22,14 +22,26 @@ def export(
     ] = None,
     threat: Annotated[
         str | None,
-        typer.Option(help="Compare on PGD examples under this threat too (default: that of the file's training)."),
+        typer.Option(
+            help="Compare on PGD examples under this threat too; it is also that of vnnlib's properties (default: that "
+            "of the file's training)."
+        ),
     ] = None,
-    n: Annotated[int, typer.Option(help="Number of images to compare on, the first ones.")] = 256,
+    n: Annotated[
+        int, typer.Option(help="Number of images to compare on, and for vnnlib to write, the first ones.")
+    ] = 256,
+    time_per_image: Annotated[
+        float | None, typer.Option(help="Timeout of each property of vnnlib, in seconds (default: 60).")
+    ] = None,
+    with_wrong: Annotated[
+        bool,
+        typer.Option("--with-wrong", help="Write properties of images too that are wrong without an attack (vnnlib)."),
+    ] = False,
     image_column: ImageColumn = None,
     label_column: LabelColumn = None,
     overwrite: OverwriteFiles = False,
 ) -> None:
-    """Write a model as ONNX, safetensors or C source, and compare what was written with PyTorch."""
+    """Write a model as ONNX, safetensors, C source or VNN-LIB, and compare what was written with PyTorch."""
     from atmc.commands import export as exports
     from atmc.robust.threats import parse_threat
 
@@ -41,6 +53,8 @@ def export(
         data=data,
         threat=parse_threat(threat) if threat else None,
         n=n,
+        time_per_image=time_per_image,
+        with_wrong=with_wrong,
         image_column=image_column,
         label_column=label_column,
         overwrite=overwrite,

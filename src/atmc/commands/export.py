@@ -1,4 +1,4 @@
-"""`atmc export`: write a model file as ONNX, safetensors or C, after a comparison of its logits with PyTorch's."""
+"""`atmc export`: write a model file as ONNX, safetensors, C or VNN-LIB, after a comparison with PyTorch."""
 
 from __future__ import annotations
 
@@ -23,10 +23,13 @@ from atmc.core.errors import unknown
 from atmc.core.files import write_beside
 from atmc.data import Data, Images, load_data
 from atmc.deploy.export import onnx_export, safetensors_export
+from atmc.deploy.export.vnnlib_export import to_vnnlib
 from atmc.deploy.graph.graph import LogitsFunction
 from atmc.deploy.graph.simplify import simplify
 from atmc.deploy.graph.trace import UnsupportedModel
+from atmc.evaluation.accuracy import predictions
 from atmc.evaluation.evaluate import check_model
+from atmc.evaluation.verify.bounds import check_provable
 from atmc.pack.artifact import LoadedModel
 from atmc.robust.attacks import PgdSettings
 from atmc.robust.threats import Threat, check_threat, parse_threat
@@ -34,15 +37,19 @@ from atmc.robust.threats import Threat, check_threat, parse_threat
 if TYPE_CHECKING:
     from atmc.deploy.export.c.source import CSource
 
-FORMATS = ("onnx", "safetensors", "c")
+FORMATS = ("onnx", "safetensors", "c", "vnnlib")
+FOLDERS = ("c", "vnnlib")  # formats of several files
 TOLERANCE = 1e-4  # largest difference of a logit that is accepted, over the largest |logit|
 PGD_STEPS = 10
 BATCH = 64
+TIMEOUT = 60.0  # seconds per image in the instances of vnnlib, by default
+VNNLIB_MODEL, VNNLIB_INSTANCES = "model.onnx", "instances.csv"
+PROPERTY = "image-"  # begins the names of properties, before the position of the image in the test split
 
 
 @dataclass(frozen=True, kw_only=True)
 class ExportRequest:
-    """The options of `atmc export`."""
+    """The options of `atmc export`; time_per_image and with_wrong are for vnnlib."""
 
     file: Path
     to: str
@@ -51,6 +58,8 @@ class ExportRequest:
     data: str | None = None
     threat: Threat | None = None
     n: int = 256
+    time_per_image: float | None = None
+    with_wrong: bool = False
     image_column: str | None = None
     label_column: str | None = None
     overwrite: bool = False
@@ -111,8 +120,11 @@ def export(request: ExportRequest) -> Exported:
     if request.data is not None:
         data = load_data(request.data, image_column=request.image_column, label_column=request.label_column)
         check_image_shape(loaded, data)
-    images = _make_images(request, loaded, data)
     try:
+        if request.to == "vnnlib":
+            assert data is not None
+            return _write_vnnlib(request, loaded, data)
+        images = _make_images(request, loaded, data)
         if request.to == "onnx":
             return _write_onnx(request, loaded, images)
         return _write_c(request, loaded, images, data.class_names if data else ())
@@ -127,11 +139,16 @@ def _check_request(request: ExportRequest) -> None:
         raise ValueError(f"expected n >= 1, got {request.n}")
     if request.to == "safetensors" and (request.data or request.threat):
         raise ValueError("an export to safetensors holds the decoded weights themselves: leave out --data and --threat")
+    if request.to == "vnnlib":
+        _check_vnnlib(request)
+    elif request.time_per_image is not None or request.with_wrong:
+        raise ValueError(f"--time-per-image and --with-wrong are for vnnlib, the format is {request.to}")
     check_parent(request.out)
-    if request.to == "c":
+    if request.to in FOLDERS:
         if request.out.exists() and not request.out.is_dir():
-            raise ValueError(f"{request.out} is a file: C sources are written into a folder")
-        outputs = list(_c_paths(request).values())
+            files = {"c": "C sources", "vnnlib": "properties"}[request.to]
+            raise ValueError(f"{request.out} is a file: {files} are written into a folder")
+        outputs = list(_c_paths(request).values()) if request.to == "c" else _vnnlib_paths(request.out)
     else:
         outputs = [request.out]
         if request.out.is_dir():
@@ -140,8 +157,25 @@ def _check_request(request: ExportRequest) -> None:
         check_absent(path, overwrite=request.overwrite)
         if path.exists() and path.samefile(request.file):
             raise ValueError(f"{path} is the model file itself")
-    if request.to == "onnx":
+    if request.to in ("onnx", "vnnlib"):
         onnx_export.import_extra("onnx")
+
+
+def _check_vnnlib(request: ExportRequest) -> None:
+    if request.data is None:
+        raise ValueError("properties are of images: add --data")
+    if request.time_per_image is not None and not 0 < request.time_per_image < float("inf"):
+        raise ValueError(f"expected a finite time per image > 0 seconds, got {request.time_per_image}")
+
+
+def _vnnlib_paths(folder: Path) -> list[Path]:
+    """Return the files that an export writes whatever its images are, and the properties of an earlier one."""
+    return [folder / VNNLIB_MODEL, folder / VNNLIB_INSTANCES, *_list_properties(folder)]
+
+
+def _list_properties(folder: Path) -> list[Path]:
+    """Return the properties of an earlier export."""
+    return sorted(folder.glob(f"{PROPERTY}*.vnnlib"))
 
 
 def _make_images(request: ExportRequest, loaded: LoadedModel, data: Data | None) -> dict[str, Tensor]:
@@ -204,17 +238,61 @@ def _write_safetensors(request: ExportRequest, loaded: LoadedModel) -> Exported:
 
 
 def _write_onnx(request: ExportRequest, loaded: LoadedModel, images: Mapping[str, Tensor]) -> Exported:
-    model = loaded.model
-    data = onnx_export.to_bytes(simplify(model, _image_shape(images)), metadata=_describe_model(loaded.metadata))
-    notes, agreements = [f"opset {onnx_export.OPSET}, IR version {onnx_export.IR_VERSION}"], []
+    data, notes, agreements = _build_onnx(loaded, images)
+    return Exported({request.out: write_beside(request.out, data)}, notes, agreements)
+
+
+def _build_onnx(
+    loaded: LoadedModel, images: Mapping[str, Tensor], batch: int | None = None
+) -> tuple[bytes, list[str], list[Agreement]]:
+    """Return an ONNX model for batches of a size, notes, and comparisons. Raises RuntimeError if the logits differ."""
+    model, metadata = loaded.model, _describe_model(loaded.metadata)
+    data = onnx_export.to_bytes(simplify(model, _image_shape(images)), metadata=metadata, batch=batch)
+    notes = [f"opset {onnx_export.OPSET}, IR version {onnx_export.IR_VERSION}"]
     try:
         onnx_export.import_extra("onnxruntime")
     except RuntimeError as error:
-        notes.append(f"not compared with PyTorch: {error}")
-    else:
-        run = onnx_export.open_runtime(data)
-        agreements = [_compare(kind, model, x, run) for kind, x in images.items()]
-    return Exported({request.out: write_beside(request.out, data)}, notes, agreements)
+        return data, [*notes, f"not compared with PyTorch: {error}"], []
+    run = onnx_export.open_runtime(data)
+
+    def run_parts(x: np.ndarray) -> np.ndarray:
+        return np.concatenate([run(x[at : at + batch]) for at in range(0, len(x), batch)]) if batch else run(x)
+
+    return data, notes, [_compare(kind, model, x, run_parts) for kind, x in images.items()]
+
+
+def _write_vnnlib(request: ExportRequest, loaded: LoadedModel, data: Data) -> Exported:
+    """Write the properties, then the network in ONNX, and at last the list of instances."""
+    threat = request.threat or _stored_threat(loaded)
+    if threat is None:
+        raise ValueError(f"{request.file} names no threat: add --threat")
+    check_provable(threat, data.test.pixels[0].numel())
+    images = _make_images(request, loaded, data)
+    model, test = loaded.model, data.test.take(slice(0, request.n))
+    x = test.float_pixels(slice(None))
+    right = torch.cat([predictions(model, batch) for batch in torch.split(x, BATCH)]) == test.labels
+    rows = list(range(len(x))) if request.with_wrong else right.nonzero()[:, 0].tolist()
+    if not rows:
+        raise ValueError(f"{request.file} gets all of the first {len(x)} images wrong: add --with-wrong, or raise --n")
+    network, notes, agreements = _build_onnx(loaded, images, batch=1)
+    request.out.mkdir(exist_ok=True)
+    for path in _vnnlib_paths(request.out):
+        path.unlink(missing_ok=True)
+    classes, size, names = _logits(model, x[:1]).shape[1], 0, []
+    for row in rows:
+        label = int(test.labels[row])
+        comments = [f"image {row} of {data.name}, label {label}, {threat}"]
+        text = to_vnnlib(x[row].numpy(), label, threat.eps, classes, comments=comments)
+        names.append(f"{PROPERTY}{row:05d}.vnnlib")
+        size += write_beside(request.out / names[-1], text.encode())
+    notes.append(f"{len(rows)} properties, {size:,} bytes")
+    if len(rows) < len(x):
+        notes.append(f"{len(x) - len(rows)} of the first {len(x)} images are wrong without an attack and left out")
+    timeout = request.time_per_image or TIMEOUT
+    instances = "".join(f"{VNNLIB_MODEL},{name},{timeout:g}\n" for name in names)
+    contents = {VNNLIB_MODEL: network, VNNLIB_INSTANCES: instances.encode()}
+    files = {request.out / name: write_beside(request.out / name, content) for name, content in contents.items()}
+    return Exported(files, notes, agreements)
 
 
 def _image_shape(images: Mapping[str, Tensor]) -> tuple[int, int, int]:

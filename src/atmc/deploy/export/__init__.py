@@ -1,1 +1,1 @@
-"""Write a network for other programs: ONNX, safetensors, C."""
+"""Write a network for other programs: ONNX, safetensors, C, VNN-LIB."""

@@ -1,4 +1,4 @@
-"""Export a graph as an ONNX model: input `images` (n, c, h, w) float32 in [0, 1], output `logits`, n of any size.
+"""Export a graph as an ONNX model: input `images` (n, c, h, w) float32 in [0, 1], output `logits`, n of any size or 1.
 
 Opset 13 and IR version 7, of 2020. No pooling uses ONNX's ceil_mode, which onnxruntime and onnx's own reference
 evaluator interpret differently: the padding is written out so that whole windows fit. The same graph gives the same
@@ -53,11 +53,12 @@ def to_onnx(graph: Graph, path: str | os.PathLike[str], *, metadata: Mapping[str
     return write_beside(Path(path), to_bytes(graph, metadata=metadata))
 
 
-def to_bytes(graph: Graph, *, metadata: Mapping[str, str] | None = None) -> bytes:
+def to_bytes(graph: Graph, *, metadata: Mapping[str, str] | None = None, batch: int | None = None) -> bytes:
     """Return the bytes of the ONNX model of a graph, checked by onnx.checker.
 
     Args:
         metadata: entries of its metadata_props, such as threat and method; "tool" is added.
+        batch: the number of images that the model takes at once; None for any number.
 
     Raises:
         RuntimeError: onnx is not installed.
@@ -65,7 +66,7 @@ def to_bytes(graph: Graph, *, metadata: Mapping[str, str] | None = None) -> byte
     """
     onnx = import_extra("onnx")
     model = onnx.helper.make_model(
-        _build_graph(graph),
+        _build_graph(graph, batch),
         opset_imports=[onnx.helper.make_opsetid("", OPSET)],
         ir_version=IR_VERSION,
         producer_name="atmc",
@@ -76,7 +77,7 @@ def to_bytes(graph: Graph, *, metadata: Mapping[str, str] | None = None) -> byte
     return bytes(model.SerializeToString(deterministic=True))
 
 
-def _build_graph(graph: Graph) -> GraphProto:
+def _build_graph(graph: Graph, batch: int | None) -> GraphProto:
     from onnx import TensorProto, helper, numpy_helper
 
     shapes = graph.shapes()
@@ -96,7 +97,7 @@ def _build_graph(graph: Graph) -> GraphProto:
         operations = _operations(node.op, before, after, partial(store, name))
         nodes += _chain(operations, [names[value] for value in node.inputs], names[-1], name, unique)
     ends = [
-        helper.make_tensor_value_info(name, TensorProto.FLOAT, ["n", *shape])
+        helper.make_tensor_value_info(name, TensorProto.FLOAT, [batch or "n", *shape])
         for name, shape in ((INPUT, shapes[0]), (OUTPUT, shapes[-1]))
     ]
     return helper.make_graph(nodes, "atmc", ends[:1], ends[1:], constants)
