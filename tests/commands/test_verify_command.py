@@ -6,6 +6,7 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import command_line
@@ -75,6 +76,27 @@ def figures(path: str) -> dict:
     return document
 
 
+def wait_until(condition: Callable[[], object]) -> None:
+    """Wait for a condition, at most a minute."""
+    deadline = time.monotonic() + 60
+    while not condition():
+        assert time.monotonic() < deadline
+        time.sleep(0.005)
+
+
+def running(group: int) -> list[int]:
+    """Return the processes of a group that have not ended."""
+    processes = []
+    for path in Path("/proc").glob("[0-9]*/stat"):
+        try:
+            state, _, own_group, *_ = path.read_text().rpartition(")")[2].split()
+        except OSError:  # it has ended since
+            continue
+        if int(own_group) == group and state != "Z":
+            processes.append(int(path.parent.name))
+    return processes
+
+
 class TestDone:
     def test_tables_and_json(self, here, capsys):
         assert run_verify("a.atmc", "--n", 80, "--json", "done.json") == 0
@@ -120,23 +142,41 @@ class TestDone:
 class TestResume:
     ASKED = ("--n", 60, "--batch-size", 10, "--json")
 
-    def test_killed_and_resumed(self, here):
-        """After SIGKILL in the middle, --resume ends in the verdicts of an undisturbed run."""
-        assert run_verify("a.atmc", *self.ASKED, "whole.json") == 0
+    def start(self, path: Path, *options: object) -> subprocess.Popen:
+        """Start the command in a group of processes of its own; it saves after every batch."""
         code = "from atmc.cli.main import main; from atmc.evaluation import resume; resume.SAVE_EVERY = 0.0; main()"
-        command = [sys.executable, "-c", code, *map(str, command_of("a.atmc", *self.ASKED, "cut.json"))]
-        environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": f"{here}:{os.environ.get('PYTHONPATH', '')}"}
-        victim = subprocess.Popen(command, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-        deadline = time.monotonic() + 60
-        while not (here / "cut.json.state").exists() and time.monotonic() < deadline:
-            time.sleep(0.005)
-        victim.send_signal(signal.SIGKILL)
-        assert victim.wait() == -signal.SIGKILL
-        assert not (here / "cut.json").exists()
-        assert json.loads((here / "cut.json.state").read_text())["parts"]
-        assert run_verify("a.atmc", *self.ASKED, "cut.json", "--resume") == 0
-        assert figures("cut.json") == figures("whole.json")
-        assert not (here / "cut.json.state").exists()
+        command = [sys.executable, "-c", code, *map(str, command_of("a.atmc", *self.ASKED, path, *options))]
+        environment = {
+            **os.environ,
+            "OMP_NUM_THREADS": "1",
+            "PYTHONPATH": f"{path.parent}:{os.environ.get('PYTHONPATH', '')}",
+        }
+        pipe = subprocess.PIPE
+        return subprocess.Popen(command, env=environment, stdout=pipe, stderr=pipe, text=True, start_new_session=True)
+
+    @pytest.mark.parametrize("sent", [signal.SIGKILL, signal.SIGINT])
+    def test_stopped_and_resumed(self, here, sent):
+        """After SIGKILL or Ctrl-C all processes end, and --resume gives the verdicts of an undisturbed run."""
+        path = here / f"{sent.name}.json"
+        state = path.with_name(f"{path.name}.state")
+        victim = self.start(path, "--processes", 2)
+        wait_until(state.exists)
+        if sent == signal.SIGINT:
+            os.killpg(victim.pid, sent)  # as a terminal does
+        else:
+            victim.send_signal(sent)
+        printed, errors = victim.communicate(timeout=60)
+        wait_until(lambda: not running(victim.pid))
+        if sent == signal.SIGINT:
+            assert victim.returncode == 1
+            assert "continue with the same command and --resume" in printed
+            assert errors == "atmc: interrupted\n"
+        assert not path.exists()
+        assert json.loads(state.read_text())["parts"]
+        assert run_verify("a.atmc", *self.ASKED, path, "--resume") == 0
+        assert run_verify("a.atmc", *self.ASKED, path.with_name(f"{sent.name}-whole.json")) == 0
+        assert figures(path) == figures(path.with_name(f"{sent.name}-whole.json"))
+        assert not state.exists()
 
     def interrupt(self, monkeypatch: pytest.MonkeyPatch, function: str, calls_before: int) -> list[tuple]:
         """Let a function of the verification raise KeyboardInterrupt once; return the list of its calls."""

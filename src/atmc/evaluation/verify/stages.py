@@ -87,13 +87,13 @@ class Stage:
 
 
 def run_stage(problem: Problem, stage: str, rows: Sequence[int]) -> Part:
-    """Return what a stage decides of rows: certified and broken, both lists of rows, seconds, and details.
+    """Return what a stage decides of rows: the lists rows, certified and broken, seconds, and details.
 
     If the problem says so, images has those that broke the rows of broken, encoded as text.
     """
     began = time.monotonic()
     decision = STAGES[stage].decide(problem, stage, torch.tensor(rows))
-    part = {"certified": list(decision.certified), "broken": list(decision.broken), **decision.details}
+    part = {"rows": list(rows), "certified": list(decision.certified), "broken": list(decision.broken), **decision.details}
     if problem.keep:
         part["images"] = [_encode(image) for image in decision.broken.values()]
     return part | {"seconds": time.monotonic() - began}

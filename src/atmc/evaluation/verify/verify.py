@@ -359,7 +359,7 @@ def _run_stage(
         batch = list(rows[start : start + size])
         key = f"{name}{asked} {batch[0]}"
         part = parts.get(key)
-        if part is None:
+        if part is None or part["rows"] != batch:  # another one if other stages ran before
             waiting[key] = batch
         else:
             yield batch, part
