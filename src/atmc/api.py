@@ -18,8 +18,9 @@ from atmc.pack.artifact import load, save
 from atmc.robust.threats import Threat, as_threat
 from atmc.training.job import Job, Result
 from atmc.training.loop import StepDone
+from atmc.training.methods import METHODS
 from atmc.training.runner import EpochDone
-from atmc.training.settings import Recipe, default_recipe
+from atmc.training.settings import Recipe, choose_objective, default_recipe
 
 __all__ = ["compress", "evaluate", "load", "save", "verify"]
 
@@ -46,10 +47,11 @@ def compress(
         threat: what the adversary may do, ``Linf(8 / 255)`` or "linf:8/255".
         budget: how many nonzeros or bytes the result may have, and bits per nonzero.
         method: ``atmc`` or one of its baselines, see docs/method.md.
-        recipe: how to train; by default made of `settings` and defaults that suit the model.
+        recipe: how to train; by default made of `settings` and defaults that suit the model and the threat.
         device: where to train.
         on_event: called after every step and epoch.
         settings: fields of `Recipe`, such as epochs=5, objective="trades", objective_options={"beta": 3.0}, seed=1.
+            Without an objective the threat and the model decide: see `atmc.training.settings.choose_objective`.
 
     >>> import atmc
     >>> x, y = torch.rand(64, 1, 28, 28), torch.arange(64) % 10
@@ -67,16 +69,14 @@ def compress(
     device = parse_device(device)
     check_module(model)
     check_budget(budget)
-    job = Job(
-        model,
-        as_images(train),
-        as_images(val),
-        threat=as_threat(threat),
-        budget=budget,
-        method=method,
-        recipe=recipe or default_recipe(model, **settings),
-        device=device,
-    )
+    threat, train = as_threat(threat), as_images(train)
+    if recipe is None:
+        if "objective" not in settings:
+            natural = method in METHODS and METHODS[method].natural
+            epochs = settings.get("epochs")
+            settings["objective"] = choose_objective(model, train, threat, epochs=epochs, natural=natural).name
+        recipe = default_recipe(model, **settings)
+    job = Job(model, train, as_images(val), threat=threat, budget=budget, method=method, recipe=recipe, device=device)
     with deterministic(device):
         for event in job.run():
             if on_event:

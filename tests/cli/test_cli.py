@@ -88,6 +88,7 @@ checks = false
 limit = 60
 
 [training]
+objective = "mixed"
 epochs = 1
 attack_steps = 1
 val_n = 10
@@ -158,12 +159,29 @@ class TestStatus0:
 
     def test_an_objective_with_its_options(self, tmp_path):
         """An objective on the command line replaces that of the file together with its options."""
-        (tmp_path / "run.toml").write_text(f'{CONFIG}objective = "mart"\nobjective_options = {{ weight = 2.0 }}\n')
+        text = CONFIG.replace('"mixed"', '"mart"')
+        (tmp_path / "run.toml").write_text(f"{text}objective_options = {{ weight = 2.0 }}\n")
         command = ["compress", "--config", tmp_path / "run.toml", "--epochs", 0]
         for text, options in (("trades:beta=3", {"beta": 3.0}), ("mart", {"weight": 5.0}), (None, {"weight": 2.0})):
             out = tmp_path / f"out-{text}"
             assert call(*command, "--out", out, *(["--objective", text] if text else [])) == 0
             assert config.read_toml(out / "config.toml")["training"]["objective_options"] == options
+
+    def test_proofs_and_the_reason_of_the_objective_are_shown(self, tmp_path, capsys):
+        """The table ends with [certified, attacked], literally."""
+        (tmp_path / "run.toml").write_text(CONFIG.replace('objective = "mixed"', ""))
+        command = ["compress", "--config", tmp_path / "run.toml", "--out", tmp_path / "out", "--epochs", "dense=1,l0=0"]
+        assert call(*command, "--eval-n", 7) == 0
+        text = capsys.readouterr().out
+        assert "objective: ibp, the default for linf:0.1, because" in text
+        metrics = json.loads((tmp_path / "out" / "metrics.json").read_text())
+        certified, attacked = metrics["certified"], metrics["attacked"]
+        assert certified["n"] == attacked["n"] == 7
+        bounds = f"[{certified['accuracy']:.2%}, {attacked['accuracy']:.2%}] of 7"
+        assert re.search(rf"\[certified, attacked\] .* {re.escape(bounds)} ", text)
+        shutil.rmtree(tmp_path / "out")
+        assert call(*command, "--eval-n", 7, "--no-verify") == 0
+        assert "certified, attacked" not in capsys.readouterr().out
 
     def test_a_model_that_does_not_normalize(self, tmp_path, capsys):
         options = "--model lenet --data digits --threat linf:0.1 --ratio 0.01 --epochs 0 --limit 50 --val-n 10"

@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -16,7 +17,7 @@ from safetensors.torch import save_file
 from torch import nn
 
 from atmc import models
-from atmc.api import evaluate
+from atmc.api import evaluate, verify
 from atmc.commands import run as runs
 from atmc.commands.checkpoints import load_weights
 from atmc.commands.config import parse, read_toml
@@ -38,7 +39,7 @@ SMALL = {
     "eval_n": 50,
     "checks": False,
     "limit": 300,
-    "training": {"epochs": 1, "attack_steps": 1, "val_n": 20, "batch_size": 100},
+    "training": {"objective": "mixed", "epochs": 1, "attack_steps": 1, "val_n": 20, "batch_size": 100},
 }
 SOURCE = """
 from torch import nn
@@ -238,6 +239,77 @@ def test_metrics_name_the_objective_that_trained(here):
     metrics = finish(here / "out", changes=changes)
     assert list(metrics)[:2] == ["method", "objective"]
     assert metrics["objective"] == "natural"
+
+
+def unnamed(**changes) -> dict:
+    """Return changes of `SMALL` that leave the objective to the default."""
+    return {"training": {key: value for key, value in SMALL["training"].items() if key != "objective"}, **changes}
+
+
+def messages(folder: Path, **changes) -> str:
+    """Run `SMALL` with changes; return what it says it does, in lines."""
+    events = run(parse({**SMALL, **changes}), folder)
+    return "\n".join(event.text for event in events if isinstance(event, runs.Message))
+
+
+def test_the_default_objective_is_named_recorded_and_proved(here):
+    """The figures of the proofs are those of `verify` on the file that was written."""
+    text = messages(here / "out", **unnamed())
+    assert "objective: ibp, the default for linf:0.1, because at an eps of 0.1 or more, proofs exceed what" in text
+    assert read_toml(here / "out" / "config.toml")["training"]["objective"] == "ibp"
+    metrics = json.loads((here / "out" / "metrics.json").read_text())
+    import small_model
+
+    loaded = artifact.open(here / "out" / "model.atmc", factory=small_model.build)
+    test = runs.load_data("digits").test
+    figures = verify(loaded.model, test, threat="linf:0.1", n=50, factors=loaded.factors).to_json()
+    assert {name: metrics[name] for name in ("certified", "attacked")} == {
+        name: figures[name] for name in ("certified", "attacked")
+    }
+    assert metrics["certified"]["n"] == 50
+    assert metrics["certified"]["accuracy"] <= metrics["attacked"]["accuracy"]
+    assert finish(here / "out", resume=True, changes=unnamed()) == metrics
+
+
+def test_a_run_keeps_the_objective_that_it_was_started_with(here):
+    """The default of an older version may have been another one; `SMALL` names it."""
+    interrupt(here / "out", 2)
+    metrics = finish(here / "out", resume=True, changes=unnamed())
+    assert metrics["objective"] == "mixed"
+    assert "certified" not in metrics
+    assert "objective:" not in messages(here / "named")
+
+
+def test_proofs_by_option(here):
+    """Proofs are there if asked for, and not there if refused, whatever the objective."""
+    none = {"epochs": {"dense": 0, "l0": 0, "admm": 0, "tune": 0}}
+    metrics = finish(here / "with", changes={"verify": True, "eval_n": 5, "training": SMALL["training"] | none})
+    assert metrics["objective"] == "mixed"
+    assert metrics["certified"]["n"] == 5
+    page = (here / "with" / "report.html").read_text()
+    assert "[certified, attacked] accuracy" in page
+    without = {"objective": "ibp", "eps_ramp": 0.0, **none}
+    metrics = finish(here / "without", changes={"verify": False, "training": SMALL["training"] | without})
+    assert "certified" not in metrics
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"threat": "l2:0.5"}, "linf"),
+        ({"model": "small_model:build_smooth"}, "Tanh|tanh"),
+    ],
+)
+def test_proofs_that_cannot_be_given_are_refused_before_training(here, changes, message):
+    """By default such a run has none, and says why."""
+    (here / "small_model.py").write_text(SOURCE + SOURCE.replace("build(", "build_smooth(").replace("ReLU", "Tanh"))
+    with pytest.raises(ValueError, match=message):
+        finish(here / "out", changes={**changes, "verify": True})
+    assert not (here / "out").exists()
+    certified = {**SMALL["training"], "objective": "ibp", "epochs": 0}
+    text = messages(here / "out", **changes, training=certified)
+    assert re.search(rf"no proofs of the test images: .*({message})", text)
+    assert "certified" not in json.loads((here / "out" / "metrics.json").read_text())
 
 
 def test_a_number_of_images_for_each_attack(here):

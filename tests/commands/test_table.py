@@ -183,6 +183,14 @@ def test_default_columns_show_what_some_run_has(tmp_path):
     ]
 
 
+def test_proofs_have_columns_where_there_are_any(tmp_path):
+    write_run(tmp_path / "a", certified=accuracy(0.6) | {"undecided": 0.05}, attacked=accuracy(0.65))
+    rows = read_results([tmp_path])
+    lines = draw_table(rows, default_columns(rows), align=False).splitlines()
+    assert "| pgd-strong | certified | attacked | failed checks |" in lines[0]
+    assert "| 60.00 [58.00, 61.00] of 360 | 65.00 [63.00, 66.00] of 360 |" in lines[2]
+
+
 def test_results_of_runs_and_of_evaluations(tmp_path):
     write_run(tmp_path / "runs" / "a")
     evaluation = tmp_path / "runs" / "dense.json"

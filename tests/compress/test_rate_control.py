@@ -288,6 +288,7 @@ eval_n = 10
 limit = 60
 
 [training]
+objective = "mixed"
 epochs = 1
 attack_steps = 1
 val_n = 10

@@ -221,6 +221,17 @@ def test_headline_names_the_worst_attack(tmp_path: Path) -> None:
     assert "about as large as" in best.text
 
 
+def test_proofs_stand_beside_what_attacks_leave(tmp_path: Path) -> None:
+    certified = accuracy(0.25, eps=0.1, by={"interval": 0.25}, undecided=0.02)
+    page = report(tmp_path, THREE, certified=certified, attacked=accuracy(0.27, eps=0.1, broken_by={"clean": 0.0625}))
+    assert "against every attack within linf:0.1, 25.00 % of 48 are proved." in page.text
+    assert "[25.0, 27.0] % [certified, attacked] accuracy" in page.text
+    assert "certified 25.00 % 19.88 to 26.23 %" in page.text
+    assert "attacked 27.00 % 21.88 to 28.23 %" in page.text
+    assert "by (interval 0.25), undecided 0.02" in page.text
+    assert "certified" not in report(tmp_path, THREE).text
+
+
 def test_checks_are_listed_where_there_are_any(tmp_path: Path) -> None:
     checks = [{"name": "zero_gradient", "ok": False, "detail": "3 of 48 are <0>"}, {"name": "square", "ok": None}]
     page = report(tmp_path, THREE, checks=checks)

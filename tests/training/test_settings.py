@@ -115,6 +115,8 @@ def in_words(name: str) -> str:
     if name == "learning_rate":
         rates = [", ".join(f"{phase} {rate:g}" for phase, rate in rates.items()) for rates in LEARNING_RATES.values()]
         return "; ".join(f"{optimizer}: {listed}" for optimizer, listed in zip(LEARNING_RATES, rates, strict=True))
+    if name == "objective":
+        return "by threat and model"
     if name == "objective_options":
         return "of the objective"
     default, with_batch_norm = SETTINGS[name].default, SETTINGS[name].metadata["with_batch_norm"]

@@ -23,7 +23,8 @@ def accuracy_table(figures: Mapping[str, Any], title: str, heading: str) -> Tabl
     """Return the table of clean accuracy and of accuracy under each attack, with 95 % intervals.
 
     Args:
-        figures: as in metrics.json, with the keys clean, attacks, checks, and worst_case if several attacks were run.
+        figures: as in metrics.json, with the keys clean, attacks, checks, worst_case if several attacks were run, and
+            certified with attacked if images were verified.
         heading: of the first column.
     """
     table = new_table(title, [heading], ["accuracy [95 % interval]"])
@@ -34,7 +35,20 @@ def accuracy_table(figures: Mapping[str, Any], title: str, heading: str) -> Tabl
     for name, accuracy in rows.items():
         doubt = "  (!) NOT TO BE TRUSTED" if failed_checks(figures) else ""
         table.add_row(name, format_accuracy(accuracy) + doubt)
+    if "certified" in figures:
+        table.add_row("certified: at least, under every attack", format_accuracy(figures["certified"]))
+        table.add_row(Text("[certified, attacked]"), Text(format_bracket(figures)))
     return table
+
+
+def format_bracket(figures: Mapping[str, Any]) -> str:
+    """Return the bounds of the accuracy under every attack, what is proved and what is not broken, as text.
+
+    >>> format_bracket({"certified": {"accuracy": 0.625, "n": 360}, "attacked": {"accuracy": 0.65, "n": 360}})
+    '[62.50%, 65.00%] of 360'
+    """
+    certified, attacked = figures["certified"], figures["attacked"]
+    return f"[{certified['accuracy']:.2%}, {attacked['accuracy']:.2%}] of {certified['n']:,}"
 
 
 def new_table(title: str, texts: Sequence[str], numbers: Sequence[str] = (), **options: Any) -> Table:

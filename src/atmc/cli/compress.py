@@ -43,7 +43,8 @@ def compress(
         str | None, typer.Option(help="Epochs: 20 for every phase, or dense=20,l0=10 for some (default: {epochs}).")
     ] = None,
     objective: Annotated[
-        str | None, typer.Option(help="Training loss; its options may be left out: {objectives}.")
+        str | None,
+        typer.Option(help="Training loss; its options may be left out: {objectives} (default: by threat and model)."),
     ] = None,
     normalize: Annotated[
         bool | None,
@@ -55,6 +56,10 @@ def compress(
     eval_n: Annotated[int | None, typer.Option(help="Number of test images to attack (default: all).")] = None,
     checks: Annotated[
         bool | None, typer.Option(help="Check the final evaluation for signs of weak attacks (default: yes).")
+    ] = None,
+    verify: Annotated[
+        bool | None,
+        typer.Option(help="Prove test images after training, see verify (default: if the objective trains for it)."),
     ] = None,
     limit: Annotated[
         int | None, typer.Option(help="Number of images to train on, always the same ones (default: all).")
@@ -96,6 +101,7 @@ def compress(
         "label_column": label_column,
         "eval_n": eval_n,
         "checks": checks,
+        "verify": verify,
         "limit": limit,
         "normalize": normalize,
         "seed": seed,

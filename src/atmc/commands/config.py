@@ -20,11 +20,19 @@ from atmc.commands.outputs import CONFIG
 from atmc.compress.budget import Budget, parse_size
 from atmc.core.errors import did_you_mean
 from atmc.core.rng import MAX_SEED
+from atmc.data import Images
 from atmc.evaluation.attacks import check_attacks, check_norm
 from atmc.robust.objectives import OBJECTIVES, parse_objective
 from atmc.robust.threats import Threat, parse_threat
 from atmc.training.methods import METHODS, find_method, keeps_every_weight
-from atmc.training.settings import SETTINGS, Recipe, check_setting, default_recipe
+from atmc.training.settings import (
+    SETTINGS,
+    ObjectiveChoice,
+    Recipe,
+    check_setting,
+    choose_objective,
+    default_recipe,
+)
 
 MAX_THREADS = 1024  # torch crashes if the system refuses it a thread
 
@@ -100,6 +108,7 @@ class RunConfig(BaseModel):
     steps: int | None = Field(default=None, ge=1)
     eval_n: int | dict[str, int] | None = None
     checks: bool = True
+    verify: bool | None = None  # by default, if the objective trains for proofs
     training: Training = Training()  # a class made at run time, which mypy sees as Any
 
     @model_validator(mode="after")
@@ -149,15 +158,33 @@ class RunConfig(BaseModel):
         threads = self.threads or torch.get_num_threads()
         return self.model_copy(update={"device": device, "precision": precision, "threads": threads})
 
-    def recipe(self, model: nn.Module) -> Recipe:
-        """Return the training recipe; defaults depend on the model, see `default_recipe`."""
+    def training_settings(self) -> dict[str, Any]:
+        """Return the settings of `Recipe` that are given, as arguments of `default_recipe`."""
         given = {key: value for key, value in self.training.model_dump().items() if value is not None}
         if "exclude" in given:
             given["exclude"] = tuple(given["exclude"])
         if self.checkpoint and not isinstance(given.get("epochs"), int):  # the weights are trained already
             given["epochs"] = {"dense": 0, **given.get("epochs", {})}
         given["channels_last"] = self.layout != "contiguous"
-        return default_recipe(model, **given, bf16=self.precision == "bf16", seed=self.seed)
+        return given | {"bf16": self.precision == "bf16", "seed": self.seed}
+
+    def recipe(self, model: nn.Module) -> Recipe:
+        """Return the training recipe; defaults depend on the model, see `default_recipe`."""
+        return default_recipe(model, **self.training_settings())
+
+    def choose_objective(self, model: nn.Module, images: Images) -> ObjectiveChoice:
+        """Return the objective that is taken if none is named, see `training.settings.choose_objective`."""
+        return choose_objective(
+            model,
+            images,
+            self.parsed_threat(),
+            epochs=self.training_settings().get("epochs"),
+            natural=METHODS[self.method].natural,
+        )
+
+    def with_objective(self, name: str) -> RunConfig:
+        """Return the configuration with an objective."""
+        return self.model_copy(update={"training": self.training.model_copy(update={"objective": name})})
 
     def completed(self, recipe: Recipe) -> RunConfig:
         """Return the configuration with every training setting as the recipe has it."""

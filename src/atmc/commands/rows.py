@@ -146,6 +146,7 @@ def default_columns(rows: Sequence[Row]) -> list[Column]:
     columns += [f"{title}={source}" for title, source in fields.items()]
     attacks = dict.fromkeys(name for row in rows for name in Scope(row).look_up("attacks") or {})
     columns += [f"{name}=attacks[{name!r}]" for name in attacks]
+    columns += [f"{name}={name}" for name in ("certified", "attacked")]
     columns.append("failed checks=failed(checks)")
     parsed = [parse_column(column) for column in columns]
     return [column for column in parsed if any(evaluate(column.expression, Scope(row)) is not None for row in rows)]

@@ -9,8 +9,9 @@ from __future__ import annotations
 import json
 import shutil
 import time
-from collections.abc import Iterator
+from collections.abc import Generator, Iterator
 from dataclasses import asdict, dataclass
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -36,9 +37,11 @@ from atmc.compress.factorize import fold
 from atmc.core.files import append_line, write_beside
 from atmc.core.numerics import deterministic
 from atmc.core.version import __version__
-from atmc.data import Data, load_data
+from atmc.data import Data, Images, load_data
+from atmc.evaluation.accuracy import predictions
 from atmc.evaluation.attacks import takes_pgd_settings
 from atmc.evaluation.evaluate import EvaluationOptions, Report, run_evaluation
+from atmc.evaluation.verify.verify import Verification, VerifyOptions, run_verification
 from atmc.pack import artifact
 from atmc.report.report import write_report
 from atmc.robust.attacks import PgdSettings
@@ -47,6 +50,8 @@ from atmc.training.job import Job, Result
 from atmc.training.methods import METHODS
 from atmc.training.runner import EpochDone
 from atmc.training.settings import Recipe
+
+VERIFIED = 1000  # test images that are verified unless eval_n is a number
 
 
 @dataclass(frozen=True)
@@ -85,6 +90,15 @@ def run(config: RunConfig, folder: Path, *, resume: bool = False, overwrite: boo
         config.data, image_column=config.image_column, label_column=config.label_column, limit=config.limit
     )
     model = build_model(config, data)
+    stored = parse(read_toml(folder / CONFIG), str(folder / CONFIG)) if resuming else None
+    if config.training.objective is None:
+        if stored and stored.training.objective:  # the default may have been another one when the run was started
+            config = config.with_objective(stored.training.objective)
+        else:
+            choice = config.choose_objective(model, data.train)
+            config = config.with_objective(choice.name)
+            text = f"objective: {choice.name}, the default for {config.threat}, because {choice.reason}"
+            yield Message(text, resumable=resuming)
     job = Job(
         model,
         data.train,
@@ -97,13 +111,16 @@ def run(config: RunConfig, folder: Path, *, resume: bool = False, overwrite: boo
         classes=data.num_classes,
     )
     config = config.completed(job.recipe)
-    if resuming:
-        check_same(config, parse(read_toml(folder / CONFIG), str(folder / CONFIG)), str(folder))
+    if stored:
+        check_same(config, stored, str(folder))
         if (folder / METRICS).exists():
             # the process may have been killed between writing the metrics and this
             shutil.rmtree(folder / CHECKPOINT, ignore_errors=True)
             yield Finished(json.loads((folder / METRICS).read_text()))
             return
+    proving, obstacle = _decide_proofs(config, model, data)
+    if obstacle:
+        yield Message(f"no proofs of the test images: {obstacle}", resumable=resuming)
     with lock_run_folder(folder), deterministic(torch.device(config.device)):
         if resuming != check_run_folder(folder, resume=resume, overwrite=overwrite):
             raise FolderInUse(f"{folder} was changed by another run meanwhile")
@@ -111,7 +128,31 @@ def run(config: RunConfig, folder: Path, *, resume: bool = False, overwrite: boo
         if not resuming:
             clear_run_folder(folder)
             write_beside(folder / CONFIG, config.to_toml().encode())
-        yield from _train_and_evaluate(job, config, data, folder)
+        yield from _train_and_evaluate(job, config, data, folder, proving=proving)
+
+
+def _decide_proofs(config: RunConfig, model: nn.Module, data: Data) -> tuple[bool, str]:
+    """Return whether the file will be verified; and what prevents it, if the objective would have it so.
+
+    Args:
+        config: with its objective.
+
+    Raises:
+        ValueError: the configuration asks for proofs, and none can be given for the model or the threat.
+    """
+    wanted = OBJECTIVES[config.training.objective].certified if config.verify is None else config.verify
+    if not wanted:
+        return False, ""
+    try:
+        x = data.train.float_pixels([0])
+        images = Images(x, predictions(model, x))  # the model is right, so that a proof is tried
+        verification = run_verification(model, images, config.parsed_threat(), VerifyOptions(n=1))
+        list(islice(verification, 2))  # the clean pass and the proof by intervals
+    except ValueError as error:
+        if config.verify:
+            raise
+        return False, str(error)
+    return True, ""
 
 
 def _describe_images(data: Data, recipe: Recipe) -> str:
@@ -122,8 +163,8 @@ def _describe_images(data: Data, recipe: Recipe) -> str:
     return f"training on {len(data.train):,} images, validating on {clean:,}{of_all}, under attack on {attacked:,}"
 
 
-def _train_and_evaluate(job: Job, config: RunConfig, data: Data, folder: Path) -> Iterator[Any]:
-    """Train, from the folder's checkpoint if there is one, evaluate, and write the run's files."""
+def _train_and_evaluate(job: Job, config: RunConfig, data: Data, folder: Path, *, proving: bool) -> Iterator[Any]:
+    """Train, from the folder's checkpoint if there is one, evaluate, verify if asked to, and write the run's files."""
     state, spent = read_run_state(folder)
     began = time.monotonic() - spent
     for event in job.run(state):
@@ -136,8 +177,8 @@ def _train_and_evaluate(job: Job, config: RunConfig, data: Data, folder: Path) -
     size = result.save(folder / MODEL)
     yield Message("evaluating the file on the test split")
     device = torch.device(config.device)
-    decoded = artifact.load(folder / MODEL, factory=lambda num_classes: fold(build_model(config, data)))
-    threat = config.parsed_threat()
+    loaded = artifact.open(folder / MODEL, factory=lambda num_classes: fold(build_model(config, data)))
+    decoded, threat = loaded.model, config.parsed_threat()
     options = EvaluationOptions(
         attacks=tuple(config.attacks),
         n=config.eval_n,
@@ -150,7 +191,10 @@ def _train_and_evaluate(job: Job, config: RunConfig, data: Data, folder: Path) -
         yield measured
         report = measured if isinstance(measured, Report) else None
     assert report is not None
-    metrics = _build_metrics(job, result, config, report, size, time.monotonic() - began)
+    figures = report.to_json()
+    if proving:
+        figures |= yield from _verify(loaded, config, data)
+    metrics = _build_metrics(job, result, config, figures, size, time.monotonic() - began)
     write_report(
         folder,
         metrics,
@@ -166,10 +210,29 @@ def _train_and_evaluate(job: Job, config: RunConfig, data: Data, folder: Path) -
     yield Finished(metrics)
 
 
+def _verify(loaded: artifact.LoadedModel, config: RunConfig, data: Data) -> Generator[Any, None, dict[str, Any]]:
+    """Verify the file's model on test images; yield the events, and return the figures for metrics.json."""
+    yield Message("verifying the file on the test split")
+    options = VerifyOptions(n=config.eval_n if isinstance(config.eval_n, int) else VERIFIED, seed=config.seed)
+    verification = None
+    for event in run_verification(loaded.model, data.test, config.parsed_threat(), options, factors=loaded.factors):
+        yield event
+        verification = event if isinstance(event, Verification) else None
+    assert verification is not None
+    figures = verification.to_json()
+    return {name: figures[name] for name in ("certified", "attacked")}
+
+
 def _build_metrics(
-    job: Job, result: Result, config: RunConfig, report: Report, size: int, seconds: float
+    job: Job, result: Result, config: RunConfig, figures: dict[str, Any], size: int, seconds: float
 ) -> dict[str, Any]:
-    """Return what metrics.json holds; size is the file's in bytes, seconds the time of the whole run."""
+    """Return what metrics.json holds.
+
+    Args:
+        figures: of the evaluation and the verification.
+        size: of the file, in bytes.
+        seconds: the time of the whole run.
+    """
     choices = result.decided
     robust = "interval" if OBJECTIVES[job.recipe.objective].certified else "pgd"
     return {
@@ -187,7 +250,7 @@ def _build_metrics(
         "nonzeros": choices.size.nonzeros,
         "dense_weights": job.dense_weights,
         "bits": choices.size.bits,
-        **report.to_json(),
+        **figures,
         "validation": {
             "clean": choices.clean.to_json(),
             robust: choices.robust.to_json(),

@@ -90,6 +90,14 @@ def _head(metrics: Mapping[str, Any]) -> str:
         ball = f" within {metrics['threat']}" if "eps" in worst else ""
         text += f"; under {several}{name}{ball}, {_percent(worst['accuracy'])} of {worst['n']:,}"
         tiles.append((_percent(worst["accuracy"]), f"accuracy under {name}"))
+    if "certified" in metrics:
+        certified, attacked = metrics["certified"], metrics["attacked"]
+        text += (
+            f"; against every attack within {metrics['threat']}, {_percent(certified['accuracy'])} of"
+            f" {certified['n']:,} are proved"
+        )
+        both = f"[{certified['accuracy'] * 100:.1f}, {attacked['accuracy'] * 100:.1f}]{SPACE}%"
+        tiles.append((both, "[certified, attacked] accuracy"))
     tiles += [(_format_size(size), "model file"), (f"{factor:,.1f}×", "smaller than dense float32")]
     boxes = [element("div", element("b", escape(v)), element("span", escape(k)), class_="tile") for v, k in tiles]
     return element(
@@ -104,7 +112,8 @@ def _head(metrics: Mapping[str, Any]) -> str:
 def _accuracies(metrics: Mapping[str, Any]) -> str:
     """Return the table of accuracies with their intervals, and the settings of the attacks."""
     rows, attacks = [], []
-    for name, result in (("clean", metrics["clean"]), *metrics["attacks"].items()):
+    proved = [(name, metrics[name]) for name in ("attacked", "certified") if name in metrics]
+    for name, result in (("clean", metrics["clean"]), *metrics["attacks"].items(), *proved):
         low, high = result["ci95"]
         settings = {key: value for key, value in result.items() if key not in ("accuracy", "n", "ci95")}
         bounds = f"{low * 100:.2f} to {_percent(high)}"
@@ -114,6 +123,11 @@ def _accuracies(metrics: Mapping[str, Any]) -> str:
             attacks.append(element("li", element("b", escape(name)), escape(f": {_format_settings(settings)}")))
     header = ("images", "accuracy", "95 % interval", "0 to 100 %", "n")
     note = f"On the test split, by the model decoded from {metrics['evaluated_on']}. Intervals are Wilson's."
+    if proved:
+        note += (
+            " Under every attack, the accuracy lies between the certified one, which is proved, and the attacked one,"
+            " that of the images that were not broken while the proofs were made."
+        )
     listed = element("ul", *attacks, class_="soft") if attacks else ""
     whole = table(header, rows, ("name", "num", "num", "drawn", "num"))
     return whole + element("p", escape(note), class_="soft") + listed

@@ -1,7 +1,8 @@
 """The settings of training: each is one field of `Recipe`, with its default, bounds and meaning in one place.
 
 The configuration's section [training] (`commands.config`) and the checks of Python arguments are derived from these
-fields, and a test compares them with the table in docs/method.md. `default_recipe` fills in what a user leaves open.
+fields, and a test compares them with the table in docs/method.md. `default_recipe` fills in what a user leaves open;
+`choose_objective` chooses the objective.
 """
 
 from __future__ import annotations
@@ -12,13 +13,17 @@ from dataclasses import MISSING, dataclass, field, fields
 from numbers import Integral, Real
 from typing import Any, Literal, get_args
 
+import torch
 from torch import nn
 
 from atmc.core.arguments import AT_LEAST_ONE, NOT_NEGATIVE, POSITIVE, Bounds
 from atmc.core.errors import unknown
 from atmc.core.rng import check_seed
-from atmc.data import AUGMENTATIONS
+from atmc.data import AUGMENTATIONS, Images
+from atmc.evaluation.accuracy import interval_accuracy
+from atmc.models import USER_CODE_ERRORS
 from atmc.robust.objectives import OBJECTIVES, TrainingAttack
+from atmc.robust.threats import Threat
 
 PHASES = ("dense", "l0", "admm", "tune")
 DEFAULT_EPOCHS = {"dense": 20, "l0": 10, "admm": 10, "tune": 5}
@@ -27,6 +32,7 @@ LEARNING_RATES = {
     "sgd": {"dense": 0.1, "l0": 0.02, "admm": 0.01, "tune": 0.005},
 }
 INITIALIZATIONS = ("given", "ibp")
+LARGE_BALL = 0.1  # the smallest eps of an l-infinity ball in which `choose_objective` takes `ibp`
 FactorStart = Literal["identity", "svd"]
 
 
@@ -69,7 +75,8 @@ def setting(
 class Recipe:
     """How to train. Every field is a setting; docs/method.md lists them with their meaning.
 
-    The defaults are for a model without batch norm; `default_recipe` fills in those that depend on the model.
+    The defaults are for a model without batch norm; `default_recipe` fills in those that depend on the model, and
+    `choose_objective` the objective, which depends on the threat, too.
 
     Raises:
         ValueError: a value of the wrong type, outside its bounds, or not among its choices.
@@ -198,6 +205,51 @@ def check_setting(name: str, value: Any) -> None:
             raise ValueError(f"expected {name} {properties['bounds']}, got {value}")
     if kind == "bool" and not isinstance(value, bool):
         raise ValueError(f"expected {name} to be true or false, got {value!r}")
+
+
+@dataclass(frozen=True)
+class ObjectiveChoice:
+    """The objective that is taken where a user names none, and why: the end of a sentence after "because"."""
+
+    name: str
+    reason: str
+
+
+def choose_objective(
+    model: nn.Module, images: Images, threat: Threat, *, epochs: Any = None, natural: bool = False
+) -> ObjectiveChoice:
+    """Return the objective that suits a threat and a model.
+
+    In large l-infinity balls it is `ibp`: what is proved of such a network exceeds what attacks leave of one that was
+    trained against them (docs/method.md, "Objectives", has the figures). In small balls, and for other norms, it is the
+    paper's `mixed`; also for a network that has no interval bounds, or that comes trained for something else: in a ball
+    of full size `ibp` would make it constant.
+
+    Args:
+        model: on any device.
+        images: of training.
+        threat: the perturbations of training.
+        epochs: as in `default_recipe`; without dense ones the model's weights count as trained.
+        natural: whether the method trains on clean images alone.
+
+    Raises:
+        ValueError: epochs of an unknown phase, or that are no counts.
+    """
+    trained = fill_phases(epochs, DEFAULT_EPOCHS, "epochs")["dense"] == 0
+    if natural:
+        return ObjectiveChoice("natural", "the method trains on clean images")
+    if threat.name != "linf":
+        return ObjectiveChoice("mixed", "proofs are for linf threats only")
+    if threat.eps < LARGE_BALL:
+        return ObjectiveChoice("mixed", f"training for proofs costs too much accuracy at an eps below {LARGE_BALL:g}")
+    device = next((parameter.device for parameter in model.parameters()), torch.device("cpu"))
+    try:
+        certified = interval_accuracy(model, images.to(device), threat, n=100 if trained else 1)
+    except USER_CODE_ERRORS as error:  # a user's model, in which interval bounds may meet anything
+        return ObjectiveChoice("mixed", (str(error) or type(error).__name__).splitlines()[0])
+    if trained and not certified.accuracy:
+        return ObjectiveChoice("mixed", "interval bounds certify no image with the weights that are given")
+    return ObjectiveChoice("ibp", f"at an eps of {LARGE_BALL:g} or more, proofs exceed what attacks leave otherwise")
 
 
 def default_recipe(model: nn.Module, **settings: Any) -> Recipe:
