@@ -93,10 +93,10 @@ def run_stage(problem: Problem, stage: str, rows: Sequence[int]) -> Part:
     """
     began = time.monotonic()
     decision = STAGES[stage].decide(problem, stage, torch.tensor(rows))
-    part = {"rows": list(rows), "certified": list(decision.certified), "broken": list(decision.broken), **decision.details}
+    part = {"rows": list(rows), "certified": list(decision.certified), "broken": list(decision.broken)}
     if problem.keep:
         part["images"] = [_encode(image) for image in decision.broken.values()]
-    return part | {"seconds": time.monotonic() - began}
+    return part | {"seconds": time.monotonic() - began, **decision.details}
 
 
 def _encode(image: Tensor) -> str:

@@ -324,11 +324,11 @@ def run_verification(
         for name in options.stages
         if STAGES[name].is_attack
     }
-    progress = _Progress(images)
+    progress, parts = _Progress(images), _NoParts() if parts is None else parts
     with Workers(problem, options.processes) as workers:
         for name in options.stages:
             rows = progress.list_undecided()
-            for batch, part in _run_stage(workers, name, rows, options, parts or _NoParts()):
+            for batch, part in _run_stage(workers, name, rows, options, parts):
                 progress.add(name, batch, part)
                 yield progress.describe(name, len(rows))
     examples = None
