@@ -59,6 +59,8 @@ class Box:
             for the value itself, a single term.
         count: number of these terms, per channel or for all.
         form: the value as an affine map of an earlier value, if it is one.
+        margin: what float32 computes for the value differs by at most this from the exact result of its operation on
+            what float32 computes for the operation's inputs.
     """
 
     lower: Tensor
@@ -66,6 +68,7 @@ class Box:
     terms: Tensor | None = None
     count: Tensor | int = 1
     form: AffineForm | None = None
+    margin: Tensor | float = 0.0
 
     def magnitude(self) -> Tensor:
         """Return the largest absolute value of each entry."""
@@ -142,7 +145,7 @@ class Rounding:
     def widen(self, lower: Tensor, upper: Tensor, terms: Tensor, count: Tensor | int, scale: Tensor | float) -> Box:
         """Return the box of a sum that is computed in float32, from bounds of the exact sum; arguments as `margin`."""
         margin = self.margin(terms, count, scale)
-        return Box(lower - margin, upper + margin, terms, count)
+        return Box(lower - margin, upper + margin, terms, count, margin=margin)
 
 
 def bound_images(x: Tensor, threat: Threat) -> Box:
@@ -184,18 +187,26 @@ def bound_logits(graph: Graph, images: Box, rounding: Rounding | None = None) ->
     Raises:
         ValueError: the graph has an operation without a rule.
     """
-    rounding = rounding or Rounding()
     last_reader = {value: index for index, node in enumerate(graph.nodes) for value in node.inputs}
     boxes: dict[int, Box] = {0: images}
     for index, node in enumerate(graph.nodes):
-        rule = RULES.get(type(node.op))
-        if rule is None:
-            raise ValueError(f"there is no rule for the bounds of {_describe(node)}")
-        boxes[index + 1] = rule(node.op, [boxes[value] for value in node.inputs], rounding)
+        boxes[index + 1] = _bound_node(node, boxes, rounding or Rounding())
         for value in set(node.inputs):
             if last_reader[value] == index:
                 del boxes[value]  # to save memory
     return boxes[len(graph.nodes)]
+
+
+def bound_values(graph: Graph, images: Box, rounding: Rounding | None = None) -> list[Box]:
+    """Return the box of every value that the graph computes, in float32, for all images of a box.
+
+    Raises:
+        ValueError: the graph has an operation without a rule.
+    """
+    boxes = {0: images}
+    for index, node in enumerate(graph.nodes):
+        boxes[index + 1] = _bound_node(node, boxes, rounding or Rounding())
+    return list(boxes.values())
 
 
 def bound_margins(graph: Graph, images: Box, labels: Tensor, rounding: Rounding | None = None) -> Tensor:
@@ -219,6 +230,13 @@ def bound_margins(graph: Graph, images: Box, labels: Tensor, rounding: Rounding 
 def prove(graph: Graph, images: Box, labels: Tensor, rounding: Rounding | None = None) -> Tensor:
     """Return (n,) bool: whether, for every image of the box, the label's logit is the only largest one."""
     return (bound_margins(graph, images, labels, rounding) < 0).all(1)  # false for NaN
+
+
+def _bound_node(node: Node, boxes: Mapping[int, Box], rounding: Rounding) -> Box:
+    rule = RULES.get(type(node.op))
+    if rule is None:
+        raise ValueError(f"there is no rule for the bounds of {_describe(node)}")
+    return rule(node.op, [boxes[value] for value in node.inputs], rounding)
 
 
 def _describe(node: Node) -> str:
@@ -251,7 +269,7 @@ def _bound_layer(op: Conv | Linear, inputs: Sequence[Box], rounding: Rounding) -
     margin = rounding.margin(terms, count, _like(_scale(weight, magnitude), terms))
     form = replace(form, margin=margin)
     composed = _compose(x.form, form) if x.form is not None else None
-    return _intersect(Box(*form.bounds(), terms, count, form), composed)
+    return _intersect(Box(*form.bounds(), terms, count, form, margin), composed)
 
 
 def _compose(first: AffineForm, second: AffineForm) -> AffineForm | None:
@@ -293,9 +311,9 @@ def _clip(op: Relu, inputs: Sequence[Box], rounding: Rounding) -> Box:
     x = inputs[0].map(lambda values: values.clamp(min=0))
     if op.ceiling is None:
         return x
-    slack = UNIT if rounding.outward else 0.0  # the ceiling is rounded to float32
-    lower, upper = float(op.ceiling) * (1 - slack), float(op.ceiling) * (1 + slack)
-    return Box(x.lower.clamp(max=lower), x.upper.clamp(max=upper))
+    slack = float(op.ceiling) * UNIT if rounding.outward else 0.0  # the ceiling is rounded to float32
+    lower, upper = x.lower.clamp(max=op.ceiling - slack), x.upper.clamp(max=op.ceiling + slack)
+    return Box(lower, upper, margin=slack)
 
 
 def _max_pool(op: MaxPool, inputs: Sequence[Box], rounding: Rounding) -> Box:
@@ -326,13 +344,18 @@ def _flatten(op: Flatten, inputs: Sequence[Box], rounding: Rounding) -> Box:
 
 
 def _add(op: Add, inputs: Sequence[Box], rounding: Rounding) -> Box:
-    """Bound a sum that may be computed term by term together with the layers whose outputs it adds."""
+    """Bound a sum that may be computed term by term together with the layers whose outputs it adds.
+
+    Outputs that are read elsewhere too are computed apart from the sum. So the margin of the box, which is about the
+    sum of what is computed for them, is larger by their own margins.
+    """
     one, two = inputs
     terms = [box.magnitude() if box.terms is None else box.terms for box in inputs]
     scale = 2 * (1 + _largest(torch.maximum(*terms)))
     margin = rounding.margin(terms[0] + terms[1], one.count + two.count, _like(scale, terms[0]))
     lower, upper = one.lower + two.lower - margin, one.upper + two.upper + margin
-    box = Box(lower, upper, terms[0] + terms[1], one.count + two.count)
+    apart = margin + sum(box.margin for box in inputs if box.terms is not None)
+    box = Box(lower, upper, terms[0] + terms[1], one.count + two.count, margin=apart)
     if one.form is None or two.form is None or not _is_alike(one.form, two.form):
         return box
     weight, bias = one.form.weight + two.form.weight, one.form.bias + two.form.bias
