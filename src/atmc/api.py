@@ -73,8 +73,8 @@ def compress(
     if recipe is None:
         if "objective" not in settings:
             natural = method in METHODS and METHODS[method].natural
-            epochs = settings.get("epochs")
-            settings["objective"] = choose_objective(model, train, threat, epochs=epochs, natural=natural).name
+            given = {key: settings[key] for key in ("epochs", "batch_size") if key in settings}
+            settings["objective"] = choose_objective(model, train, threat, **given, natural=natural).name
         recipe = default_recipe(model, **settings)
     job = Job(model, train, as_images(val), threat=threat, budget=budget, method=method, recipe=recipe, device=device)
     with deterministic(device):

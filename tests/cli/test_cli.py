@@ -22,6 +22,7 @@ from atmc.commands import config
 from atmc.commands.run import run
 from atmc.core import files
 from atmc.evaluation import evaluate
+from atmc.training import settings
 from atmc.training.loop import TrainingDiverged
 from atmc.training.runner import EpochDone
 
@@ -167,8 +168,9 @@ class TestStatus0:
             assert call(*command, "--out", out, *(["--objective", text] if text else [])) == 0
             assert config.read_toml(out / "config.toml")["training"]["objective_options"] == options
 
-    def test_proofs_and_the_reason_of_the_objective_are_shown(self, tmp_path, capsys):
+    def test_proofs_and_the_reason_of_the_objective_are_shown(self, tmp_path, capsys, monkeypatch):
         """The table ends with [certified, attacked], literally."""
+        monkeypatch.setattr(settings, "FEWEST_STEPS", 1)
         (tmp_path / "run.toml").write_text(CONFIG.replace('objective = "mixed"', ""))
         command = ["compress", "--config", tmp_path / "run.toml", "--out", tmp_path / "out", "--epochs", "dense=1,l0=0"]
         assert call(*command, "--eval-n", 7) == 0

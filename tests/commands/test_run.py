@@ -26,6 +26,7 @@ from atmc.commands.run import Finished, run
 from atmc.compress.factorize import compressible_parameters, factor_structure
 from atmc.pack import artifact
 from atmc.robust.threats import parse_threat
+from atmc.training import settings
 from atmc.training.runner import EpochDone
 
 SMALL = {
@@ -252,8 +253,9 @@ def messages(folder: Path, **changes) -> str:
     return "\n".join(event.text for event in events if isinstance(event, runs.Message))
 
 
-def test_the_default_objective_is_named_recorded_and_proved(here):
+def test_the_default_objective_is_named_recorded_and_proved(here, monkeypatch):
     """The figures of the proofs are those of `verify` on the file that was written."""
+    monkeypatch.setattr(settings, "FEWEST_STEPS", 1)
     text = messages(here / "out", **unnamed())
     assert "objective: ibp, the default for linf:0.1, because at an eps of 0.1 or more, proofs exceed what" in text
     assert read_toml(here / "out" / "config.toml")["training"]["objective"] == "ibp"
@@ -271,8 +273,9 @@ def test_the_default_objective_is_named_recorded_and_proved(here):
     assert finish(here / "out", resume=True, changes=unnamed()) == metrics
 
 
-def test_a_run_keeps_the_objective_that_it_was_started_with(here):
+def test_a_run_keeps_the_objective_that_it_was_started_with(here, monkeypatch):
     """The default of an older version may have been another one; `SMALL` names it."""
+    monkeypatch.setattr(settings, "FEWEST_STEPS", 1)
     interrupt(here / "out", 2)
     metrics = finish(here / "out", resume=True, changes=unnamed())
     assert metrics["objective"] == "mixed"

@@ -7,7 +7,7 @@ from torch import nn
 import atmc
 from atmc.commands.config import parse
 from atmc.data import Images
-from atmc.robust.threats import parse_threat
+from atmc.training import settings as module
 from atmc.training.settings import choose_objective
 
 CASES = [
@@ -19,6 +19,7 @@ CASES = [
     ("l1:100", {}, "mixed"),
     ("linf:0.2", {"natural": True}, "natural"),
 ]
+LONG = {"dense": 300}
 
 
 class Scaled(nn.Module):
@@ -37,9 +38,18 @@ class Scaled(nn.Module):
 
 @pytest.mark.parametrize(("threat", "settings", "expected"), CASES)
 def test_by_threat(few, lenet, threat, settings, expected):
-    choice = choose_objective(lenet, few[0], parse_threat(threat), **settings)
+    choice = choose_objective(lenet, few[0], atmc.parse_threat(threat), epochs=LONG, **settings)
     assert choice.name == expected
     assert choice.reason
+
+
+def test_by_steps_of_the_dense_phase(few, lenet):
+    """256 images are two steps of 128, or eight of 32: 600 steps are 300 or 75 epochs."""
+    for epochs, batch_size, expected in ((300, 128, "ibp"), (299, 128, "mixed"), (75, 32, "ibp"), (74, 32, "mixed")):
+        for given in (epochs, {"dense": epochs}):
+            choice = choose_objective(lenet, few[0], atmc.Linf(0.2), epochs=given, batch_size=batch_size)
+            assert choice.name == expected
+    assert choice.reason == "training for proofs takes 600 steps or more, and the dense phase has 592"
 
 
 @pytest.mark.parametrize(
@@ -50,7 +60,7 @@ def test_by_threat(few, lenet, threat, settings, expected):
     ],
 )
 def test_a_network_without_bounds_is_trained_against_attacks(few, model, reason):
-    choice = choose_objective(model, few[0], atmc.Linf(0.2))
+    choice = choose_objective(model, few[0], atmc.Linf(0.2), epochs=LONG)
     assert choice.name == "mixed"
     assert reason in choice.reason
 
@@ -67,16 +77,17 @@ def test_weights_that_come_trained_for_something_else(few):
         (0.49, {"dense": 0}, "ibp"),
         (0.51, {"dense": 0}, "mixed"),
         (0.51, 0, "mixed"),
-        (0.51, {"l0": 0}, "ibp"),
-        (0.51, None, "ibp"),
+        (0.51, LONG | {"l0": 0}, "mixed"),
+        (0.51, {"dense": 600}, "ibp"),
     ):
         assert choose_objective(model, images, atmc.Linf(eps), epochs=epochs).name == expected, (eps, epochs)
 
 
-def test_python_and_configurations_choose_alike(few):
+def test_python_and_configurations_choose_alike(few, monkeypatch):
     """The default gives the file of the objective that it is said to be, byte for byte."""
-    train, val = (part.take(slice(0, 64)) for part in few)
-    settings = {"epochs": {"dense": 1, "l0": 0, "admm": 0, "tune": 0}, "attack_steps": 1}
+    train, val = (part.take(slice(0, 60)) for part in few)
+    monkeypatch.setattr(module, "FEWEST_STEPS", 2)
+    settings = {"epochs": {"dense": 1, "l0": 0, "admm": 0, "tune": 0}, "attack_steps": 1, "batch_size": 30}
     files = []
     for given in ({}, {"objective": "ibp"}, {"objective": "mixed"}):
         torch.manual_seed(0)
@@ -84,12 +95,20 @@ def test_python_and_configurations_choose_alike(few):
         budget = atmc.Budget(ratio=0.3)
         files.append(atmc.compress(model, train, val, threat="linf:0.2", budget=budget, **settings, **given).data)
     assert files[0] == files[1] != files[2]
-    run = {"model": "lenet", "data": "digits", "threat": "linf:0.2", "ratio": 0.1}
-    for changes, expected in (({}, "ibp"), ({"checkpoint": "a.pt"}, "mixed"), ({"threat": "l2:1"}, "mixed")):
-        assert parse(run | changes).choose_objective(model, train).name == expected  # a checkpoint needs no dense phase
-    assert parse(run | {"method": "nap"}).choose_objective(model, train).name == "natural"
+    run = {"model": "lenet", "data": "digits", "threat": "linf:0.2", "ratio": 0.1, "training": settings}
+    checkpoint = {"checkpoint": "a.pt", "training": {}}  # has no dense phase
+    for changes, expected in (
+        ({}, "ibp"),
+        ({"training": settings | {"batch_size": 60}}, "mixed"),
+        (checkpoint, "mixed"),
+        ({"threat": "l2:1"}, "mixed"),
+        ({"method": "nap"}, "natural"),
+    ):
+        assert parse(run | changes).choose_objective(model, train).name == expected
 
 
-def test_wrong_epochs_are_refused(few, lenet):
+def test_wrong_settings_are_refused(few, lenet):
     with pytest.raises(ValueError, match="unknown phase of epochs 'dens'"):
         choose_objective(lenet, few[0], atmc.Linf(0.2), epochs={"dens": 1})
+    with pytest.raises(ValueError, match="expected batch_size >= 1, got 0"):
+        choose_objective(lenet, few[0], atmc.Linf(0.2), batch_size=0)

@@ -174,13 +174,9 @@ class RunConfig(BaseModel):
 
     def choose_objective(self, model: nn.Module, images: Images) -> ObjectiveChoice:
         """Return the objective that is taken if none is named, see `training.settings.choose_objective`."""
-        return choose_objective(
-            model,
-            images,
-            self.parsed_threat(),
-            epochs=self.training_settings().get("epochs"),
-            natural=METHODS[self.method].natural,
-        )
+        settings = self.training_settings()
+        given = {key: settings[key] for key in ("epochs", "batch_size") if key in settings}
+        return choose_objective(model, images, self.parsed_threat(), **given, natural=METHODS[self.method].natural)
 
     def with_objective(self, name: str) -> RunConfig:
         """Return the configuration with an objective."""

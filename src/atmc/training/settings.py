@@ -19,7 +19,7 @@ from torch import nn
 from atmc.core.arguments import AT_LEAST_ONE, NOT_NEGATIVE, POSITIVE, Bounds
 from atmc.core.errors import unknown
 from atmc.core.rng import check_seed
-from atmc.data import AUGMENTATIONS, Images
+from atmc.data import AUGMENTATIONS, Images, batch_count
 from atmc.evaluation.accuracy import interval_accuracy
 from atmc.models import USER_CODE_ERRORS
 from atmc.robust.objectives import OBJECTIVES, TrainingAttack
@@ -32,7 +32,9 @@ LEARNING_RATES = {
     "sgd": {"dense": 0.1, "l0": 0.02, "admm": 0.01, "tune": 0.005},
 }
 INITIALIZATIONS = ("given", "ibp")
+BATCH_SIZE = 128
 LARGE_BALL = 0.1  # the smallest eps of an l-infinity ball in which `choose_objective` takes `ibp`
+FEWEST_STEPS = 600  # the fewest steps of a dense phase in which it does
 FactorStart = Literal["identity", "svd"]
 
 
@@ -116,7 +118,7 @@ class Recipe:
     )
     batch_size: int = setting(
         "images per step; an epoch's last batch may be smaller, but a single remaining image joins the batch before it",
-        128,
+        BATCH_SIZE,
         bounds=AT_LEAST_ONE,
     )
     initialization: str = setting(
@@ -216,38 +218,49 @@ class ObjectiveChoice:
 
 
 def choose_objective(
-    model: nn.Module, images: Images, threat: Threat, *, epochs: Any = None, natural: bool = False
+    model: nn.Module,
+    images: Images,
+    threat: Threat,
+    *,
+    epochs: Any = None,
+    batch_size: int = BATCH_SIZE,
+    natural: bool = False,
 ) -> ObjectiveChoice:
     """Return the objective that suits a threat and a model.
 
     In large l-infinity balls it is `ibp`: what is proved of such a network exceeds what attacks leave of one that was
-    trained against them (docs/method.md, "Objectives", has the figures). In small balls, and for other norms, it is the
-    paper's `mixed`; also for a network that has no interval bounds, or that comes trained for something else: in a ball
-    of full size `ibp` would make it constant.
+    trained against them (docs/method.md, "Objectives", has the figures). Otherwise it is the paper's `mixed`: in small
+    balls, for other norms, for a network without interval bounds, and where `ibp` would make the network constant, with
+    a dense phase of few steps, or with weights that were trained for something else.
 
     Args:
         model: on any device.
         images: of training.
         threat: the perturbations of training.
         epochs: as in `default_recipe`; without dense ones the model's weights count as trained.
+        batch_size: images per step.
         natural: whether the method trains on clean images alone.
 
     Raises:
-        ValueError: epochs of an unknown phase, or that are no counts.
+        ValueError: epochs of an unknown phase, or numbers that make no sense.
     """
-    trained = fill_phases(epochs, DEFAULT_EPOCHS, "epochs")["dense"] == 0
+    check_setting("batch_size", batch_size)
+    steps = fill_phases(epochs, DEFAULT_EPOCHS, "epochs")["dense"] * batch_count(len(images), batch_size)
     if natural:
         return ObjectiveChoice("natural", "the method trains on clean images")
     if threat.name != "linf":
         return ObjectiveChoice("mixed", "proofs are for linf threats only")
     if threat.eps < LARGE_BALL:
         return ObjectiveChoice("mixed", f"training for proofs costs too much accuracy at an eps below {LARGE_BALL:g}")
+    if 0 < steps < FEWEST_STEPS:
+        reason = f"training for proofs takes {FEWEST_STEPS:,} steps or more, and the dense phase has {steps:,}"
+        return ObjectiveChoice("mixed", reason)
     device = next((parameter.device for parameter in model.parameters()), torch.device("cpu"))
     try:
-        certified = interval_accuracy(model, images.to(device), threat, n=100 if trained else 1)
+        certified = interval_accuracy(model, images.to(device), threat, n=1 if steps else 100)
     except USER_CODE_ERRORS as error:  # a user's model, in which interval bounds may meet anything
         return ObjectiveChoice("mixed", (str(error) or type(error).__name__).splitlines()[0])
-    if trained and not certified.accuracy:
+    if not steps and not certified.accuracy:
         return ObjectiveChoice("mixed", "interval bounds certify no image with the weights that are given")
     return ObjectiveChoice("ibp", f"at an eps of {LARGE_BALL:g} or more, proofs exceed what attacks leave otherwise")
 
@@ -280,6 +293,7 @@ def default_recipe(model: nn.Module, **settings: Any) -> Recipe:
     if OBJECTIVES[objective].certified:
         settings.setdefault("eps_ramp", settings["epochs"]["dense"] / 2)
         settings.setdefault("clip_norm", 10.0)
+        settings.setdefault("equalize", True)
     settings["objective_options"] = OBJECTIVES[objective].fill_options(objective, settings.get("objective_options"))
     return Recipe(**settings)
 
