@@ -293,7 +293,6 @@ def default_recipe(model: nn.Module, **settings: Any) -> Recipe:
     if OBJECTIVES[objective].certified:
         settings.setdefault("eps_ramp", settings["epochs"]["dense"] / 2)
         settings.setdefault("clip_norm", 10.0)
-        settings.setdefault("equalize", True)
     settings["objective_options"] = OBJECTIVES[objective].fill_options(objective, settings.get("objective_options"))
     return Recipe(**settings)
 
