@@ -59,6 +59,12 @@ class Forms:
         """Return the forms of the values with the other sign."""
         return replace(self, matrix=-self.matrix, offset=-self.offset)
 
+    def run(self, variables: Tensor) -> Tensor:
+        """Return the values (B, rows) at variables (B, v), without the error."""
+        if isinstance(self.matrix, Tensor):
+            return variables @ self.matrix.T + self.offset
+        return torch.from_numpy((self.matrix @ variables.numpy().T).T) + self.offset
+
     def multiply(self, coefficients: Tensor) -> Tensor:
         """Return coefficients (B, rows) times the matrix, (B, v)."""
         if isinstance(self.matrix, Tensor):
@@ -238,21 +244,65 @@ class Bounds:
     Args:
         values: (B,); NaN if nothing is known.
         pixels: (B, pixels) the coefficients that remained.
-        coefficients: for each level, the coefficients (B, u) of its units.
+        relaxations: of each level; none for bounds that were merged.
     """
 
     values: Tensor
     pixels: Tensor
-    coefficients: tuple[Tensor, ...]
+    relaxations: tuple[Relaxation, ...] = ()
+
+    def __getitem__(self, rows: Tensor) -> Bounds:
+        return Bounds(values=self.values[rows], pixels=self.pixels[rows])
 
     def merge(self, chosen: Tensor, other: Bounds) -> Bounds:
         """Return these bounds if they are chosen, (B,) bool, and the others for the rest."""
-        pairs = zip(self.coefficients, other.coefficients, strict=True)
         return Bounds(
             values=torch.where(chosen, self.values, other.values),
             pixels=torch.where(chosen[:, None], self.pixels, other.pixels),
-            coefficients=tuple(torch.where(chosen[:, None], one, two) for one, two in pairs),
         )
+
+
+@dataclass(frozen=True, eq=False, kw_only=True)
+class Relaxation:
+    """Affine bounds of the units y of a level in their candidates x_i, with the multipliers that they get.
+
+    Args:
+        up, down: (B, u) >= 0, of which the difference is the coefficient of y: of the upper and of the lower bound.
+        slope, height: (B, r), (B, u): y <= sum of slope_i x_i + height.
+        share, base: (B, r), (B, u): y >= sum of share_i x_i + base.
+    """
+
+    up: Tensor
+    down: Tensor
+    slope: Tensor
+    height: Tensor
+    share: Tensor
+    base: Tensor
+
+    @classmethod
+    def of(cls, level: Level, region: Region, line: Lines, c: Tensor, scale: Tensor) -> Relaxation:
+        """Return the bounds that `line` says for coefficients c (B, u); scale: (B, 1), of `Lines.both` at least."""
+        both = line.both * torch.maximum(c.detach().abs().amax(1, keepdim=True), scale)
+        start = region.bottom + line.rise * (region.top - region.bottom).clamp(min=0)
+        lower, upper = region.lower, region.upper
+        slope = (upper - level.spread(start)).clamp(min=0) / (upper - lower).clamp(min=1e-300)
+        slope = torch.where(region.alive, slope.clamp(max=1), 0.0)
+        slack = 4 * DELTA * level.add(torch.maximum(lower.abs(), upper.abs()))
+        total = level.add(line.share)
+        return cls(
+            up=c.clamp(min=0) + both,
+            down=both - c.clamp(max=0),
+            slope=slope,
+            height=start - level.add(slope * lower) + slack,
+            share=line.share / level.spread(total.clamp(min=1)),
+            base=(1 - total).clamp(min=0) * region.bottom,
+        )
+
+    def gaps(self, level: Level, candidates: Tensor, units: Tensor) -> Tensor:
+        """Return how much the bounds lose at each unit (B, u), for values of the candidates (B, r) and units (B, u)."""
+        above = level.add(self.slope * candidates) + self.height - units
+        below = units - level.add(self.share * candidates) - self.base
+        return self.up * above + self.down * below
 
 
 def bound_above(
@@ -266,30 +316,22 @@ def bound_above(
     """
     rest, constant, error, terms = targets.matrix, targets.offset, targets.error, targets.terms
     scale = 1e-3 * rest.abs().amax(1, keepdim=True)
-    coefficients = []
+    relaxations = []
     for level, region, line in zip(reversed(levels), reversed(regions), reversed(lines), strict=True):
         c, rest = rest[:, level.first :], rest[:, : level.first]
-        coefficients.append(c)
-        both = line.both * torch.maximum(c.detach().abs().amax(1, keepdim=True), scale)
-        up, down = c.clamp(min=0) + both, both - c.clamp(max=0)
-        height = region.bottom + line.rise * (region.top - region.bottom).clamp(min=0)
-        lower, upper = region.lower, region.upper
-        slope = (upper - level.spread(height)).clamp(min=0) / (upper - lower).clamp(min=1e-300)
-        slope = torch.where(region.alive, slope.clamp(max=1), 0.0)
-        sizes = torch.maximum(lower.abs(), upper.abs())
-        height = height - level.add(slope * lower) + 4 * DELTA * level.add(sizes)
-        total = level.add(line.share)
-        share = line.share / level.spread(total.clamp(min=1))
-        left = (1 - total).clamp(min=0)
-        above, below = level.spread(up) * slope, level.spread(down) * share
+        relaxed = Relaxation.of(level, region, line, c, scale)
+        relaxations.append(relaxed)
+        above, below = level.spread(relaxed.up) * relaxed.slope, level.spread(relaxed.down) * relaxed.share
         rest = rest + level.forms.multiply(above - below)
-        constant = constant + (above - below) @ level.forms.offset + (up * height - down * left * region.bottom).sum(1)
+        constant = constant + (above - below) @ level.forms.offset
+        constant = constant + (relaxed.up * relaxed.height - relaxed.down * relaxed.base).sum(1)
         error = error + (above + below) @ level.forms.error
-        extent = height.abs() + region.bottom.abs() + region.top.abs() + level.add(sizes)
-        terms = terms + (above + below) @ level.forms.terms + ((up + down) * extent).sum(1)
+        extent = level.add(torch.maximum(region.lower.abs(), region.upper.abs()))
+        extent = extent + relaxed.height.abs() + region.bottom.abs() + region.top.abs()
+        terms = terms + (above + below) @ level.forms.terms + ((relaxed.up + relaxed.down) * extent).sum(1)
     largest = rest.clamp(min=0) @ pixels[1] + rest.clamp(max=0) @ pixels[0]
     values = largest + constant + (error + DELTA * terms) * OVER
-    return Bounds(values=values, pixels=rest, coefficients=tuple(reversed(coefficients)))
+    return Bounds(values=values, pixels=rest, relaxations=tuple(reversed(relaxations)))
 
 
 def optimize(
