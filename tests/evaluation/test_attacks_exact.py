@@ -12,21 +12,37 @@ import torch
 from scipy.optimize import linprog, nnls
 from torch import nn
 
+from atmc.core.rng import Noise
 from atmc.data import Images
-from atmc.evaluation import attacks, autoattack
+from atmc.evaluation import attacks, autoattack, corner
 from atmc.evaluation.accuracy import robust_accuracy
 from atmc.evaluation.attacks import ATTACKS
 from atmc.evaluation.statistics import worst_case
+from atmc.robust.attacks import margin
 from atmc.robust.threats import BALLS, L2, Linf
 
 DUAL = {"linf": 1, "l2": 2, "l1": math.inf}
 
 
 def of_norm(norm: str, side: int) -> list[str]:
-    """Return the attacks in a ball for a norm and images of side x side: Square needs 5x5, except for linf."""
+    """Return the attacks in a ball for a norm and images of side x side: Square needs 5x5, except for linf.
+
+    An attack that adds to AutoAttack's stages those of other attacks is left out: all of them are tried by themselves.
+    """
     small = side < 5 and norm != "linf"
     specs = {name: spec for name, spec in ATTACKS.items() if spec.bounded and norm in (spec.norms or (norm,))}
-    return [name for name, spec in specs.items() if not (small and spec.gradient_free)]
+    return [name for name, spec in specs.items() if not spec.further and not (small and spec.gradient_free)]
+
+
+@pytest.fixture
+def few_queries(monkeypatch):
+    """Let the attacks that count queries take few of them."""
+    for module, name, queries in (
+        (autoattack, "QUERIES", 500),
+        (autoattack, "LONG_QUERIES", 50),
+        (corner, "QUERIES", 500),
+    ):
+        monkeypatch.setattr(module, name, queries)
 
 
 def linear_model(classes: int, side: int) -> nn.Module:
@@ -58,19 +74,22 @@ def at_radius(model: nn.Module, norm: str, radius: float, n: int, side: int) -> 
     return Images(x, labels)
 
 
+@pytest.mark.usefixtures("few_queries")
 @pytest.mark.parametrize(("norm", "radius"), [("linf", 0.004), ("l2", 0.02), ("l1", 0.04)])
 @pytest.mark.parametrize("classes", [2, 5])
-def test_linear_model(norm, radius, classes, monkeypatch):
+def test_linear_model(norm, radius, classes):
     model = linear_model(classes, side=6)
     images = at_radius(model, norm, radius, n=2, side=6)
     inside, outside = BALLS[norm](0.98 * radius), BALLS[norm](1.02 * radius)
     names = of_norm(norm, side=6)
-    monkeypatch.setattr(autoattack, "QUERIES", 500)
     for name in names:
         assert robust_accuracy(model, images, inside, name).accuracy == 1.0, f"{name} broke what cannot be broken"
     broken = [robust_accuracy(model, images, outside, name) for name in names if not ATTACKS[name].gradient_free]
     assert worst_case(broken).accuracy == 0.0
     assert robust_accuracy(model, images, outside, "fab").accuracy == 0.0
+    if norm == "linf":
+        for name in ("interval-pgd", "corner"):
+            assert robust_accuracy(model, images, outside, name).accuracy == 0.0
 
 
 def network() -> nn.Module:
@@ -130,9 +149,9 @@ def nearest(g: np.ndarray, h: np.ndarray, norm: str) -> float:
     return float(program.fun) if program.success else math.inf
 
 
+@pytest.mark.usefixtures("few_queries")
 @pytest.mark.parametrize("norm", ["linf", "l2", "l1"])
-def test_relu_network(norm, monkeypatch):
-    monkeypatch.setattr(autoattack, "QUERIES", 500)
+def test_relu_network(norm):
     model, side = network(), 2
     x = torch.rand(12, 1, 2, 2, generator=torch.Generator().manual_seed(0))
     with torch.no_grad():
@@ -174,6 +193,37 @@ def test_a_lying_attack_would_be_seen(monkeypatch):
     lying = robust_accuracy(model, images, Linf(0.0039), "fgsm")
     assert lying.accuracy == 1.0
     assert lying.refused == 2
+
+
+def test_corner_search_finds_the_best_corner():
+    """The largest margin over all 512 corners of images of 9 pixels, by enumeration, or an image that is wrong."""
+    generator = torch.Generator().manual_seed(5)
+    model = nn.Sequential(nn.Flatten(), nn.Linear(9, 12), nn.ReLU(), nn.Linear(12, 3)).requires_grad_(False)
+    for parameter in model.parameters():
+        parameter.copy_(torch.randn(parameter.shape, generator=generator))
+    x, threat = torch.rand(20, 1, 3, 3, generator=generator), Linf(0.15)
+    y, index = model(x).argmax(1), torch.arange(20)
+    ends = torch.tensor(list(itertools.product((False, True), repeat=9))).view(-1, 1, 3, 3)
+    low, high = (x - threat.eps).clamp(0, 1), (x + threat.eps).clamp(0, 1)
+    best = torch.stack([margin(model(torch.where(ends, high[i], low[i])), y[i].expand(512)).amax() for i in index])
+    seen = torch.zeros(1, dtype=torch.int64)
+
+    def logits(images: torch.Tensor) -> torch.Tensor:
+        seen.add_(len(images))
+        return model(images)
+
+    noise = Noise(index, seed=0, purpose="test")
+    adv = corner.search_corners(logits, x, y, threat, noise=noise, queries=400)
+    assert torch.equal(adv, torch.where(adv > x, high, low))
+    reached = margin(model(adv), y)
+    assert 0 < int((best > 0).sum()) < 20
+    assert torch.equal(reached > 0, best > 0)
+    assert torch.allclose(reached[best <= 0], best[best <= 0], atol=1e-5)
+    assert (
+        int((best <= 0).sum()) * 400 <= int(seen) < 20 * 400
+    )  # no more than allowed, and none after an image is wrong
+    alone = corner.search_corners(model, x[7:8], y[7:8], threat, noise=noise.take(index[7:8]), queries=400)
+    assert torch.equal(alone[0], adv[7])
 
 
 def test_cw_finds_the_nearest():

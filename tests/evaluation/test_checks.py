@@ -12,7 +12,7 @@ from torch import Tensor, nn
 import atmc
 from atmc import EvaluationWarning
 from atmc.data import Images
-from atmc.evaluation import autoattack
+from atmc.evaluation import autoattack, corner
 from atmc.evaluation.accuracy import clean_accuracy, robust_accuracy
 from atmc.evaluation.checks import CHECKS, collect_check_inputs, labels, pixel_range, run_checks
 from atmc.evaluation.evaluate import EvaluationOptions, run_evaluation
@@ -231,6 +231,60 @@ def test_square_is_compared_on_all_images_that_both_saw(two_tone, natural, monke
     assert f"pgd and autoattack leave {before} of 120, Square, 301 queries, then {after}" in detail
 
 
+@pytest.mark.parametrize(("defect", "ok"), [("wrong gradient", False), ("none", True)])
+def test_masked_compares_autoattack_with_further_attacks(two_tone, natural, monkeypatch, defect, ok):
+    """Without its Square, AutoAttack is blind to the wrong gradient, and a search without gradients is not."""
+    for name, queries in (("QUERIES", 1), ("LONG_QUERIES", 60)):
+        monkeypatch.setattr(autoattack, name, queries)
+    monkeypatch.setattr(corner, "QUERIES", 300)
+    options = {"threat": Linf(0.1), "attack": "thorough"}
+    model, few = Defective(natural, defect), two_tone[1].take(slice(0, 25))
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", EvaluationWarning)
+        report = atmc.evaluate(model, few, **options)
+    checks, result = {check.name: check for check in report.checks}, report.attacks["thorough"]
+    left, after = result.right, list(result.settings["after"].values())
+    before = round(25 * result.settings["after"]["square"])
+    assert checks["masked"].ok is ok
+    assert f"AutoAttack leaves {before} of 25, thorough then {int(left.sum())}" in checks["masked"].detail
+    assert ("interval-pgd" in result.settings.get("left_out", {})) != ok  # its operation has no interval
+    assert after == sorted(after, reverse=True)
+    assert f"Square, 1 queries, then {before} " in checks["square"].detail
+    assert checks["square"].ok is True
+
+
+def flat_model() -> nn.Module:
+    """Build a network that is constant unless the first pixel is within 0.02 of a half: class 0 above it, 1 below."""
+    model = nn.Sequential(nn.Flatten(), nn.Linear(25, 1), nn.ReLU6(), nn.Linear(1, 2)).requires_grad_(False)
+    model[1].weight.zero_()[0, 0] = 150.0
+    model[1].bias.fill_(-72.0)
+    model[3].weight.copy_(torch.tensor([[1.0], [-1.0]]))
+    model[3].bias.copy_(torch.tensor([-3.0, 3.0]))
+    return model
+
+
+def test_a_flat_network_is_no_masking_if_intervals_prove_it():
+    """The distance of the first pixel from a half decides whether the label is proved; the gradient is always zero."""
+    x = torch.full((20, 1, 5, 5), 0.5)
+    x[:, 0, 0, 0] = torch.tensor([0.9, 0.1]).repeat(10)
+    proved, labels_ = x.clone(), torch.tensor([0, 1]).repeat(10)
+    x[:, 0, 0, 0] = torch.tensor([0.6, 0.4]).repeat(10)
+    half = torch.cat((proved[:10], x[:10]))
+    for images, threat, unproved, ok in (
+        (proved, Linf(0.2), 0, True),
+        (half, Linf(0.2), 10, False),
+        (x, Linf(0.2), 20, False),
+        (proved, L2(0.2), 20, False),  # set aside for linf only
+    ):
+        data = Images(images, labels_)
+        checks = {check.name: check for check in run_checks_on(flat_model(), data, threat)}
+        aside = "" if unproved == 20 else f"; {20 - unproved} more set aside, proved by interval bounds"
+        assert checks["zero_gradient"].detail == f"exactly zero at {unproved} of 20 images{aside}"
+        assert checks["zero_gradient"].ok is ok
+        assert checks["eps_curve"].ok is (None if ok else False)
+        assert checks["noise_weaker"].ok is not False or not ok
+
+
 def test_no_check_fails_if_nothing_survives(two_tone, natural):
     """No image survives this radius; the commonest label is counted over all labels, even if few are attacked."""
     assert robust_accuracy(natural, two_tone[1], Linf(0.6), "pgd-strong", n=5).accuracy == 0
@@ -243,6 +297,8 @@ def test_checks_that_cannot_be_run(two_tone, natural):
     checks = {check.name: check for check in run_checks_on(natural, two_tone[1], Linf(0.001))}
     assert checks["transfer"].ok is None
     assert "--transfer-from" in checks["transfer"].detail
+    assert checks["masked"].ok is None
+    assert "--attack thorough" in checks["masked"].detail
     assert checks["noise_weaker"].ok is None
     assert "too few to tell" in checks["noise_weaker"].detail
     zeros = two_tone[1].take(two_tone[1].labels == 0)

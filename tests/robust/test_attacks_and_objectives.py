@@ -15,8 +15,8 @@ from atmc.compress.factorize import factorize
 from atmc.core.rng import Noise
 from atmc.data import Images
 from atmc.evaluation import accuracy as evaluation
-from atmc.evaluation import attacks, autoattack
-from atmc.robust.attacks import LOSSES, attack_mode, cross_entropy, fgsm, kl_from, margin, pgd, wrm
+from atmc.evaluation import attacks, autoattack, corner
+from atmc.robust.attacks import LOSSES, attack_mode, cross_entropy, fgsm, interval_pgd, kl_from, margin, pgd, wrm
 from atmc.robust.objectives import OBJECTIVES, Objective, TrainingAttack, mart, parse_objective, trades
 from atmc.robust.threats import L1, L2, Linf, check_threat, parse_threat
 
@@ -58,6 +58,8 @@ ATTACKS = {
     "pgd batch statistics": lambda model, x, y, ball: pgd(
         model, x, y, ball, steps=2, step_size=ball.eps / 2, batch_statistics=True
     ),
+    "interval_pgd": lambda model, x, y, ball: interval_pgd(model, x, y, ball, steps=8),
+    "interval_pgd random": lambda model, x, y, ball: interval_pgd(model, x, y, ball, steps=8, noise=noise(len(x))),
 }
 
 
@@ -131,7 +133,10 @@ def assert_untouched(model: nn.Module, attack: Callable[[], object]) -> None:
 @pytest.mark.parametrize("attack", [*attacks.ATTACKS, "clean", "wrm itself"])
 def test_measuring_leaves_the_model_as_it_was(attack, monkeypatch):
     """The model may have factorized weights or be in training mode."""
-    monkeypatch.setattr(autoattack, "QUERIES", 20)
+    for module, name in ((autoattack, "QUERIES"), (autoattack, "LONG_QUERIES"), (corner, "QUERIES")):
+        monkeypatch.setattr(module, name, 20)
+    spec = attacks.ATTACKS.get(attack)
+    ball = Linf(0.1) if spec and spec.norms == ("linf",) else L2(0.5)
     model, some = factorize(network()).train(), Images(images(), torch.arange(8) % 3)
     model[3].eval()
     assert_untouched(
@@ -139,7 +144,7 @@ def test_measuring_leaves_the_model_as_it_was(attack, monkeypatch):
         {
             "clean": lambda: evaluation.clean_accuracy(model, some),
             "wrm itself": lambda: wrm(model, some.pixels, some.labels),
-        }.get(attack, lambda: evaluation.robust_accuracy(model, some, L2(0.5), attack)),
+        }.get(attack, lambda: evaluation.robust_accuracy(model, some, ball, attack)),
     )
 
 
@@ -164,6 +169,22 @@ class TestAttackContract:
         model[1].eval()  # a user may have frozen one layer
         model(images(seed=9))
         assert_untouched(model, lambda: ATTACKS[attack](model, images(), torch.zeros(8, dtype=torch.int64), ball))
+
+
+def test_interval_bounds_lead_to_units_that_are_off():
+    """The wrong logit is 10 relu(mean pixel - 0.7), the right one 0.5: only bounds have a gradient at images of 0.5."""
+    model = nn.Sequential(nn.Flatten(), nn.Linear(50, 1), nn.ReLU(), nn.Linear(1, 2)).requires_grad_(False)
+    for parameter, value in zip(model.parameters(), (0.02, -0.7, [[0.0], [10.0]], [0.5, 0.0]), strict=True):
+        parameter.copy_(torch.tensor(value).expand(parameter.shape))
+    x, y = torch.full((3, 2, 5, 5), 0.5), torch.zeros(3, dtype=torch.int64)
+    for eps, ends in ((0.3, True), (0.24, False)):  # the margin is 0 at 0.25
+        ball = Linf(eps)
+        assert torch.equal(pgd(model, x, y, ball, steps=20, step_size=0.05), x)
+        adv = interval_pgd(model, x, y, ball)
+        assert bool((margin(model(adv), y) > 0).all()) is ends
+        assert bool((ball.distance(adv, x) <= eps + SLACK).all())
+    with pytest.raises(ValueError, match="expected steps >= 1, got 0"):
+        interval_pgd(model, x, y, ball, steps=0)
 
 
 @pytest.mark.parametrize(("ball", "dual"), [(Linf(0.05), 1), (L2(0.3), 2), (L1(0.4), math.inf)])

@@ -5,6 +5,7 @@ To add an attack, write its function in `robust/attacks.py` and add one `AttackS
 
 from __future__ import annotations
 
+import functools
 import inspect
 from collections.abc import Callable, Iterable
 from dataclasses import asdict, dataclass, replace
@@ -14,12 +15,18 @@ import torch
 from torch import Tensor, nn
 
 from atmc.core.errors import unknown
-from atmc.core.rng import Noise, check_seed
+from atmc.core.rng import Noise, check_seed, derived_seed
 from atmc.data import Images
-from atmc.evaluation import autoattack
+from atmc.evaluation import autoattack, corner
+from atmc.evaluation.fast_logits import choose_logits
 from atmc.evaluation.verdicts import Verdicts, accuracy_after_stages, mean_distances
-from atmc.robust.attacks import PgdSettings, attack_mode, cw, fgsm, wrm
-from atmc.robust.threats import Threat, check_threat
+from atmc.models.factory import USER_CODE_ERRORS
+from atmc.robust.attacks import PgdSettings, attack_mode, cw, fgsm, interval_pgd, wrm
+from atmc.robust.intervals import bound_logits
+from atmc.robust.threats import Linf, Threat, check_threat
+
+INTERVAL_STARTS, LONG_SQUARES = 3, 3  # starts of PGD on interval bounds, seeds of a longer Square
+FURTHER = ("interval-pgd", "corner", "square-long")  # attacks that go beyond AutoAttack, the cheapest first
 
 Perturber = Callable[[Tensor, Tensor, Tensor], Tensor]
 
@@ -66,7 +73,8 @@ class AttackSpec:
         minimal_norm: whether it looks for the nearest image that fools the model, which may lie outside the ball. Such
             an image does not count, but it is no fault of the attack.
         white_box: whether the checks may rely on it: it follows the model's gradients for many steps within the ball.
-        gradient_free: its stages, by name, that use no gradients.
+        gradient_free: its stages, by name, that do not follow the model's gradients; they are its last ones.
+        further: its stages, by name, that go beyond AutoAttack's, if it has both; they are its last ones.
         takes_pgd: whether the user's settings of PGD (steps, step size, restarts, loss) change it.
         only_pgd: whether it is PGD with these settings and nothing else.
         report: what to report of its verdicts besides the accuracy: (verdicts, names of stages) -> JSON.
@@ -79,6 +87,7 @@ class AttackSpec:
     minimal_norm: bool = False
     white_box: bool = True
     gradient_free: tuple[str, ...] = ()
+    further: tuple[str, ...] = ()
     takes_pgd: bool = False
     only_pgd: bool = False
     report: Callable[[Verdicts, tuple[str, ...]], dict[str, Any]] | None = None
@@ -160,6 +169,76 @@ def _show_pgd(pgd: PgdSettings) -> dict[str, Any]:
     return {name: values[name] for name in shown}
 
 
+def _build_interval_pgd(setup: Setup) -> Built:
+    """Raise ValueError if the model cannot be bounded by intervals."""
+    try:
+        with attack_mode(setup.model), torch.no_grad():
+            bound_logits(setup.model, setup.images.float_pixels(slice(0, 2)), setup.threat)
+    except USER_CODE_ERRORS as error:
+        raise ValueError(f"{setup.attack} needs interval bounds of the model: {error}") from error
+
+    def build(restart: int) -> Perturber:
+        def perturb(x: Tensor, y: Tensor, index: Tensor) -> Tensor:
+            noise = Noise(index, seed=setup.seed, purpose=setup.attack, epoch=restart) if restart else None
+            return interval_pgd(setup.model, x, y, setup.threat, noise=noise)
+
+        return perturb
+
+    shown = {"random_start": True, "restarts": INTERVAL_STARTS, "seed": setup.seed}
+    stages = [Stage(setup.attack, build(restart)) for restart in range(INTERVAL_STARTS)]
+    return stages, {"eps": setup.threat.eps, **_defaults(interval_pgd), **shown}
+
+
+def _build_corner(setup: Setup) -> Built:
+    logits, threat = _lazy_logits(setup), setup.threat
+    assert isinstance(threat, Linf)
+
+    def perturb(x: Tensor, y: Tensor, index: Tensor) -> Tensor:
+        noise = Noise(index, seed=setup.seed, purpose=setup.attack)
+        return corner.search_corners(logits(), x, y, threat, noise=noise, queries=corner.QUERIES)
+
+    return [Stage(setup.attack, perturb)], {"eps": threat.eps, "queries": corner.QUERIES, "seed": setup.seed}
+
+
+def _build_long_square(setup: Setup) -> Built:
+    logits, threat, device = _lazy_logits(setup), setup.threat, setup.images.labels.device
+    shape = tuple(setup.images.pixels.shape[1:])
+    autoattack.check_fit(threat, [autoattack.SQUARE], attack=setup.attack, classes=setup.count_classes(), shape=shape)
+
+    def build(restart: int) -> Perturber:
+        seed = derived_seed(setup.seed, restart)
+
+        def perturb(x: Tensor, y: Tensor, index: Tensor) -> Tensor:
+            attack = autoattack.build_long_square(setup.model, logits(), threat, seed=seed, device=device)
+            return attack(x, y)
+
+        return perturb
+
+    shown = {"queries": autoattack.LONG_QUERIES, "p": autoattack.LONG_SHARE, "restarts": LONG_SQUARES}
+    stages = [Stage(setup.attack, build(restart)) for restart in range(LONG_SQUARES)]
+    return stages, {"eps": threat.eps, **shown, "seed": setup.seed}
+
+
+def _lazy_logits(setup: Setup) -> Callable[[], Callable[[Tensor], Tensor]]:
+    """Return a function that chooses the model's logits when it is first called, since the engine takes a second."""
+    return functools.cache(lambda: choose_logits(setup.model, setup.images.float_pixels(slice(0, 8))))
+
+
+def _build_thorough(setup: Setup) -> Built:
+    """Put the stages of AutoAttack before those of the attacks that go further, of which some may not fit the model."""
+    stages, settings = ATTACKS["autoattack"].build(setup)
+    further, left_out = {}, {}
+    for name in FURTHER:
+        try:
+            check_norm(name, setup.threat)
+            more, further[name] = ATTACKS[name].build(replace(setup, attack=name))
+        except ValueError as error:
+            left_out[name] = str(error)
+        else:
+            stages += more
+    return stages, settings | {"further": further} | ({"left_out": left_out} if left_out else {})
+
+
 def _autoattack(*parts: str, **flags: Any) -> AttackSpec:
     """Return the spec of one or more parts of AutoAttack; flags are further fields of the spec."""
 
@@ -210,6 +289,32 @@ ATTACKS: dict[str, AttackSpec] = {
     "autoattack": _autoattack(
         *autoattack.STANDARD,
         help="APGD-CE, targeted APGD-DLR, targeted FAB and Square, in this order, by pyautoattack",
+        report=accuracy_after_stages,
+    ),
+    "interval-pgd": AttackSpec(
+        help="3 starts of 40 steps on interval bounds of the margin, over a ball around the iterate that shrinks to 0",
+        build=_build_interval_pgd,
+        white_box=False,
+        gradient_free=("interval-pgd",),
+    ),
+    "corner": AttackSpec(
+        help="20,000 queries, no gradient: flips squares of pixels between the two ends of the ball, large ones first",
+        build=_build_corner,
+        norms=("linf",),
+        white_box=False,
+        gradient_free=("corner",),
+    ),
+    "square-long": AttackSpec(
+        help="Square with 20,000 queries and 3 seeds, by pyautoattack",
+        build=_build_long_square,
+        white_box=False,
+        gradient_free=("square-long",),
+    ),
+    "thorough": AttackSpec(
+        help="`autoattack`, then `interval-pgd`, `corner` (linf) and `square-long` on what is left",
+        build=_build_thorough,
+        gradient_free=(autoattack.SQUARE, *FURTHER),
+        further=FURTHER,
         report=accuracy_after_stages,
     ),
 }

@@ -17,6 +17,7 @@ from typing import Any
 
 import torch
 from pyautoattack import AutoAttack
+from pyautoattack.square import SquareAttack
 from torch import Tensor, nn
 
 from atmc.robust.attacks import attack_mode, margin
@@ -24,6 +25,7 @@ from atmc.robust.threats import Threat
 
 NORMS = {"linf": "Linf", "l2": "L2", "l1": "L1"}
 QUERIES = 5000  # of Square, in the standard version
+LONG_QUERIES, LONG_SHARE = 20_000, 0.8  # of a longer Square: queries, and share of the pixels in its first squares
 STEPS = 100  # of APGD and FAB, in the standard version
 DLR_CLASSES = 4  # the fewest for which the targeted DLR loss is defined
 
@@ -122,6 +124,33 @@ def build_attacks(
         return run
 
     return {name: build(PARTS[name]) for name in names}
+
+
+def build_long_square(
+    model: nn.Module, logits: Callable[[Tensor], Tensor], threat: Threat, *, seed: int, device: torch.device
+) -> Attack:
+    """Return Square with more queries than in the standard version, and squares that shrink accordingly later.
+
+    Args:
+        logits: what stands for the model: images (n, c, h, w) -> logits (n, classes).
+    """
+    attack = SquareAttack(
+        logits,
+        norm=NORMS[threat.name],
+        eps=threat.eps,
+        n_queries=LONG_QUERIES,
+        p_init=LONG_SHARE,
+        seed=seed,
+        resc_schedule=True,
+        device=device,
+    )
+
+    def run(x: Tensor, y: Tensor) -> Tensor:
+        with _isolate(model, x.device), torch.no_grad():
+            adv: Tensor = attack.perturb(x.contiguous(), y)
+        return adv
+
+    return run
 
 
 def describe_settings(threat: Threat, names: Sequence[str], *, classes: int, seed: int) -> dict[str, Any]:

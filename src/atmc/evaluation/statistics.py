@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import math
+from collections import Counter
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -49,9 +51,16 @@ class Accuracy:
         """Return the (n,) verdicts before these stages, which must be the last of the attack."""
         if self.fooled_by is None:
             return self.right
-        positions = [self.stages.index(stage) for stage in stages if stage in self.stages]
+        positions = [position for position, stage in enumerate(self.stages) if stage in stages]
         late = torch.isin(self.fooled_by, torch.tensor(positions, dtype=torch.int8))
         return self.right | late
+
+    def count_fooled(self, stages: Iterable[str]) -> dict[str, int]:
+        """Return how many examples each of these stages fooled, of those that the attack ran."""
+        if self.fooled_by is None:
+            return {}
+        by_stage = Counter(self.stages[position] for position in self.fooled_by.tolist() if position >= 0)
+        return {stage: by_stage[stage] for stage in stages if stage in self.stages}
 
     def to_json(self) -> dict[str, Any]:
         """Return the accuracy as in metrics.json."""

@@ -4,7 +4,8 @@ Every attack runs the model in evaluation mode and leaves it unchanged: running 
 mode of each module stay. Images are (n, c, h, w) float32 in [0, 1], labels (n,) int64.
 
 Sources: FGSM, Goodfellow et al. 2015; PGD, Madry et al. 2018; WRM, Sinha, Namkoong and Duchi 2018; C&W, Carlini and
-Wagner 2017. "The paper" is Gui et al. 2019, whose section 4 has the settings of `PgdSettings.paper`.
+Wagner 2017; interval bounds, Gowal et al. 2018. "The paper" is Gui et al. 2019, whose section 4 has the settings of
+`PgdSettings.paper`.
 """
 
 from __future__ import annotations
@@ -20,6 +21,7 @@ from torch import Tensor, nn
 
 from atmc.core.errors import unknown
 from atmc.core.rng import Noise
+from atmc.robust.intervals import bound_logits, margins
 from atmc.robust.threats import Threat
 
 Loss = Callable[[Tensor, Tensor], Tensor]
@@ -155,6 +157,50 @@ def _keep_better(best: Tensor, best_value: Tensor, new: Tensor, value: Tensor) -
     higher = value > best_value
     mask = higher.view(-1, *[1] * (new.dim() - 1))
     return torch.where(mask, new, best), torch.where(higher, value, best_value)
+
+
+def interval_pgd(
+    model: nn.Module, x: Tensor, y: Tensor, threat: Threat, *, steps: int = 40, noise: Noise | None = None
+) -> Tensor:
+    """Maximize the margin by gradients of its upper bound over a ball around the iterate, which shrinks to a point.
+
+    A network whose units are off at an image has no gradient there, or one that ignores all that an attack could turn
+    on. An interval bound has a gradient through every unit that is on anywhere in the ball. Step k of K, from 0, bounds
+    the largest difference of a wrong logit and the right one over the ball of radius eps (1 - k / K)^2 around the
+    iterate, ascends on that bound by eps / 4 (1 - k / K), and projects onto the threat's own ball around x. The first
+    steps therefore see the whole threat, and the last ones are those of PGD on the margin. The bounds prove nothing
+    here. Each example's iterate of largest margin is returned, an image of the shape of x.
+
+    Args:
+        steps: number of ascent steps, at least 1.
+        noise: random numbers for a random start, one stream per example; None starts at x.
+
+    Raises:
+        UnsupportedOperation: `robust.intervals` has no rule for an operation of the model.
+
+    >>> from atmc.robust.threats import Linf
+    >>> model = nn.Sequential(nn.Flatten(), nn.Linear(4, 2))
+    >>> x = torch.full((3, 1, 2, 2), 0.5)
+    >>> adv = interval_pgd(model, x, torch.tensor([0, 1, 0]), Linf(0.1))
+    >>> bool(((adv - x).abs() <= 0.1 + 1e-6).all())
+    True
+    """
+    check_pgd(steps=steps)
+    adv = x if noise is None else threat.project(threat.random_start(x, noise), x)
+    best, best_value = adv, torch.full((len(x),), -torch.inf, device=x.device)
+    with attack_mode(model):
+        for step in range(steps):
+            left = 1 - step / steps
+            adv = adv.detach().requires_grad_()
+            with torch.enable_grad():
+                logits = bound_logits(model, adv, threat.with_eps(threat.eps * left**2))
+                bounds = margins(logits, y).scatter(1, y[:, None], -torch.inf).amax(1)
+                (grad,) = torch.autograd.grad(bounds.sum(), adv)
+            best, best_value = _keep_better(best, best_value, adv.detach(), margin(logits.clean.detach(), y))
+            adv = threat.project(threat.ascent(adv.detach(), grad, threat.eps / 4 * left), x)
+        with torch.no_grad():
+            best, _ = _keep_better(best, best_value, adv, margin(model(adv), y))
+    return best
 
 
 def check_pgd(*, steps: int | None = None, step_size: float | None = None, restarts: int = 1, loss: str = "ce") -> None:
