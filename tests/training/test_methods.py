@@ -424,7 +424,7 @@ def test_smallest_budgets(lenet):
 
 def test_every_method_has_phases():
     for method in METHODS.values():
-        plan = Plan(10, 100, 4 if method.codebook else None, default_recipe(tiny()))
+        plan = Plan(10, 100, 4 if method.codebook else None, default_recipe(tiny()), (1, 4, 4))
         assert method.build(plan)[0].name == "dense"
 
 

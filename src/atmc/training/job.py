@@ -102,7 +102,12 @@ class Job:
         self.nonzeros = budget.resolve(self.dense_weights, floor=floor) if spec.compresses else self.dense_weights
         rate = self._build_rate_control(model, budget, spec, recipe, train) if budget.max_bytes is not None else None
         plan = Plan(
-            nonzeros=self.nonzeros, dense_weights=self.dense_weights, bits=budget.bits, recipe=recipe, rate=rate
+            nonzeros=self.nonzeros,
+            dense_weights=self.dense_weights,
+            bits=budget.bits,
+            recipe=recipe,
+            input_shape=shape,
+            rate=rate,
         )
         phases = spec.build(plan)
         working = copy.deepcopy(model)

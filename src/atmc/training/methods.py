@@ -8,6 +8,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
+from functools import partial
 
 import torch
 from torch import nn
@@ -18,6 +19,7 @@ from atmc.compress.factorize import CompressibleWeight, compressible_weights, cu
 from atmc.compress.projections import allocate_ranks
 from atmc.compress.rate_control import Allocation, RateControl
 from atmc.core.errors import unknown
+from atmc.training.equalize import equalize
 from atmc.training.runner import Phase, Tensors
 from atmc.training.settings import Recipe
 
@@ -31,6 +33,7 @@ class Plan:
         dense_weights: N, the entries of those tensors in the dense model.
         bits: bits per code; None for 32-bit values.
         recipe: the settings of the run.
+        input_shape: (c, h, w) of the images.
         rate: the rate control of a budget in bytes; None if the budget is a number of nonzeros.
     """
 
@@ -38,6 +41,7 @@ class Plan:
     dense_weights: int
     bits: int | None
     recipe: Recipe
+    input_shape: tuple[int, int, int]
     rate: RateControl | None = field(default=None, repr=False)
 
     @property
@@ -67,7 +71,14 @@ def al0q(plan: Plan) -> list[Phase]:
 
 def ap(plan: Plan) -> list[Phase]:
     """Build the phases of one-shot magnitude pruning: prune the robust dense model, then fine-tune on that support."""
-    prune = Phase(name="tune", constraint=_keep_support, feasible=_prune, starts_feasible=True, keeps_start=True)
+    prune = Phase(
+        name="tune",
+        enter=_equalization(plan),
+        constraint=_keep_support,
+        feasible=_prune,
+        starts_feasible=True,
+        keeps_start=True,
+    )
     return [_dense_phase(), prune]
 
 
@@ -207,7 +218,12 @@ def _dense_phase() -> Phase:
 def _l0_phase(plan: Plan) -> Phase:
     """Build the phase that projects W on a number of nonzeros, which falls from N to k over the first part."""
     constraint = _shrink_budget(plan, lambda k: plan.dense_weights)
-    return Phase(name="l0", constraint=constraint, feasible=_prune)
+    return Phase(name="l0", enter=_equalization(plan), constraint=constraint, feasible=_prune)
+
+
+def _equalization(plan: Plan) -> Callable[[nn.Module], object] | None:
+    """Return what scales the layers to one norm before they are pruned, if the recipe asks for it."""
+    return partial(equalize, input_shape=plan.input_shape) if plan.recipe.equalize else None
 
 
 def _prune(allocation: Allocation) -> Constraint:

@@ -135,6 +135,11 @@ class Recipe:
     eps_ramp: float = setting(
         "epochs of the dense phase in which the ball grows to full size", 0.0, bounds=NOT_NEGATIVE
     )
+    equalize: bool = setting(
+        "scale the weights into and out of each channel to one norm before the first pruning, which changes no output "
+        "(default: false, true for certified objectives)",
+        False,
+    )
     gradual: float = setting(
         "fraction of the l0 and admm phases in which the nonzeros fall to the budget (Zhu and Gupta 2018)",
         0.5,
@@ -293,6 +298,7 @@ def default_recipe(model: nn.Module, **settings: Any) -> Recipe:
     if OBJECTIVES[objective].certified:
         settings.setdefault("eps_ramp", settings["epochs"]["dense"] / 2)
         settings.setdefault("clip_norm", 10.0)
+        settings.setdefault("equalize", True)
     settings["objective_options"] = OBJECTIVES[objective].fill_options(objective, settings.get("objective_options"))
     return Recipe(**settings)
 
