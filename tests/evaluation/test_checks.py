@@ -3,6 +3,7 @@
 import copy
 import warnings
 from collections.abc import Iterator
+from dataclasses import replace
 
 import pytest
 import torch
@@ -14,7 +15,8 @@ from atmc import EvaluationWarning
 from atmc.data import Images
 from atmc.evaluation import autoattack, corner
 from atmc.evaluation.accuracy import clean_accuracy, robust_accuracy
-from atmc.evaluation.checks import CHECKS, collect_check_inputs, labels, pixel_range, run_checks
+from atmc.evaluation.adversarial_file import AdversarialExamples
+from atmc.evaluation.checks import CHECKS, collect_check_inputs, labels, masked, pixel_range, run_checks
 from atmc.evaluation.evaluate import EvaluationOptions, run_evaluation
 from atmc.evaluation.statistics import Accuracy
 from atmc.robust.attacks import pgd
@@ -246,11 +248,34 @@ def test_masked_compares_autoattack_with_further_attacks(two_tone, natural, monk
     left, after = result.right, list(result.settings["after"].values())
     before = round(25 * result.settings["after"]["square"])
     assert checks["masked"].ok is ok
-    assert f"AutoAttack leaves {before} of 25, thorough then {int(left.sum())}" in checks["masked"].detail
+    assert f"AutoAttack leaves {before} of 25, further attacks then {int(left.sum())}" in checks["masked"].detail
     assert ("interval-pgd" in result.settings.get("left_out", {})) != ok  # its operation has no interval
     assert after == sorted(after, reverse=True)
     assert f"Square, 1 queries, then {before} " in checks["square"].detail
     assert checks["square"].ok is True
+
+
+@pytest.mark.parametrize(("eps", "k", "counted"), [(0.15, 20, 20), (0.15, 12, 12), (0.14, 20, 0)])
+def test_masked_counts_images_from_elsewhere(eps, k, counted):
+    """AutoAttack, without queries, is blind to a network of steps; images that break it count if they are allowed."""
+    x, y = torch.full((20, 1, 5, 5), 0.6), torch.zeros(20, dtype=torch.int64)
+    adv = x[:k].clone()
+    adv[:, 0, 0, 0] = 0.45
+    examples = AdversarialExamples(adv, y[:k], torch.ones(k, dtype=torch.bool), torch.ones(k), {})
+    auto = Accuracy.of(torch.ones(20, dtype=torch.bool))
+    inputs = collect_check_inputs(
+        flat_model(), Images(x, y), Linf(eps), Accuracy.of(y == 0), {"autoattack": auto}, examples=examples
+    )
+    check = masked(inputs)
+    assert check.ok is (counted == 0)
+    assert check.detail.endswith(
+        f"leaves 20 of 20, further attacks then {20 - counted}; broken by replayed images {counted}"
+    )
+    other = replace(examples, labels=examples.labels + 1)
+    without = collect_check_inputs(
+        flat_model(), Images(x, y), Linf(eps), Accuracy.of(y == 0), {"autoattack": auto}, examples=other
+    )
+    assert masked(without).ok is None
 
 
 def flat_model() -> nn.Module:

@@ -123,6 +123,7 @@ class _Inputs:
     data: Data
     source: nn.Module | None
     other: nn.Module | None
+    examples: adversarial_file.AdversarialExamples | None
 
 
 def evaluate(
@@ -268,7 +269,7 @@ def _open_inputs(request: EvaluateRequest, examples: adversarial_file.Adversaria
         raise ValueError(f"{request.replay} holds images of shape {replayed}, the data have images of shape {shape}")
     source = open_model(request.transfer_from, request.model, data).model if request.transfer_from else None
     other = _open_checked(request, request.against, data).model if request.against else None
-    return _Inputs(data=data, source=source and source.to(request.device), other=other)
+    return _Inputs(data=data, source=source and source.to(request.device), other=other, examples=examples)
 
 
 def _open_checked(request: EvaluateRequest, file: Path, data: Data) -> LoadedModel:
@@ -294,7 +295,7 @@ def _evaluate_file(
     figures: dict[str, Any] = {"model": str(file), "data": request.data, "threat": str(request.threat)}
     figures["seed"] = options.seed
     report = None
-    for event in run_evaluation(model, test, request.threat, options, source=inputs.source):
+    for event in run_evaluation(model, test, request.threat, options, source=inputs.source, examples=inputs.examples):
         yield event
         report = event if isinstance(event, Report) else None
     assert report is not None

@@ -186,9 +186,7 @@ def _attack_batch(model: nn.Module, images: Images, protocol: Protocol, verdicts
     x, y = images.float_pixels(rows), images.labels[rows]
     adv = protocol.stages[verdicts.stage].perturb(x, y, rows)
     distance = protocol.threat.distance(adv, x) if protocol.threat else torch.zeros(len(x), device=x.device)
-    limit = protocol.threat.eps * (1 + SLACK) if protocol.threat else 0.0
-    in_box = (adv.flatten(1).amin(1) >= 0) & (adv.flatten(1).amax(1) <= 1)  # false if a pixel is not a number
-    allowed = in_box & (distance <= limit)
+    allowed = find_allowed(adv, x, protocol.threat)
     wrong = predictions(model, adv) != y
     fooled = (wrong & allowed).cpu()
     if not protocol.spec.minimal_norm:
@@ -201,6 +199,12 @@ def _attack_batch(model: nn.Module, images: Images, protocol: Protocol, verdicts
     verdicts.distance[broken] = distance.cpu()[fooled]
     if verdicts.adv is not None:
         verdicts.adv[broken] = adv.cpu()[fooled]
+
+
+def find_allowed(adv: Tensor, x: Tensor, threat: Threat | None) -> Tensor:
+    """Return (n,) bool: whether images count as adversarial to x, being in [0, 1] and, unless it is None, the ball."""
+    allowed = (adv.flatten(1).amin(1) >= 0) & (adv.flatten(1).amax(1) <= 1)  # false if a pixel is not a number
+    return allowed if threat is None else allowed & (threat.distance(adv, x) <= threat.eps * (1 + SLACK))
 
 
 def summarize(protocol: Protocol, verdicts: Verdicts) -> Accuracy:

@@ -74,7 +74,7 @@ class AttackSpec:
             an image does not count, but it is no fault of the attack.
         white_box: whether the checks may rely on it: it follows the model's gradients for many steps within the ball.
         gradient_free: its stages, by name, that do not follow the model's gradients; they are its last ones.
-        further: its stages, by name, that go beyond AutoAttack's, if it has both; they are its last ones.
+        further: its stages, by name, after those of AutoAttack; None if it does not run AutoAttack.
         takes_pgd: whether the user's settings of PGD (steps, step size, restarts, loss) change it.
         only_pgd: whether it is PGD with these settings and nothing else.
         report: what to report of its verdicts besides the accuracy: (verdicts, names of stages) -> JSON.
@@ -87,7 +87,7 @@ class AttackSpec:
     minimal_norm: bool = False
     white_box: bool = True
     gradient_free: tuple[str, ...] = ()
-    further: tuple[str, ...] = ()
+    further: tuple[str, ...] | None = None
     takes_pgd: bool = False
     only_pgd: bool = False
     report: Callable[[Verdicts, tuple[str, ...]], dict[str, Any]] | None = None
@@ -289,6 +289,7 @@ ATTACKS: dict[str, AttackSpec] = {
     "autoattack": _autoattack(
         *autoattack.STANDARD,
         help="APGD-CE, targeted APGD-DLR, targeted FAB and Square, in this order, by pyautoattack",
+        further=(),
         report=accuracy_after_stages,
     ),
     "interval-pgd": AttackSpec(

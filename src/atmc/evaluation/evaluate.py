@@ -19,6 +19,7 @@ from atmc.core.arguments import check_module
 from atmc.data import Images, as_images, mix_classes
 from atmc.evaluation import resume
 from atmc.evaluation.accuracy import BatchAttacked, clean_accuracy, count_examples, run_protocol, summarize
+from atmc.evaluation.adversarial_file import AdversarialExamples
 from atmc.evaluation.attacks import ATTACKS, build_protocol, check_attacks, check_norm, takes_pgd_settings
 from atmc.evaluation.checks import Check, collect_check_inputs, looks_like_probabilities, run_checks
 from atmc.evaluation.statistics import Accuracy, Comparison, compare, per_class, worst_case
@@ -225,7 +226,13 @@ def evaluate(
 
 
 def run_evaluation(
-    model: nn.Module, test: Any, threat: Threat | str, options: EvaluationOptions, *, source: nn.Module | None = None
+    model: nn.Module,
+    test: Any,
+    threat: Threat | str,
+    options: EvaluationOptions,
+    *,
+    source: nn.Module | None = None,
+    examples: AdversarialExamples | None = None,
 ) -> Iterator[BatchAttacked | Check | Report]:
     """Run an evaluation step by step: yield every attacked batch, every check, and at last the report.
 
@@ -233,6 +240,7 @@ def run_evaluation(
 
     Args:
         source: a model whose adversarial images are tried on this one.
+        examples: adversarial images of the first images, which the check `masked` counts, whatever attack made them.
 
     Raises:
         ValueError: as `evaluate`.
@@ -257,7 +265,15 @@ def run_evaluation(
     checks: list[Check] = []
     if options.checks:
         inputs = collect_check_inputs(
-            model, images, threat, clean, attacks, pgd=options.pgd(threat), source=source, seed=options.seed
+            model,
+            images,
+            threat,
+            clean,
+            attacks,
+            pgd=options.pgd(threat),
+            source=source,
+            examples=examples,
+            seed=options.seed,
         )
         for check in run_checks(inputs):
             checks.append(check)
