@@ -13,20 +13,13 @@ import command_line
 import pytest
 import torch
 from command_line import call
-from torch import nn
+from small_networks import HIDDEN, train_on_digits
 
 import atmc
-from atmc.evaluation import resume
+from atmc.evaluation import adversarial_file, resume
 from atmc.evaluation.verify import stages
 
-MODELS = """
-import torch
-from torch import nn
-
-def build(num_classes):
-    torch.manual_seed(0)
-    return nn.Sequential(nn.Flatten(), nn.Linear(784, 12), nn.ReLU(), nn.Linear(12, num_classes))
-
+MODELS = f"""{HIDDEN}
 def smooth(num_classes):
     return nn.Sequential(nn.Flatten(), nn.Linear(784, 4), nn.Tanh(), nn.Linear(4, num_classes))
 """
@@ -42,16 +35,11 @@ def here(tmp_path_factory):
         patch.syspath_prepend(str(folder))
         import verify_models
 
-        model, train = verify_models.build(10), atmc.load_data("digits").train
-        optimizer = torch.optim.Adam(model.parameters(), 0.01)
-        for _ in range(60):
-            loss = nn.functional.cross_entropy(model(train.float_pixels(slice(None))), train.labels)
-            optimizer.zero_grad()
-            loss.backward()
-            optimizer.step()
+        model = train_on_digits(verify_models.build(10))
         atmc.save(model, "a.atmc", input_shape=(1, 28, 28))
         atmc.save(verify_models.smooth(10), "smooth.atmc", input_shape=(1, 28, 28))
         atmc.save(model, "small.atmc", input_shape=(1, 14, 56))
+        Path("there.npz").touch()
         yield folder
     sys.modules.pop("verify_models", None)
 
@@ -71,8 +59,9 @@ def expect_refusal(capsys: pytest.CaptureFixture[str], *arguments: object, **res
 def figures(path: str) -> dict:
     """Read figures; those of time are left out."""
     document = json.loads(Path(path).read_text())
-    for stage in document["stages"]:
-        del stage["seconds"]
+    for row in [*document["stages"], *document.get("complete", {}).get("by_image", ())]:
+        del row["seconds"]
+    document.get("complete", {}).pop("seconds", None)
     return document
 
 
@@ -99,25 +88,54 @@ def running(group: int) -> list[int]:
 
 class TestDone:
     def test_tables_and_json(self, here, capsys):
-        assert run_verify("a.atmc", "--n", 80, "--json", "done.json") == 0
+        assert run_verify("a.atmc", "--n", 80, "--json", "done.json", threat="linf:0.05") == 0
         text, document = capsys.readouterr().out, figures("done.json")
         certified, attacked = document["certified"], document["attacked"]
         assert 0 < certified["accuracy"] < attacked["accuracy"] < document["clean"]["accuracy"]
         assert set(certified) == {"accuracy", "n", "ci95", "eps", "by", "undecided"}
-        assert certified["eps"] == 0.03
-        assert certified["by"] == {"interval": certified["accuracy"]}
+        assert certified["eps"] == 0.05
+        assert certified["by"].keys() == {"interval", "linear"}
+        assert sum(certified["by"].values()) == pytest.approx(certified["accuracy"])
+        assert min(certified["by"].values()) > 0
         assert attacked["accuracy"] - certified["accuracy"] == pytest.approx(certified["undecided"], abs=1e-5)
         assert attacked["attacks"]["pgd-strong"]["restarts"] == 5
         assert len(document["decided_by"]) == 80
-        assert [stage["stage"] for stage in document["stages"]] == ["clean", "interval", "pgd-strong"]
+        assert [stage["stage"] for stage in document["stages"]] == ["clean", "interval", "pgd-strong", "linear"]
         for stage in document["stages"]:
-            assert document["decided_by"].count(stage["stage"]) == stage["decided"]
+            assert document["decided_by"].count(stage["stage"]) == stage["decided"] == stage[stage["verdict"]]
+        assert document["verdicts"].count("certified") == round(80 * certified["accuracy"])
+        assert [stage is None for stage in document["decided_by"]] == [
+            verdict == "undecided" for verdict in document["verdicts"]
+        ]
+        assert "complete" not in document
         for share in (certified["accuracy"], attacked["accuracy"], certified["undecided"]):
             assert f"{share:.2%}" in text
         for words in ("certified, under every attack: at least", "attacked, by pgd-strong: at most", "by stage"):
             assert words in text
         assert "interval: " in text
         assert not list(here.glob("done.json.*"))
+
+    def test_examples(self, here):
+        """Each broken image comes with one that counts; `atmc evaluate` replays them."""
+        options = ["--n", 40, "--no-linear", "--save-examples", "broken.npz"]
+        assert run_verify("a.atmc", *options, "--json", "examples.json", threat="linf:0.05") == 0
+        document, examples = figures("examples.json"), adversarial_file.read("broken.npz")
+        test = atmc.load_data("digits").test.take(slice(0, 40))
+        attacked = [stage == "pgd-strong" for stage in document["decided_by"]]
+        assert examples.fooled.tolist() == attacked
+        assert 0 < sum(attacked) < sum(verdict == "broken" for verdict in document["verdicts"]) < 40
+        broken = [verdict == "broken" for verdict in document["verdicts"]]
+        assert (examples.predictions != examples.labels).tolist() == broken
+        distance = (examples.adv - test.float_pixels(slice(None))).flatten(1).abs().amax(1)
+        assert bool((distance[examples.fooled] > 0.04).all())
+        assert bool((distance <= 0.05 + 1e-6).all())
+        assert torch.equal(examples.adv[~examples.fooled], test.float_pixels(~examples.fooled))
+        assert examples.about.items() >= {"threat": "linf:0.05", "model": "a.atmc"}.items()
+        command = ["evaluate", *command_of("a.atmc", "--n", 1, "--replay", "broken.npz", "--no-checks")[1:]]
+        assert call(*command, "--json", "replayed.json") == 0
+        replayed = json.loads(Path("replayed.json").read_text())["replay"]
+        assert replayed["agreement"]["accuracy"] == 1
+        assert replayed["accuracy"]["accuracy"] == document["attacked"]["accuracy"]
 
     def test_python_gives_the_same(self, here):
         assert run_verify("a.atmc", "--n", 40, "--json", "python.json") == 0
@@ -140,7 +158,7 @@ class TestDone:
 
 
 class TestResume:
-    ASKED = ("--n", 60, "--batch-size", 10, "--json")
+    ASKED = ("--n", 60, "--batch-size", 10, "--no-linear", "--json")
 
     def start(self, path: Path, *options: object) -> subprocess.Popen:
         """Start the command in a group of processes of its own; it saves after every batch."""
@@ -218,18 +236,45 @@ class TestResume:
         assert run_verify("a.atmc", "--n", 11, "--json", "finished.json", "--overwrite") == 0
         assert figures("finished.json")["certified"]["n"] == 11
 
-    def test_autoattack_may_be_added(self, here, monkeypatch):
-        """Its stage is the last, so that the verdicts of the stages before stand."""
+    def test_stages_may_be_added(self, here, monkeypatch):
+        """The verdicts of the stages before stand."""
         monkeypatch.setattr("atmc.evaluation.autoattack.QUERIES", 50)
-        assert run_verify("a.atmc", *self.ASKED, "added.json", "--autoattack") == 0
+        added = ("--linear", "--autoattack")
+        assert run_verify("a.atmc", *self.ASKED, "added.json", *added, threat="linf:0.05") == 0
         whole = figures("added.json")
-        calls = self.interrupt(monkeypatch, "run_protocol", 0)
-        assert run_verify("a.atmc", *self.ASKED, "later.json") == 1
-        assert run_verify("a.atmc", *self.ASKED, "later.json", "--autoattack", "--resume") == 0
-        assert len(calls) > 2
+        calls = self.interrupt(monkeypatch, "run_protocol", 3)  # of PGD
+        assert run_verify("a.atmc", *self.ASKED, "later.json", threat="linf:0.05") == 1
+        assert len(calls) == 4
+        assert run_verify("a.atmc", *self.ASKED, "later.json", *added, "--resume", threat="linf:0.05") == 0
         later = figures("later.json")
         assert {**later, "request": 0} == {**whole, "request": 0}
         assert whole["attacked"]["attacks"].keys() == {"pgd-strong", "autoattack"}
+        assert {stage["stage"]: stage["images"] > 0 for stage in whole["stages"][3:]} == {"linear": 1, "autoattack": 1}
+
+    def test_the_complete_method_continues_image_by_image(self, here, monkeypatch, capsys):
+        """Another time limit, and a longer one in particular, is another search."""
+        asked = (*self.ASKED, "part.json", "--linear", "--resume", "--time-per-image")
+        assert run_verify("a.atmc", *self.ASKED, "all.json", "--linear", "--time-per-image", 20, threat="linf:0.1") == 0
+        whole, text = figures("all.json"), capsys.readouterr().out
+        images, by_image = whole["complete"]["images"], whole["complete"]["by_image"]
+        assert images == len(by_image) > 2
+        assert f"complete: {images} images, 0 undecided" in text
+        assert [whole["decided_by"][one["row"]] for one in by_image] == ["complete"] * images
+        assert [whole["verdicts"][one["row"]] for one in by_image] == [one["verdict"] for one in by_image]
+        assert {one["verdict"] for one in by_image} == {"certified", "broken"}
+        for key, verdict in (("certified", "by"), ("attacked", "broken_by")):
+            assert whole[key][verdict]["complete"] > 0
+        calls = self.interrupt(monkeypatch, "decide", 2)
+        assert run_verify("a.atmc", *asked, 20, threat="linf:0.1") == 1
+        assert run_verify("a.atmc", *asked, 20, threat="linf:0.1") == 0
+        assert len(calls) == images + 1
+        assert figures("part.json") == whole
+        calls = self.interrupt(monkeypatch, "decide", 1)
+        Path("part.json").unlink()
+        assert run_verify("a.atmc", *asked, 20, threat="linf:0.1") == 1
+        assert run_verify("a.atmc", *asked, 21, threat="linf:0.1") == 0
+        assert len(calls) == 1 + 1 + images
+        assert figures("part.json")["verdicts"] == whole["verdicts"]
 
     def test_a_state_of_something_else(self, here, capsys):
         state = here / "x.json.state"
@@ -265,6 +310,12 @@ class TestRefused:
             (["--json", "."], "is a folder"),
             (["--json", "a.atmc"], "a.atmc exists: add --overwrite"),
             (["--seed", -1], "seed"),
+            (["--processes", 0], "expected processes >= 1, got 0"),
+            (["--time-per-image", 0], "expected a finite time per image > 0 seconds, got 0"),
+            (["--time-per-image", "inf"], "expected a finite time per image > 0 seconds, got inf"),
+            (["--save-examples", "broken.png"], "expected a name that ends in .npz for the examples, got broken.png"),
+            (["--save-examples", "no/broken.npz"], "there is no folder no"),
+            (["--save-examples", "there.npz"], "there.npz exists: add --overwrite"),
         ],
     )
     def test_options(self, here, capsys, monkeypatch, options, message):

@@ -9,18 +9,12 @@ import onnx
 import pytest
 import torch
 from command_line import call, expect_refusal
-from torch import nn
+from small_networks import HIDDEN, train_on_digits
 
 import atmc
 from atmc.deploy.export import onnx_export
 from atmc.deploy.export.vnnlib_export import to_vnnlib
 
-MODELS = """
-from torch import nn
-
-def build(num_classes):
-    return nn.Sequential(nn.Flatten(), nn.Linear(784, 12), nn.ReLU(), nn.Linear(12, num_classes))
-"""
 EPS = 0.03
 EXPORT = ["export", "net.atmc", "--to", "vnnlib", "--data", "digits", "--model", "vnnlib_models:build"]
 
@@ -29,20 +23,13 @@ EXPORT = ["export", "net.atmc", "--to", "vnnlib", "--data", "digits", "--model",
 def here(tmp_path_factory):
     """Make a folder with a small trained network of the digits, net.atmc, and its class."""
     folder = tmp_path_factory.mktemp("vnnlib")
-    (folder / "vnnlib_models.py").write_text(MODELS)
+    (folder / "vnnlib_models.py").write_text(HIDDEN)
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(folder)
         patch.syspath_prepend(str(folder))
         import vnnlib_models
 
-        torch.manual_seed(0)
-        model, train = vnnlib_models.build(10), atmc.load_data("digits").train
-        optimizer = torch.optim.Adam(model.parameters(), 0.01)
-        for _ in range(60):
-            loss = nn.functional.cross_entropy(model(train.float_pixels(slice(None))), train.labels)
-            optimizer.zero_grad()
-            loss.backward()
-            optimizer.step()
+        model = train_on_digits(vnnlib_models.build(10))
         atmc.save(model, "net.atmc", input_shape=(1, 28, 28), threat=f"linf:{EPS}")
         atmc.save(model, "silent.atmc", input_shape=(1, 28, 28))
         with torch.no_grad():

@@ -11,6 +11,7 @@ import pytest
 import torch
 from compilers import find_compiler
 from networks import EXTREMES, chain, conv, images_of, random_graph, with_classifier
+from small_networks import build_hidden
 from test_attacks_exact import DUAL, at_radius, exact_radius, linear_model, network
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -21,7 +22,7 @@ from atmc.deploy.engine.sparse import SparseNetwork
 from atmc.deploy.export.c.source import to_c
 from atmc.deploy.graph.graph import Add, Affine, Conv, Flatten, GlobalAvgPool, Graph, Linear, Node, Relu, run_graph
 from atmc.evaluation import autoattack
-from atmc.evaluation.verify import bounds
+from atmc.evaluation.verify import bounds, stages
 from atmc.evaluation.verify.bounds import (
     RULES,
     Box,
@@ -32,6 +33,7 @@ from atmc.evaluation.verify.bounds import (
     check_finite,
     prove,
 )
+from atmc.evaluation.verify.complete import Outcome
 from atmc.evaluation.verify.executions import list_executions, prove_executions
 from atmc.evaluation.verify.verify import verify
 from atmc.robust import intervals
@@ -400,6 +402,11 @@ def fit_digits() -> nn.Module:
 
 
 @pytest.fixture(scope="module")
+def hidden():
+    return build_hidden()
+
+
+@pytest.fixture(scope="module")
 def result():
     return verify(fit_digits(), atmc.load_data("digits").test, threat="linf:0.02", n=100, batch_size=30)
 
@@ -415,7 +422,7 @@ class TestVerify:
         assert result.taken["clean"] == 100
         assert result.taken["interval"] == 100 - result.by_stage["clean"]
         json = result.to_json()
-        assert json["certified"]["by"] == {"interval": json["certified"]["accuracy"]}
+        assert json["certified"]["by"] == {"interval": json["certified"]["accuracy"], "linear": 0}
         assert json["certified"]["undecided"] == 0
         assert json["certified"]["n"] == 100
         assert json["certified"]["ci95"][0] < json["certified"]["accuracy"] < json["certified"]["ci95"][1]
@@ -442,17 +449,69 @@ class TestVerify:
         images = torch.rand(12, 1, 28, 28)
         with torch.no_grad():
             labels = hidden(images).argmax(1)
-        result = verify(hidden, (images, labels), threat=Linf(0.003), autoattack=True)
+        result = verify(hidden, (images, labels), threat=Linf(0.003), autoattack=True, linear=False)
         assert result.stages == ("clean", "interval", "pgd-strong", "autoattack")
         before = 12 - sum(result.by_stage[name] for name in result.stages[:3])
         assert result.taken["autoattack"] == before > 0
         assert set(result.settings) == {"pgd-strong", "autoattack"}
 
+    def test_the_complete_method_decides_the_rest(self, hidden):
+        """Every stage has its share, and the images that break others are of the threat."""
+        test = atmc.load_data("digits").test
+        result = verify(hidden, test, threat="linf:0.1", n=80, time_per_image=60)
+        assert result.undecided == 0
+        assert result.stages == ("clean", "interval", "pgd-strong", "linear", "complete")
+        assert result.taken["complete"] == len(result.searched) == result.by_stage["complete"]
+        shares = {verdict: result.count("complete", verdict) for verdict in ("certified", "broken")}
+        assert min(shares.values()) > 0
+        assert sum(shares.values()) == result.taken["complete"]
+        assert result.certified.accuracy == result.attacked.accuracy
+        wrong = result.examples.predictions != result.examples.labels
+        assert [verdict == "broken" for verdict in result.verdicts] == wrong.tolist()
+        distance = Linf(0.1).distance(result.examples.adv, test.float_pixels(slice(0, 80)))
+        assert float(distance.max()) <= 0.1 * (1 + 1e-4)
+        assert 0 <= float(result.examples.adv.min()) <= float(result.examples.adv.max()) <= 1
+        figures = result.to_json()
+        search = figures["complete"]
+        assert search["seconds"]["min"] <= search["seconds"]["median"] <= search["seconds"]["p90"]
+        assert search["unstable"]["max"] == max(one["unstable"] for one in search["by_image"]) <= 12
+        assert figures["certified"]["by"]["complete"] == shares["certified"] / 80
+        assert figures["attacked"]["broken_by"]["complete"] == shares["broken"] / 80
+        (row,) = [row for row in figures["stages"] if row["stage"] == "complete"]
+        assert {key: row[key] for key in shares} == shares
+
+    def test_time_limits_leave_images_undecided(self, hidden):
+        test = atmc.load_data("digits").test
+        result = verify(hidden, test, threat="linf:0.1", n=80, time_per_image=1e-9)
+        assert result.undecided > 0
+        assert result.to_json()["complete"]["undecided"] == result.undecided * 80
+        assert max(one.seconds for one in result.searched) < 5
+
+    @pytest.mark.parametrize(
+        "change",
+        [lambda x: x, lambda x: (x + 0.3).clamp(max=1), lambda x: x - 0.05, lambda x: x * torch.nan],
+        ids=["an image that is right", "outside the ball", "outside [0, 1]", "not a number"],
+    )
+    def test_broken_counts_only_if_the_model_errs_on_an_image_that_counts(self, hidden, monkeypatch, change):
+        def claim(model, executions, x, label, threat, **options):
+            return Outcome(verdict="broken", image=change(x), unstable=0, branches=0, seconds=0.0)
+
+        monkeypatch.setattr(stages, "decide", claim)
+        images = atmc.load_data("digits").test.take(slice(0, 40))
+        result = verify(hidden, images, threat="linf:0.05", n=40, linear=False, time_per_image=1)
+        assert result.taken["complete"] == result.verdicts.count("undecided") > 20
+
     def test_the_model_stays_as_it_is(self):
-        model = batch_norm_network().train()
+        """It is verified in evaluation mode, and stays in training mode."""
+        model, x = batch_norm_network(), torch.rand(8, 1, 6, 6, generator=torch.Generator().manual_seed(0))
+        with torch.no_grad():
+            model.train()(x)  # which moves the averages
+            assert bool((copy.deepcopy(model)(x).argmax(1) != copy.deepcopy(model).eval()(x).argmax(1)).any())
+            images = x, copy.deepcopy(model).eval()(x).argmax(1)
         state = copy.deepcopy(model.state_dict())
-        images = torch.rand(4, 1, 6, 6)
-        verify(model, (images, torch.zeros(4, dtype=torch.int64)), threat=Linf(0.01))
+        result = verify(model, images, threat=Linf(0.001))
+        assert "certified" in result.verdicts
+        assert result.verdicts == verify(copy.deepcopy(model).eval(), images, threat=Linf(0.001)).verdicts
         assert model.training
         assert all(torch.equal(value, state[name]) for name, value in model.state_dict().items())
 
@@ -505,7 +564,14 @@ class TestRefused:
             bound_logits(graph, bound_images(x, Linf(0.1)))
 
     def test_options(self):
-        for options, message in (({"n": 0}, "n >= 1"), ({"batch_size": 0}, "batch_size >= 1"), ({"seed": -1}, "seed")):
+        for options, message in (
+            ({"n": 0}, "n >= 1"),
+            ({"batch_size": 0}, "batch_size >= 1"),
+            ({"seed": -1}, "seed"),
+            ({"processes": 0}, "processes >= 1"),
+            ({"time_per_image": 0}, "per image > 0"),
+            ({"time_per_image": torch.nan}, "per image > 0"),
+        ):
             with pytest.raises(ValueError, match=message):
                 verify(linear_model(2, 2), self.PAIR, threat="linf:0.1", **options)
         with pytest.raises(ValueError, match=r"expected a torch\.nn\.Module"):

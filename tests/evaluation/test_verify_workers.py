@@ -4,10 +4,10 @@ import multiprocessing
 
 import pytest
 import torch
+from small_networks import build_hidden
 from torch import nn
 
 import atmc
-from atmc.evaluation.verify import verify
 from atmc.evaluation.verify.verify import Verification, VerifyOptions, run_verification
 from atmc.evaluation.verify.workers import WorkerEnded
 
@@ -23,29 +23,19 @@ class Kept(dict):
 
 @pytest.fixture(scope="module")
 def network() -> nn.Module:
-    """Train a small network of the digits, some of whose images are certified, broken and undecided."""
-    torch.manual_seed(0)
-    model = nn.Sequential(nn.Flatten(), nn.Linear(784, 12), nn.ReLU(), nn.Linear(12, 10))
-    train = atmc.load_data("digits").train
-    optimizer = torch.optim.Adam(model.parameters(), 0.01)
-    for _ in range(60):
-        loss = nn.functional.cross_entropy(model(train.float_pixels(slice(None))), train.labels)
-        optimizer.zero_grad()
-        loss.backward()
-        optimizer.step()
-    return model.eval()
+    return build_hidden()
 
 
 def run(model: nn.Module, parts: Kept, **options: object) -> Verification:
     test = atmc.load_data("digits").test
-    *_, result = run_verification(model, test, f"linf:{EPS}", VerifyOptions(n=60, batch_size=6, **options), parts=parts)
+    *_, result = run_verification(model, test, f"linf:{EPS}", VerifyOptions(n=60, linear=False, **options), parts=parts)
     return result
 
 
 def test_a_process_dies_and_two_give_the_verdicts_of_one(network):
     """The processes are killed after the first batch; what was kept is not measured again."""
     test, parts = atmc.load_data("digits").test, Kept()
-    options = VerifyOptions(n=60, batch_size=6, processes=2)
+    options = VerifyOptions(n=60, batch_size=6, processes=2, linear=False)
     events = run_verification(network, test, f"linf:{EPS}", options, parts=parts)
     next(events)
     workers = multiprocessing.active_children()
@@ -57,13 +47,22 @@ def test_a_process_dies_and_two_give_the_verdicts_of_one(network):
     assert multiprocessing.active_children() == []
     before = dict(parts)
     assert 0 < len(before) < 10
-    two = run(network, parts, processes=2)
+    two = run(network, parts, batch_size=6, processes=2)
     assert multiprocessing.active_children() == []
     assert all(parts[name] is value for name, value in before.items())
-    one = run(network, Kept())
+    one = run(network, Kept(), batch_size=6)
     assert {"certified", "broken"} <= set(one.verdicts)
     assert (two.verdicts, two.decided_by, two.taken) == (one.verdicts, one.decided_by, one.taken)
     assert torch.equal(two.examples.adv, one.examples.adv)
+
+
+def test_parts_of_other_images_are_not_used(network):
+    """The parts have the same names, since they begin with the same images."""
+    parts = Kept()
+    run(network, parts, batch_size=7)
+    other = run(network, parts, batch_size=5)
+    fresh = run(network, Kept(), batch_size=5)
+    assert (other.verdicts, other.decided_by, other.taken) == (fresh.verdicts, fresh.decided_by, fresh.taken)
 
 
 def test_one_process_starts_none(network, monkeypatch):
@@ -78,8 +77,3 @@ def test_a_model_that_cannot_be_sent(network):
 
     with pytest.raises(ValueError, match=r"the model cannot be sent to other processes .*: verify it with one process"):
         run(Local(), Kept(), processes=2)
-
-
-def test_number_of_processes():
-    with pytest.raises(ValueError, match="expected processes >= 1, got 0"):
-        verify.verify(nn.Flatten(), None, threat="linf:0.1", processes=0)

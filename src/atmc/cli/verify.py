@@ -19,6 +19,9 @@ def verify(
     data: Annotated[str, typer.Option(help="Data set whose test split is used, see compress.")],
     threat: Annotated[str, typer.Option(help="What the adversary may do, in pixel units: linf:8/255 and the like.")],
     n: Annotated[int | None, typer.Option(help="Number of images, the first ones (default: all).")] = None,
+    linear: Annotated[
+        bool, typer.Option(help="Bound the images that intervals do not prove by backward linear bounds.")
+    ] = True,
     autoattack: Annotated[
         bool, typer.Option(help="Run AutoAttack on the images that neither bounds nor PGD decide.")
     ] = False,
@@ -61,6 +64,7 @@ def verify(
         threat=parse_threat(threat),
         options=VerifyOptions(
             n=n,
+            linear=linear,
             autoattack=autoattack,
             time_per_image=time_per_image,
             processes=processes,
@@ -116,5 +120,5 @@ def _search_tables(figures: Mapping[str, Any]) -> list[RenderableType]:
     title = f"complete: {search['images']:,} images, {search['undecided']:,} undecided"
     table = new_table(title, ["per image"], quantiles)
     table.add_row("seconds", *(f"{search['seconds'][name]:,.1f}" for name in quantiles))
-    table.add_row("unstable ReLUs", *(f"{search['unstable'][name]:,.0f}" for name in quantiles))
+    table.add_row("unstable ReLUs and windows", *(f"{search['unstable'][name]:,.0f}" for name in quantiles))
     return [table]

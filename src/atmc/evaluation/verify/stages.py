@@ -17,10 +17,12 @@ import torch
 from torch import Tensor, nn
 
 from atmc.data import Images
-from atmc.evaluation.accuracy import predictions, run_protocol
+from atmc.evaluation.accuracy import SLACK, predictions, run_protocol
 from atmc.evaluation.attacks import build_protocol
 from atmc.evaluation.verdicts import Verdicts
+from atmc.evaluation.verify.complete import decide
 from atmc.evaluation.verify.executions import Execution, Prove, prove_executions, prove_intervals
+from atmc.evaluation.verify.linear import prove_linear
 from atmc.robust.threats import Threat
 
 CERTIFIED, BROKEN, UNDECIDED = "certified", "broken", "undecided"
@@ -93,7 +95,7 @@ def run_stage(problem: Problem, stage: str, rows: Sequence[int]) -> Part:
     """
     began = time.monotonic()
     decision = STAGES[stage].decide(problem, stage, torch.tensor(rows))
-    part = {"rows": list(rows), "certified": list(decision.certified), "broken": list(decision.broken)}
+    part: Part = {"rows": list(rows), "certified": list(decision.certified), "broken": list(decision.broken)}
     if problem.keep:
         part["images"] = [_encode(image) for image in decision.broken.values()]
     return part | {"seconds": time.monotonic() - began, **decision.details}
@@ -133,9 +135,39 @@ def _attack(problem: Problem, stage: str, rows: Tensor) -> Decision:
     return Decision(broken={row: verdicts.adv[row] for row in rows[~verdicts.right[rows]].tolist()})
 
 
+def _decide_completely(problem: Problem, stage: str, rows: Tensor) -> Decision:
+    """Decide one image; what the complete method calls broken counts only if the model errs on an image that counts."""
+    (row,), (x, label) = rows.tolist(), problem.take(rows)
+    assert problem.time_per_image is not None
+    outcome = decide(
+        problem.model,
+        problem.executions,
+        x[0],
+        int(label),
+        problem.threat,
+        seconds=problem.time_per_image,
+        seed=problem.seed,
+    )
+    details = {"unstable": outcome.unstable, "branches": outcome.branches}
+    if outcome.verdict == CERTIFIED:
+        return Decision(certified=[row], details=details)
+    if outcome.image is not None and _is_broken_by(problem, x, label, outcome.image[None]):
+        return Decision(broken={row: outcome.image}, details=details)
+    return Decision(details=details)
+
+
+def _is_broken_by(problem: Problem, x: Tensor, label: Tensor, adv: Tensor) -> bool:
+    """Return whether an image adv (1, c, h, w) counts, as `evaluation.accuracy` says, and the model errs on it."""
+    allowed = bool(((adv >= 0) & (adv <= 1)).all())
+    near = float(problem.threat.distance(adv, x)) <= problem.threat.eps * (1 + SLACK)
+    return allowed and near and bool(predictions(problem.model, adv) != label)
+
+
 STAGES = {
     "clean": Stage(verdicts=(BROKEN,), decide=_find_wrong),
     "interval": Stage(verdicts=(CERTIFIED,), decide=_prove_by(prove_intervals)),
     "pgd-strong": Stage(verdicts=(BROKEN,), decide=_attack, is_attack=True),
+    "linear": Stage(verdicts=(CERTIFIED,), decide=_prove_by(prove_linear), option="linear", most=10),
     "autoattack": Stage(verdicts=(BROKEN,), decide=_attack, is_attack=True, option="autoattack"),
+    "complete": Stage(verdicts=(CERTIFIED, BROKEN), decide=_decide_completely, option="time_per_image", most=1),
 }

@@ -44,6 +44,7 @@ class VerifyOptions:
     """
 
     n: int | None = None
+    linear: bool = True
     autoattack: bool = False
     time_per_image: float | None = None
     processes: int = 1
@@ -232,6 +233,7 @@ def verify(
     *,
     threat: Threat | str,
     n: int | None = None,
+    linear: bool = True,
     autoattack: bool = False,
     time_per_image: float | None = None,
     processes: int = 1,
@@ -248,7 +250,8 @@ def verify(
             sorted by class, they are taken in a fixed mixed order, as `evaluate` does.
         threat: what the adversary may do, ``Linf(8 / 255)`` or "linf:8/255"; there are proofs for linf only.
         n: number of images, the first ones; all by default.
-        autoattack: run AutoAttack on the images that are undecided after the stage `linear`.
+        linear: bound the images that intervals do not prove by backward linear bounds, which take about a second each.
+        autoattack: run AutoAttack on the images that are undecided then.
         time_per_image: run the complete method for at most so many seconds on each image that is undecided then.
         processes: number of processes that share the images, with one thread each. If there are several, the script
             that calls this function needs the guard ``if __name__ == "__main__":``, since each process imports it.
@@ -270,6 +273,7 @@ def verify(
     """
     options = VerifyOptions(
         n=n,
+        linear=linear,
         autoattack=autoattack,
         time_per_image=time_per_image,
         processes=processes,
@@ -306,6 +310,7 @@ def run_verification(
     images = mix_classes(as_images(test)).to("cpu")
     check_provable(threat, images.pixels[0].numel())
     executions = list_executions(model, tuple(images.pixels.shape[1:]), factors)
+    executions.sort(key=lambda execution: execution.graph.macs(dense=True))  # most proofs that fail do so on each
     model = fold(model).float().cpu().eval()
     check_model(model, images, None, probabilities=True)
     model, images = prepare(model, images)
