@@ -4,6 +4,7 @@ import copy
 import logging
 import sys
 
+import numpy as np
 import pytest
 import torch
 from pyautoattack import AutoAttack
@@ -11,9 +12,11 @@ from torch import Tensor, nn
 
 from atmc.core.rng import Noise
 from atmc.data import Images
+from atmc.deploy.engine.engine import Engine
 from atmc.evaluation import autoattack, corner
 from atmc.evaluation.accuracy import predictions, robust_accuracy, run_protocol, summarize
 from atmc.evaluation.attacks import ATTACKS, build_protocol, check_norm
+from atmc.evaluation.fast_logits import choose_logits
 from atmc.evaluation.verdicts import Verdicts
 from atmc.robust.attacks import PgdSettings, dlr, margin
 from atmc.robust.threats import L1, L2, Linf
@@ -153,7 +156,9 @@ def test_targets_are_really_all_attacked():
     assert {target[0] for target in targets} == set(range(5)) - {int(data.labels[0])}
 
 
-@pytest.mark.parametrize("attack", ["fgsm", "pgd", "pgd-strong", "apgd-ce", "square"])
+@pytest.mark.parametrize(
+    "attack", ["fgsm", "pgd", "pgd-strong", "apgd-ce", "square", "interval-pgd", "corner", "square-long"]
+)
 def test_only_examples_that_are_right_cost_anything(attack):
     model = Net(3).eval()
     data = images(model, 8, wrong=8)
@@ -193,6 +198,55 @@ def test_dlr_is_the_papers():
     assert torch.equal(dlr(logits, y).sign(), margin(logits, y).sign())
     with pytest.raises(ValueError, match="at least 3 classes"):
         dlr(logits[:, :2], y)
+
+
+class TestFastLogits:
+    """The engine gives the logits of sparse models, and the module those of others."""
+
+    @pytest.fixture
+    def sparse(self) -> nn.Module:
+        model = nn.Sequential(nn.Flatten(), nn.Linear(50, 40), nn.ReLU(), nn.Linear(40, 3)).requires_grad_(False)
+        model[1].weight[:, 5:] = 0
+        return model
+
+    def count_calls(self, model: nn.Module, x: Tensor) -> int:
+        """Choose, run, compare, and return how often the module itself was called in the run."""
+        calls = []
+        logits = choose_logits(model, x[:2])
+        hook = model.register_forward_hook(lambda *_: calls.append(1))
+        assert torch.allclose(logits(x), model(x), atol=1e-5)
+        hook.remove()
+        return len(calls) - 1
+
+    def test_sparse_and_dense(self, sparse):
+        x = torch.rand(5, *SHAPE)
+        assert self.count_calls(sparse, x) == 0
+        sparse[1].weight.fill_(0.01)
+        assert self.count_calls(sparse, x) == 1
+
+    def test_what_the_engine_cannot_run(self, sparse):
+        assert self.count_calls(nn.Sequential(sparse, nn.Softplus()), torch.rand(5, *SHAPE)) == 1
+
+    def test_an_engine_that_disagrees_is_not_used(self, sparse, monkeypatch):
+        monkeypatch.setattr(Engine, "__call__", lambda self, images: np.full((len(images), 3), 0.5, np.float32))
+        assert self.count_calls(sparse, torch.rand(5, *SHAPE)) == 1
+
+
+def test_thorough_says_what_it_ran_and_what_it_left_out(few_queries):
+    """An operation without an interval leaves out one attack, a norm another; alone, these attacks are refused."""
+    model = nn.Sequential(Net(3), nn.LogSoftmax(1)).eval()
+    data = images(model[0], 4)
+    further = ["interval-pgd", "corner", "square-long"]
+    for ball, left_out in ((Linf(0.3), further[:1]), (L2(0.4), further[:2])):
+        protocol = build_protocol(model, data, ball, "thorough")
+        assert list(protocol.settings["left_out"]) == left_out
+        assert list(protocol.settings["further"]) == further[len(left_out) :]
+        names = [stage.name for stage in protocol.stages]
+        assert names == [*autoattack.STANDARD, *["corner"] * (ball.name == "linf"), *["square-long"] * 3]
+    assert protocol.settings["further"]["square-long"]["queries"] == autoattack.LONG_QUERIES == 100
+    assert "left_out" not in build_protocol(Net(3).eval(), data, Linf(0.3), "thorough").settings
+    with pytest.raises(ValueError, match=r"interval-pgd needs interval bounds of the model: .*log_softmax"):
+        robust_accuracy(model, data, Linf(0.3), "interval-pgd")
 
 
 class TestTime:

@@ -8,6 +8,7 @@ from torch import nn
 
 from atmc.core.rng import Noise, derived_seed, permutation
 from atmc.data import Images
+from atmc.evaluation import corner
 from atmc.evaluation.accuracy import clean_accuracy, predictions, robust_accuracy
 from atmc.evaluation.statistics import Accuracy, wilson
 from atmc.robust.attacks import PgdSettings
@@ -50,12 +51,20 @@ def test_clean_and_first_n():
     assert robust_accuracy(threshold_model(), ramp(), Linf(0.1), n=1000).n == 100
 
 
-def test_batches_do_not_matter():
-    model = nn.Sequential(nn.Flatten(), nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 2))
-    images = Images(Noise(torch.arange(60), seed=0, purpose="x").uniform((1, 2, 2)), torch.arange(60) % 2)
-    one = robust_accuracy(model, images, L2(0.2), "pgd-strong", batch_size=60)
-    two = robust_accuracy(model, images, L2(0.2), "pgd-strong", batch_size=7)
+@pytest.mark.parametrize(
+    ("attack", "ball"), [("pgd-strong", L2(0.2)), ("interval-pgd", Linf(0.1)), ("corner", Linf(0.1))]
+)
+def test_batches_do_not_matter(attack, ball, monkeypatch):
+    monkeypatch.setattr(corner, "QUERIES", 12)
+    torch.manual_seed(5)
+    model = nn.Sequential(nn.Flatten(), nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 8))
+    x = Noise(torch.arange(60), seed=0, purpose="x").uniform((1, 2, 2))
+    images = Images(x, predictions(model, x))
+    one = robust_accuracy(model, images, ball, attack, batch_size=60, keep=True)
+    two = robust_accuracy(model, images, ball, attack, batch_size=7, keep=True)
     assert torch.equal(one.right, two.right)
+    assert torch.allclose(one.adv, two.adv, atol=1e-6)
+    assert 0 < one.accuracy < 1
 
 
 def test_strong_is_never_weaker_than_pgd():

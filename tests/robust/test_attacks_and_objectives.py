@@ -180,7 +180,7 @@ def test_interval_bounds_lead_to_units_that_are_off():
     for eps, ends in ((0.3, True), (0.24, False)):  # the margin is 0 at 0.25
         ball = Linf(eps)
         assert torch.equal(pgd(model, x, y, ball, steps=20, step_size=0.05), x)
-        adv = interval_pgd(model, x, y, ball)
+        adv = interval_pgd(model, x, y, ball, steps=40)
         assert bool((margin(model(adv), y) > 0).all()) is ends
         assert bool((ball.distance(adv, x) <= eps + SLACK).all())
     with pytest.raises(ValueError, match="expected steps >= 1, got 0"):

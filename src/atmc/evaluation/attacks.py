@@ -25,7 +25,8 @@ from atmc.robust.attacks import PgdSettings, attack_mode, cw, fgsm, interval_pgd
 from atmc.robust.intervals import bound_logits
 from atmc.robust.threats import Linf, Threat, check_threat
 
-INTERVAL_STARTS, LONG_SQUARES = 3, 3  # starts of PGD on interval bounds, seeds of a longer Square
+INTERVAL_STARTS, INTERVAL_STEPS = 3, 40  # of PGD on interval bounds
+LONG_SQUARES = 3  # seeds of a longer Square
 FURTHER = ("interval-pgd", "corner", "square-long")  # attacks that go beyond AutoAttack, the cheapest first
 
 Perturber = Callable[[Tensor, Tensor, Tensor], Tensor]
@@ -180,13 +181,13 @@ def _build_interval_pgd(setup: Setup) -> Built:
     def build(restart: int) -> Perturber:
         def perturb(x: Tensor, y: Tensor, index: Tensor) -> Tensor:
             noise = Noise(index, seed=setup.seed, purpose=setup.attack, epoch=restart) if restart else None
-            return interval_pgd(setup.model, x, y, setup.threat, noise=noise)
+            return interval_pgd(setup.model, x, y, setup.threat, steps=INTERVAL_STEPS, noise=noise)
 
         return perturb
 
-    shown = {"random_start": True, "restarts": INTERVAL_STARTS, "seed": setup.seed}
+    shown = {"steps": INTERVAL_STEPS, "random_start": True, "restarts": INTERVAL_STARTS, "seed": setup.seed}
     stages = [Stage(setup.attack, build(restart)) for restart in range(INTERVAL_STARTS)]
-    return stages, {"eps": setup.threat.eps, **_defaults(interval_pgd), **shown}
+    return stages, {"eps": setup.threat.eps, **shown}
 
 
 def _build_corner(setup: Setup) -> Built:

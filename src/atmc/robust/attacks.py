@@ -160,7 +160,7 @@ def _keep_better(best: Tensor, best_value: Tensor, new: Tensor, value: Tensor) -
 
 
 def interval_pgd(
-    model: nn.Module, x: Tensor, y: Tensor, threat: Threat, *, steps: int = 40, noise: Noise | None = None
+    model: nn.Module, x: Tensor, y: Tensor, threat: Threat, *, steps: int, noise: Noise | None = None
 ) -> Tensor:
     """Maximize the margin by gradients of its upper bound over a ball around the iterate, which shrinks to a point.
 
@@ -181,7 +181,7 @@ def interval_pgd(
     >>> from atmc.robust.threats import Linf
     >>> model = nn.Sequential(nn.Flatten(), nn.Linear(4, 2))
     >>> x = torch.full((3, 1, 2, 2), 0.5)
-    >>> adv = interval_pgd(model, x, torch.tensor([0, 1, 0]), Linf(0.1))
+    >>> adv = interval_pgd(model, x, torch.tensor([0, 1, 0]), Linf(0.1), steps=10)
     >>> bool(((adv - x).abs() <= 0.1 + 1e-6).all())
     True
     """
