@@ -7,6 +7,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import command_line
@@ -88,7 +89,7 @@ def running(group: int) -> list[int]:
 
 class TestDone:
     def test_tables_and_json(self, here, capsys):
-        assert run_verify("a.atmc", "--n", 80, "--json", "done.json", threat="linf:0.05") == 0
+        assert run_verify("a.atmc", "--n", 80, "--linear", "--json", "done.json", threat="linf:0.05") == 0
         text, document = capsys.readouterr().out, figures("done.json")
         certified, attacked = document["certified"], document["attacked"]
         assert 0 < certified["accuracy"] < attacked["accuracy"] < document["clean"]["accuracy"]
@@ -117,7 +118,7 @@ class TestDone:
 
     def test_examples(self, here):
         """Each broken image comes with one that counts; `atmc evaluate` replays them."""
-        options = ["--n", 40, "--no-linear", "--save-examples", "broken.npz"]
+        options = ["--n", 40, "--save-examples", "broken.npz"]
         assert run_verify("a.atmc", *options, "--json", "examples.json", threat="linf:0.05") == 0
         document, examples = figures("examples.json"), adversarial_file.read("broken.npz")
         test = atmc.load_data("digits").test.take(slice(0, 40))
@@ -158,7 +159,7 @@ class TestDone:
 
 
 class TestResume:
-    ASKED = ("--n", 60, "--batch-size", 10, "--no-linear", "--json")
+    ASKED = ("--n", 60, "--batch-size", 10, "--json")
 
     def start(self, path: Path, *options: object) -> subprocess.Popen:
         """Start the command in a group of processes of its own; it saves after every batch."""
@@ -252,9 +253,9 @@ class TestResume:
         assert {stage["stage"]: stage["images"] > 0 for stage in whole["stages"][3:]} == {"linear": 1, "autoattack": 1}
 
     def test_the_complete_method_continues_image_by_image(self, here, monkeypatch, capsys):
-        """Another time limit, and a longer one in particular, is another search."""
-        asked = (*self.ASKED, "part.json", "--linear", "--resume", "--time-per-image")
-        assert run_verify("a.atmc", *self.ASKED, "all.json", "--linear", "--time-per-image", 20, threat="linf:0.1") == 0
+        """With another time limit only the images that were left undecided are searched again."""
+        asked = (*self.ASKED, "part.json", "--resume", "--time-per-image")
+        assert run_verify("a.atmc", *self.ASKED, "all.json", "--time-per-image", 20, threat="linf:0.1") == 0
         whole, text = figures("all.json"), capsys.readouterr().out
         images, by_image = whole["complete"]["images"], whole["complete"]["by_image"]
         assert images == len(by_image) > 2
@@ -269,11 +270,19 @@ class TestResume:
         assert run_verify("a.atmc", *asked, 20, threat="linf:0.1") == 0
         assert len(calls) == images + 1
         assert figures("part.json") == whole
-        calls = self.interrupt(monkeypatch, "decide", 1)
         Path("part.json").unlink()
+        monkeypatch.undo()
+        calls = self.interrupt(monkeypatch, "decide", 2)
+        counted = stages.decide
+
+        def give_up_at_first(*arguments, **options):
+            outcome = counted(*arguments, **options)
+            return replace(outcome, verdict="undecided", image=None) if len(calls) == 1 else outcome
+
+        monkeypatch.setattr(stages, "decide", give_up_at_first)
         assert run_verify("a.atmc", *asked, 20, threat="linf:0.1") == 1
         assert run_verify("a.atmc", *asked, 21, threat="linf:0.1") == 0
-        assert len(calls) == 1 + 1 + images
+        assert len(calls) == 2 + 1 + (images - 1)
         assert figures("part.json")["verdicts"] == whole["verdicts"]
 
     def test_a_state_of_something_else(self, here, capsys):

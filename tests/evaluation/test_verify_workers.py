@@ -28,14 +28,14 @@ def network() -> nn.Module:
 
 def run(model: nn.Module, parts: Kept, **options: object) -> Verification:
     test = atmc.load_data("digits").test
-    *_, result = run_verification(model, test, f"linf:{EPS}", VerifyOptions(n=60, linear=False, **options), parts=parts)
+    *_, result = run_verification(model, test, f"linf:{EPS}", VerifyOptions(n=60, **options), parts=parts)
     return result
 
 
 def test_a_process_dies_and_two_give_the_verdicts_of_one(network):
     """The processes are killed after the first batch; what was kept is not measured again."""
     test, parts = atmc.load_data("digits").test, Kept()
-    options = VerifyOptions(n=60, batch_size=6, processes=2, linear=False)
+    options = VerifyOptions(n=60, batch_size=6, processes=2)
     events = run_verification(network, test, f"linf:{EPS}", options, parts=parts)
     next(events)
     workers = multiprocessing.active_children()

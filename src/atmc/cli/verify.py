@@ -20,16 +20,16 @@ def verify(
     threat: Annotated[str, typer.Option(help="What the adversary may do, in pixel units: linf:8/255 and the like.")],
     n: Annotated[int | None, typer.Option(help="Number of images, the first ones (default: all).")] = None,
     linear: Annotated[
-        bool, typer.Option(help="Bound the images that intervals do not prove by backward linear bounds.")
-    ] = True,
+        bool, typer.Option(help="Bound the images that neither intervals nor PGD decide by backward linear bounds.")
+    ] = False,
     autoattack: Annotated[
         bool, typer.Option(help="Run AutoAttack on the images that neither bounds nor PGD decide.")
     ] = False,
     time_per_image: Annotated[
         float | None,
         typer.Option(
-            help="Seconds for the complete method, per image that is undecided at the end; without this option it does "
-            "not run."
+            help="Seconds for the complete method, which runs with this option only, per image that is undecided at "
+            "the end; includes --linear."
         ),
     ] = None,
     processes: Annotated[

@@ -144,7 +144,7 @@ def _measure(request: VerifyRequest, identity: dict[str, Any]) -> Generator[Batc
     check_image_shape(loaded, data)
     if request.state_path and not request.resume:
         request.state_path.unlink(missing_ok=True)
-    asked = {stage.option for stage in STAGES.values()}  # stages that may be asked for when it continues
+    asked = {option for stage in STAGES.values() for option in stage.options}  # which may differ when it continues
     decided = {name: value for name, value in identity.items() if name not in asked}
     mark = resume.compute_fingerprint(loaded.model, data.test, len(data.test), request=decided, atmc=__version__)
     parts = PartialResults(request.state_path, mark)

@@ -76,14 +76,14 @@ class Stage:
     Args:
         verdicts: those that it may give.
         decide: (problem, name of the stage, rows (b,)) -> the decision.
-        option: the field of `VerifyOptions` that asks for it; None if it always runs.
+        options: the fields of `VerifyOptions` of which each asks for it; none if it always runs.
         is_attack: whether it is the attack of this name in `evaluation.attacks`.
         most: the largest number of images that it takes at once; None for the batch size that the user chose.
     """
 
     verdicts: tuple[str, ...]
     decide: Callable[[Problem, str, Tensor], Decision]
-    option: str | None = None
+    options: tuple[str, ...] = ()
     is_attack: bool = False
     most: int | None = None
 
@@ -148,7 +148,7 @@ def _decide_completely(problem: Problem, stage: str, rows: Tensor) -> Decision:
         seconds=problem.time_per_image,
         seed=problem.seed,
     )
-    details = {"unstable": outcome.unstable, "branches": outcome.branches}
+    details = {"limit": problem.time_per_image, "unstable": outcome.unstable, "branches": outcome.branches}
     if outcome.verdict == CERTIFIED:
         return Decision(certified=[row], details=details)
     if outcome.image is not None and _is_broken_by(problem, x, label, outcome.image[None]):
@@ -167,7 +167,9 @@ STAGES = {
     "clean": Stage(verdicts=(BROKEN,), decide=_find_wrong),
     "interval": Stage(verdicts=(CERTIFIED,), decide=_prove_by(prove_intervals)),
     "pgd-strong": Stage(verdicts=(BROKEN,), decide=_attack, is_attack=True),
-    "linear": Stage(verdicts=(CERTIFIED,), decide=_prove_by(prove_linear), option="linear", most=10),
-    "autoattack": Stage(verdicts=(BROKEN,), decide=_attack, is_attack=True, option="autoattack"),
-    "complete": Stage(verdicts=(CERTIFIED, BROKEN), decide=_decide_completely, option="time_per_image", most=1),
+    "linear": Stage(
+        verdicts=(CERTIFIED,), decide=_prove_by(prove_linear), options=("linear", "time_per_image"), most=10
+    ),
+    "autoattack": Stage(verdicts=(BROKEN,), decide=_attack, is_attack=True, options=("autoattack",)),
+    "complete": Stage(verdicts=(CERTIFIED, BROKEN), decide=_decide_completely, options=("time_per_image",), most=1),
 }

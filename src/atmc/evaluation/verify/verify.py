@@ -44,7 +44,7 @@ class VerifyOptions:
     """
 
     n: int | None = None
-    linear: bool = True
+    linear: bool = False
     autoattack: bool = False
     time_per_image: float | None = None
     processes: int = 1
@@ -66,7 +66,11 @@ class VerifyOptions:
     @property
     def stages(self) -> tuple[str, ...]:
         """The stages that run, in order."""
-        return tuple(name for name, stage in STAGES.items() if stage.option is None or getattr(self, stage.option))
+        return tuple(
+            name
+            for name, stage in STAGES.items()
+            if not stage.options or any(getattr(self, option) for option in stage.options)
+        )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -233,7 +237,7 @@ def verify(
     *,
     threat: Threat | str,
     n: int | None = None,
-    linear: bool = True,
+    linear: bool = False,
     autoattack: bool = False,
     time_per_image: float | None = None,
     processes: int = 1,
@@ -250,9 +254,11 @@ def verify(
             sorted by class, they are taken in a fixed mixed order, as `evaluate` does.
         threat: what the adversary may do, ``Linf(8 / 255)`` or "linf:8/255"; there are proofs for linf only.
         n: number of images, the first ones; all by default.
-        linear: bound the images that intervals do not prove by backward linear bounds, which take about a second each.
+        linear: bound the images that are undecided after `pgd-strong` by backward linear bounds, which take a second
+            or, if most ReLUs are open, many seconds each.
         autoattack: run AutoAttack on the images that are undecided then.
-        time_per_image: run the complete method for at most so many seconds on each image that is undecided then.
+        time_per_image: run the complete method for at most so many seconds on each image that is undecided then; it
+            includes `linear`.
         processes: number of processes that share the images, with one thread each. If there are several, the script
             that calls this function needs the guard ``if __name__ == "__main__":``, since each process imports it.
         seed: keys the random starts of attacks.
@@ -359,20 +365,29 @@ def _run_stage(
     """Run a stage on rows in batches, unless it did so in an earlier call; yield each batch and its part."""
     stage, waiting = STAGES[name], dict[str, list[int]]()
     size = min(options.batch_size, stage.most or options.batch_size)
-    asked = f" {getattr(options, stage.option)}" if stage.option else ""  # the earlier call may have asked otherwise
     for start in range(0, len(rows), size):
         batch = list(rows[start : start + size])
-        key = f"{name}{asked} {batch[0]}"
+        key = f"{name} {batch[0]}"
         part = parts.get(key)
-        if part is None or part["rows"] != batch:  # another one if other stages ran before
-            waiting[key] = batch
-        else:
+        if part is not None and _is_valid(part, batch, options):
             yield batch, part
+        else:
+            waiting[key] = batch
     batches = list(waiting.items())
     for position, part in workers.run(name, [batch for _, batch in batches]):
         key, batch = batches[position]
         parts.keep(key, part)
         yield batch, part
+
+
+def _is_valid(part: Part, batch: Sequence[int], options: VerifyOptions) -> bool:
+    """Return whether a part of an earlier call is what a stage would decide now.
+
+    Other stages may have run before, so that the batch was another one, and another time limit may leave other images
+    undecided.
+    """
+    is_in_time = part.get("limit") in (None, options.time_per_image)
+    return part["rows"] == batch and (is_in_time or bool(part["certified"] or part["broken"]))
 
 
 class _Progress:
