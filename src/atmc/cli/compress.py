@@ -59,7 +59,7 @@ def compress(
     ] = None,
     verify: Annotated[
         bool | None,
-        typer.Option(help="Prove test images after training, see verify (default: if the objective trains for it)."),
+        typer.Option(help="Verify test images by intervals at the end (default: if the objective trains for it)."),
     ] = None,
     limit: Annotated[
         int | None, typer.Option(help="Number of images to train on, always the same ones (default: all).")

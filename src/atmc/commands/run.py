@@ -211,9 +211,10 @@ def _train_and_evaluate(job: Job, config: RunConfig, data: Data, folder: Path, *
 
 
 def _verify(loaded: artifact.LoadedModel, config: RunConfig, data: Data) -> Generator[Any, None, dict[str, Any]]:
-    """Verify the file's model on test images; yield the events, and return the figures for metrics.json."""
+    """Verify the file's model on test images by intervals; yield the events, return what metrics.json gets."""
     yield Message("verifying the file on the test split")
-    options = VerifyOptions(n=config.eval_n if isinstance(config.eval_n, int) else VERIFIED, seed=config.seed)
+    n = config.eval_n if isinstance(config.eval_n, int) else VERIFIED
+    options = VerifyOptions(n=n, linear=False, seed=config.seed, keep=False)
     verification = None
     for event in run_verification(loaded.model, data.test, config.parsed_threat(), options, factors=loaded.factors):
         yield event
