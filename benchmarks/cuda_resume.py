@@ -27,7 +27,7 @@ def main() -> None:
     """Run the three trainings and compare their files."""
     device = sys.argv[1] if len(sys.argv) > 1 else "cuda"
     options = ["compress", "--config", "configs/digits.toml", "--device", device, "--epochs", EPOCHS]
-    options += ["--no-checks", "--eval-n", "100", "--precision", "fp32"]
+    options += ["--objective", "pgd_at", "--no-checks", "--eval-n", "100", "--precision", "fp32"]
     with tempfile.TemporaryDirectory() as folder:
         first, second, killed = (Path(folder) / name for name in ("first", "second", "killed"))
         for out in (first, second):

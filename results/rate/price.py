@@ -4,7 +4,7 @@ python results/rate/price.py [--seeds 0 1 2] [--budgets 2000 4500] [--prices 1 4
 atmc table --page results/rate/README.md
 
 `atmc.compress.rate_control.ROUNDING` weighs the two if bits are chosen for a budget in bytes. LeNet on the digits, linf
-0.2, with the settings of configs/digits.toml: one dense model per seed, and from it one compressed model per budget and
+0.2, with the settings of digits.toml: one dense model per seed, and from it one compressed model per budget and
 price, evaluated on the *validation* split by `pgd` and `pgd-strong`; the test split is not read. Rows that price.json
 has already are kept.
 """
@@ -25,7 +25,7 @@ from atmc.compress import rate_control
 from atmc.data import Data, load_data
 
 HERE = Path(__file__).parent
-CONFIG = tomllib.loads((HERE.parents[1] / "configs" / "digits.toml").read_text())
+CONFIG = tomllib.loads((HERE / "digits.toml").read_text())
 
 
 def measure(data: Data, dense: nn.Module, seed: int, budget: int, price: float) -> dict[str, Any]:
