@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import heapq
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from itertools import count
 
@@ -24,13 +24,13 @@ from torch import Tensor, nn
 from atmc.evaluation.accuracy import predictions
 from atmc.evaluation.verify.executions import Execution
 from atmc.evaluation.verify.linear import Neighborhood, Reducer
-from atmc.evaluation.verify.lines import Bounds, Lines, Region, bound_above, optimize
+from atmc.evaluation.verify.linear_program import Program
+from atmc.evaluation.verify.lines import Bounds, Lines, Region, bound_above
+from atmc.robust.attacks import input_gradient, margin
 from atmc.robust.threats import Threat
 
-WIDTH = 16  # branches that are split at once
-STEPS = 15  # of the optimization of a branch's lines
-TRIALS = 8  # splits of a branch of which the best is taken
-ROOT_STEPS = 60
+ROOT_STEPS = 20  # of the optimization of lines before any branch
+PGD_STEPS = 4  # of an image at which a bound is largest
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -77,8 +77,7 @@ def decide(
     """
     search = _Search(model, x, label, threat, time.monotonic() + seconds)
     began = time.monotonic()
-    search.try_images(x[None])
-    proved = search.image is None and all(search.prove(execution) for execution in executions)
+    proved = search.resist(x.reshape(1, -1)) and all(search.prove(execution) for execution in executions)
     verdict = "certified" if proved else "undecided" if search.image is None else "broken"
     return Outcome(
         verdict=verdict,
@@ -90,30 +89,36 @@ def decide(
 
 
 @dataclass(frozen=True, eq=False, kw_only=True)
-class _Branches:
-    """B branches; in units and candidates of all levels, one level after the other.
+class _Branch:
+    """A margin on a part of the images; in units and candidates of all levels, one level after the other.
 
     Args:
-        target: (B,) the margin that is bounded.
-        values: (B,) its bound.
-        alive: (B, r) bool, whether the unit may equal the candidate.
-        floored: (B, u) bool, whether the unit may equal its floor.
-        rise, share, both: (B, u), (B, r), (B, u) of `Lines`, float32 to save memory.
+        target: the margin.
+        alive: (r,) bool, whether the unit may equal the candidate.
+        floored: (u,) bool, whether the unit may equal its floor.
     """
 
-    target: Tensor
-    values: Tensor
+    target: int
     alive: Tensor
     floored: Tensor
-    rise: Tensor
-    share: Tensor
-    both: Tensor
 
-    def __getitem__(self, rows: Tensor) -> _Branches:
-        return _Branches(**{name: values[rows] for name, values in vars(self).items()})
 
-    def __len__(self) -> int:
-        return len(self.target)
+@dataclass(frozen=True, eq=False, kw_only=True)
+class _Bounded:
+    """A branch with its bound.
+
+    Args:
+        value: the bound.
+        lines: of each level, that gave it.
+        images: (k, pixels) at which linear functions that bound the margin are largest.
+        split: the unit and the candidate at which to split the branch; None if nothing is open.
+    """
+
+    branch: _Branch
+    value: float
+    lines: list[Lines]
+    images: Tensor
+    split: tuple[int, int] | None
 
 
 class _Tree:
@@ -121,140 +126,70 @@ class _Tree:
 
     def __init__(self, around: Neighborhood) -> None:
         self.around = around
-        self.levels = around.levels
+        self.levels, self.pixels = around.levels, around.pixels
+        self.program = Program(around.levels, around.pixels)
         self.candidates = [len(level.unit) for level in around.levels]
         self.units = [level.units for level in around.levels]
         first = [sum(self.units[:index]) for index in range(len(self.units))]
-        self.unit = torch.cat([level.unit + at for level, at in zip(self.levels, first, strict=True)])
-        self.floor = torch.cat([level.floor for level in self.levels])
+        nothing = torch.zeros(0, dtype=torch.int64)
+        self.unit = torch.cat([nothing, *(level.unit + at for level, at in zip(self.levels, first, strict=True))])
 
-    def root(self) -> tuple[_Branches, Bounds]:
-        """Return one branch for each margin that the root's bound leaves open, and the bounds of all margins."""
-        bounds, lines = self.around.bound(ROOT_STEPS)
-        target = (~(bounds.values < 0)).nonzero()[:, 0]
-        regions = [level.region() for level in self.levels]
-        alive, floored = (torch.cat([getattr(one, name) for one in regions], 1) for name in ("alive", "floored"))
-        branches = self.pack(
-            target, bounds.values[target], alive, floored, [one.map(lambda v: v[target]) for one in lines]
-        )
-        return branches, bounds
+    def root(self) -> list[_Branch]:
+        """Return one branch for each margin that intervals and optimized lines leave open."""
+        bounds, _ = self.around.bound(ROOT_STEPS)
+        alive = torch.ones(sum(self.candidates), dtype=torch.bool)
+        floored = torch.cat([torch.zeros(0, dtype=torch.bool), *(level.floor.isfinite() for level in self.levels)])
+        targets = (~(bounds.values < 0)).nonzero()[:, 0].tolist()
+        return [_Branch(target=target, alive=alive, floored=floored) for target in targets]
 
-    def pack(self, target: Tensor, values: Tensor, alive: Tensor, floored: Tensor, lines: Sequence[Lines]) -> _Branches:
-        """Return branches with these lines."""
-        rise, share, both = (
-            torch.cat([getattr(one, name) for one in lines], 1).float() for name in ("rise", "share", "both")
-        )
-        return _Branches(
-            target=target,
-            values=values,
-            alive=alive.expand(len(target), -1),
-            floored=floored.expand(len(target), -1),
-            rise=rise,
-            share=share,
-            both=both,
-        )
-
-    def regions(self, branches: _Branches) -> list[Region]:
-        """Return what is known of each level."""
-        masks = zip(
-            self.levels,
-            torch.split(branches.alive, self.candidates, 1),
-            torch.split(branches.floored, self.units, 1),
-            strict=True,
-        )
+    def regions(self, branches: Sequence[_Branch]) -> list[Region]:
+        """Return what is known of each level, B = number of branches."""
+        alive = torch.split(torch.stack([branch.alive for branch in branches]), self.candidates, 1)
+        floored = torch.split(torch.stack([branch.floored for branch in branches]), self.units, 1)
         return [
-            Region.of(level, level.lower.expand(alive.shape), level.upper.expand(alive.shape), alive, floored)
-            for level, alive, floored in masks
+            Region.of(level, level.lower.expand(mask.shape), level.upper.expand(mask.shape), mask, floor)
+            for level, mask, floor in zip(self.levels, alive, floored, strict=True)
         ]
 
-    def lines(self, branches: _Branches) -> list[Lines]:
-        """Return the lines of each level."""
-        parts = (
-            torch.split(branches.rise.double(), self.units, 1),
-            torch.split(branches.share.double(), self.candidates, 1),
-            torch.split(branches.both.double(), self.units, 1),
+    def check(self, branches: Sequence[_Branch], lines: Sequence[Lines]) -> Bounds:
+        """Return the bounds of branches by lines of each level, B = number of branches."""
+        targets = self.around.targets[[branch.target for branch in branches]]
+        return bound_above(self.levels, self.pixels, targets, self.regions(branches), lines)
+
+    def bound(self, branch: _Branch, seconds: float) -> _Bounded | None:
+        """Bound a branch; None if it takes longer than this."""
+        regions, target = self.regions([branch]), self.around.targets.matrix[branch.target]
+        solution = self.program.solve(target, regions, seconds)
+        if solution is None:
+            return None
+        bounds = self.check([branch], solution.lines)
+        lower, upper = self.pixels
+        pixels = bounds.pixels[0]
+        corner = torch.where(pixels > 0, upper, torch.where(pixels < 0, lower, (lower + upper) / 2))
+        count = branch.floored.long().index_add(0, self.unit, branch.alive.long())
+        losses = torch.where(count > 1, solution.losses, -torch.inf)
+        split = None
+        if bool((count > 1).any()):
+            unit = int(losses.argmax())
+            values = torch.where(branch.alive & (self.unit == unit), solution.candidates, -torch.inf)
+            split = unit, int(values.argmax())
+        return _Bounded(
+            branch=branch,
+            value=float(bounds.values.nan_to_num(nan=torch.inf)),
+            lines=solution.lines,
+            images=torch.stack([solution.variables[: len(lower)], corner]),
+            split=split,
         )
-        return [Lines(rise=rise, share=share, both=both) for rise, share, both in zip(*parts, strict=True)]
 
-    def bound(self, branches: _Branches, steps: int) -> tuple[_Branches, Bounds]:
-        """Optimize the lines of branches; return the branches with better bounds, and these bounds."""
-        targets, regions = self.around.targets[branches.target], self.regions(branches)
-        bounds, lines = optimize(self.levels, self.around.pixels, targets, regions, self.lines(branches), steps=steps)
-        values = torch.fmin(bounds.values, branches.values)
-        return self.pack(branches.target, values, branches.alive, branches.floored, lines), bounds
-
-    def attain(self, bounds: Bounds) -> Tensor:
-        """Return the pixels (B, pixels) at which the linear bounds are largest."""
-        lower, upper = self.around.pixels
-        return torch.where(bounds.pixels > 0, upper, torch.where(bounds.pixels < 0, lower, (lower + upper) / 2))
-
-    @torch.no_grad()
-    def split(self, branches: _Branches) -> tuple[_Branches, Bounds, Tensor]:
-        """Split branches in two, each by the best of a few trials.
-
-        The trials are the maxima at which the bounds lose most, at the image at which the linear bound is largest. Each
-        is split into "it equals its largest candidate there" and "it does not".
-
-        Returns:
-            the halves, their bounds, and (b,) bool, which branches had nothing to split.
-        """
-        bounds = bound_above(
-            self.levels,
-            self.around.pixels,
-            self.around.targets[branches.target],
-            self.regions(branches),
-            self.lines(branches),
-        )
-        variables, losses, values = self.attain(bounds), [], []
-        for level, relaxation in zip(self.levels, bounds.relaxations, strict=True):
-            candidates = level.forms.run(variables)
-            units = torch.maximum(level.largest(candidates), level.floor)
-            losses.append(relaxation.gaps(level, candidates, units))
-            values.append(candidates)
-            variables = torch.cat([variables, units], 1)
-        choices = self.count(branches)
-        loss = torch.where(choices > 1, torch.cat(losses, 1), -torch.inf)
-        trial = loss.topk(min(TRIALS, loss.shape[1]), 1)
-        parent, at = trial.values.isfinite().nonzero().T
-        unit = trial.indices[parent, at]
-        value = torch.where(branches.alive, torch.cat(values, 1), -torch.inf)[parent]
-        candidate = torch.where(self.unit == unit[:, None], value, -torch.inf).argmax(1)
-        halves = self.halve(branches[parent], unit, candidate)
-        new, bounds = self.bound(halves, 0)
-        one, two = new.values.view(2, -1)
-        score = torch.maximum(one, two) + 0.1 * torch.minimum(one, two)
-        best = torch.full((len(branches),), torch.inf, dtype=torch.float64).scatter_reduce(0, parent, score, "amin")
-        first = torch.full((len(branches),), len(parent)).scatter_reduce(
-            0, parent[score == best[parent]], (score == best[parent]).nonzero()[:, 0], "amin"
-        )
-        stuck = first == len(parent)
-        chosen = torch.cat([first[~stuck], first[~stuck] + len(parent)])
-        return new[chosen], bounds[chosen], stuck
-
-    def count(self, branches: _Branches) -> Tensor:
-        """Return for each unit (B, u) how many candidates, the floor among them, it may equal."""
-        return branches.floored.long().index_add(1, self.unit, branches.alive.long())
-
-    def halve(self, branches: _Branches, unit: Tensor, candidate: Tensor) -> _Branches:
-        """Return the branches in which a unit equals a candidate, then those in which it does not.
-
-        Args:
-            unit, candidate: (B,) which, among all levels.
-        """
-        rows = torch.arange(len(branches))
-        is_candidate = torch.zeros_like(branches.alive).index_put((rows, candidate), torch.tensor(True))
-        is_unit = torch.zeros_like(branches.floored).index_put((rows, unit), torch.tensor(True))
-        others = is_unit[:, self.unit]
-        equal = replace(branches, alive=branches.alive & (~others | is_candidate), floored=branches.floored & ~is_unit)
-        other = replace(branches, alive=branches.alive & ~is_candidate)
-        halves = _Branches(**{name: torch.cat([values, getattr(other, name)]) for name, values in vars(equal).items()})
-        decided = (self.count(halves) == 1) & is_unit.repeat(2, 1)
-        of_decided = decided[:, self.unit]
-        return replace(
-            halves,
-            rise=torch.where(decided, 0.0, halves.rise),
-            share=torch.where(of_decided, halves.alive.float(), halves.share),
-        )
+    def split(self, branch: _Branch, unit: int, candidate: int) -> list[_Branch]:
+        """Return the branch in which a unit equals a candidate, and the one in which it does not."""
+        of_unit = self.unit == unit
+        this = torch.zeros_like(of_unit).index_fill(0, torch.tensor(candidate), True)
+        floored = branch.floored.index_fill(0, torch.tensor(unit), False)
+        return [
+            replace(branch, alive=branch.alive & (~of_unit | this), floored=floored),
+            replace(branch, alive=branch.alive & ~this),
+        ]
 
 
 class _Search:
@@ -271,46 +206,37 @@ class _Search:
         if around is None:
             return False
         self.unstable = max(self.unstable, around.units)
-        tree = _Tree(around)
-        branches, bounds = tree.root()
-        self.branches += len(around.limits)
-        self.try_images(self.shape(tree.attain(bounds)))
-        heap: list[tuple[float, int, _Branches]] = []
-        order, width = count(), WIDTH
-        self.push(heap, branches, order)
-        while heap and self.image is None:
-            began = time.monotonic()
-            if began > self.deadline:
+        tree, order = _Tree(around), count()
+        heap: list[tuple[float, int, _Bounded]] = []
+        new = tree.root()
+        while True:
+            for branch in new:
+                bounded = tree.bound(branch, self.deadline - time.monotonic())
+                self.branches += 1
+                if bounded is None or not self.resist(bounded.images):
+                    return False
+                if not bounded.value < 0:
+                    heapq.heappush(heap, (-bounded.value, next(order), bounded))
+            if not heap:
+                return True
+            worst = heapq.heappop(heap)[2]
+            if worst.split is None or time.monotonic() > self.deadline:
                 return False
-            parents = _join([heapq.heappop(heap)[2] for _ in range(min(width, len(heap)))])
-            halves, bounds, stuck = tree.split(parents)
-            if bool(stuck.any()):
+            new = tree.split(worst.branch, *worst.split)
+
+    def resist(self, pixels: Tensor) -> bool:
+        """Return whether the model is right on images (B, pixels), moved into the threat, and after a few steps of PGD.
+
+        If it is not, set `image`.
+        """
+        images = self.threat.project(pixels.float().view(-1, *self.x.shape), self.x[None])
+        labels = torch.full((len(images),), self.label)
+        for step in range(PGD_STEPS + 1):
+            wrong = predictions(self.model, images) != self.label
+            if bool(wrong.any()):
+                self.image = images[wrong][0]
                 return False
-            self.branches += len(halves)
-            is_open = ~(halves.values < 0)
-            if not bool(is_open.any()):
-                continue
-            halves, bounds = tree.bound(halves[is_open], STEPS)
-            self.try_images(self.shape(tree.attain(bounds)))
-            self.push(heap, halves[~(halves.values < 0)], order)
-            width = max(1, min(4 * WIDTH, int(width * (2 if time.monotonic() - began < 0.25 else 0.5))))
-        return self.image is None
-
-    def push(self, heap: list[tuple[float, int, _Branches]], branches: _Branches, order: Iterator[int]) -> None:
-        """Add branches to the heap, of which the first has the largest bound."""
-        for row, value in enumerate(branches.values.nan_to_num(nan=torch.inf).tolist()):
-            heapq.heappush(heap, (-value, next(order), branches[torch.tensor([row])]))
-
-    def shape(self, pixels: Tensor) -> Tensor:
-        """Return images (B, c, h, w) of the threat for pixels (B, pixels)."""
-        return self.threat.project(pixels.float().view(-1, *self.x.shape), self.x[None])
-
-    def try_images(self, images: Tensor) -> None:
-        """Set `image` to one that the model gets wrong, if there is one."""
-        wrong = predictions(self.model, images) != self.label
-        if bool(wrong.any()):
-            self.image = images[wrong][0]
-
-
-def _join(branches: Sequence[_Branches]) -> _Branches:
-    return _Branches(**{name: torch.cat([getattr(one, name) for one in branches]) for name in vars(branches[0])})
+            _, grad = input_gradient(self.model, images, labels, margin)
+            step_size = self.threat.eps * (1 - step / PGD_STEPS)
+            images = self.threat.project(self.threat.ascent(images, grad, step_size), self.x[None])
+        return True

@@ -19,7 +19,7 @@ from atmc.evaluation.verify.units import Mask, Rows, stack
 from atmc.robust.threats import Threat
 
 MOST_UNITS = 2**13  # around one image; a network with more is left to the interval bounds
-CHUNK = 2**23  # coefficients that a backward pass handles at once
+CHUNK = 2**22  # coefficients that a backward pass handles at once
 
 
 @dataclass(frozen=True, eq=False, kw_only=True)
@@ -233,8 +233,8 @@ class _Expansion:
         lower, upper = rows.lower.copy(), rows.upper.copy()
         size = max(1, CHUNK // self.used)
         for start in range(0, len(lower), size):
-            part = slice(start, start + size)
-            targets = Forms.of(rows[np.arange(len(lower))[part]], self.used, dense=True)
+            part = np.arange(len(lower))[start : start + size]
+            targets = Forms.of(rows[part], self.used, dense=True)
             for lines in choices:
                 above = bound_above(self.levels, self.pixels, targets, regions, lines).values.numpy()
                 below = bound_above(self.levels, self.pixels, targets.negate(), regions, lines).values.numpy()
