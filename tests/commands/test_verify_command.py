@@ -101,7 +101,13 @@ class TestDone:
         assert attacked["accuracy"] - certified["accuracy"] == pytest.approx(certified["undecided"], abs=1e-5)
         assert attacked["attacks"]["pgd-strong"]["restarts"] == 5
         assert len(document["decided_by"]) == 80
-        assert [stage["stage"] for stage in document["stages"]] == ["clean", "interval", "pgd-strong", "linear"]
+        assert [stage["stage"] for stage in document["stages"]] == [
+            "clean",
+            "interval",
+            "pgd-strong",
+            "interval-pgd",
+            "linear",
+        ]
         for stage in document["stages"]:
             assert document["decided_by"].count(stage["stage"]) == stage["decided"] == stage[stage["verdict"]]
         assert document["verdicts"].count("certified") == round(80 * certified["accuracy"])
@@ -111,7 +117,11 @@ class TestDone:
         assert "complete" not in document
         for share in (certified["accuracy"], attacked["accuracy"], certified["undecided"]):
             assert f"{share:.2%}" in text
-        for words in ("certified, under every attack: at least", "attacked, by pgd-strong: at most", "by stage"):
+        for words in (
+            "certified, under every attack: at least",
+            "attacked: at most",
+            "by stage",
+        ):
             assert words in text
         assert "interval: " in text
         assert not list(here.glob("done.json.*"))
@@ -122,7 +132,7 @@ class TestDone:
         assert run_verify("a.atmc", *options, "--json", "examples.json", threat="linf:0.05") == 0
         document, examples = figures("examples.json"), adversarial_file.read("broken.npz")
         test = atmc.load_data("digits").test.take(slice(0, 40))
-        attacked = [stage == "pgd-strong" for stage in document["decided_by"]]
+        attacked = [stage in ("pgd-strong", "interval-pgd") for stage in document["decided_by"]]
         assert examples.fooled.tolist() == attacked
         assert 0 < sum(attacked) < sum(verdict == "broken" for verdict in document["verdicts"]) < 40
         broken = [verdict == "broken" for verdict in document["verdicts"]]
@@ -249,8 +259,8 @@ class TestResume:
         assert run_verify("a.atmc", *self.ASKED, "later.json", *added, "--resume", threat="linf:0.05") == 0
         later = figures("later.json")
         assert {**later, "request": 0} == {**whole, "request": 0}
-        assert whole["attacked"]["attacks"].keys() == {"pgd-strong", "autoattack"}
-        assert {stage["stage"]: stage["images"] > 0 for stage in whole["stages"][3:]} == {"linear": 1, "autoattack": 1}
+        assert whole["attacked"]["attacks"].keys() == {"pgd-strong", "interval-pgd", "autoattack"}
+        assert {stage["stage"]: stage["images"] > 0 for stage in whole["stages"][4:]} == {"linear": 1, "autoattack": 1}
 
     def test_the_complete_method_continues_image_by_image(self, here, monkeypatch, capsys):
         """With another time limit only the images that were left undecided are searched again."""

@@ -426,7 +426,7 @@ class TestVerify:
         assert json["certified"]["undecided"] == 0
         assert json["certified"]["n"] == 100
         assert json["certified"]["ci95"][0] < json["certified"]["accuracy"] < json["certified"]["ci95"][1]
-        assert set(json["attacked"]["broken_by"]) == {"clean", "pgd-strong"}
+        assert set(json["attacked"]["broken_by"]) == {"clean", "pgd-strong", "interval-pgd"}
         lost = sum(json["attacked"]["broken_by"].values())
         assert lost == pytest.approx(1 - json["attacked"]["accuracy"])
 
@@ -450,17 +450,25 @@ class TestVerify:
         with torch.no_grad():
             labels = hidden(images).argmax(1)
         result = verify(hidden, (images, labels), threat=Linf(0.003), autoattack=True)
-        assert result.stages == ("clean", "interval", "pgd-strong", "autoattack")
-        before = 12 - sum(result.by_stage[name] for name in result.stages[:3])
+        assert result.stages == ("clean", "interval", "pgd-strong", "interval-pgd", "autoattack")
+        before = 12 - sum(result.by_stage[name] for name in result.stages[:-1])
         assert result.taken["autoattack"] == before > 0
-        assert set(result.settings) == {"pgd-strong", "autoattack"}
+        assert set(result.settings) == {"pgd-strong", "interval-pgd", "autoattack"}
+
+    def test_a_module_that_does_not_run_on_intervals_is_verified_by_its_graph_alone(self, monkeypatch):
+        monkeypatch.delitem(intervals.RULES, "linear")
+        torch.manual_seed(0)
+        model, x = nn.Sequential(nn.Flatten(), nn.Linear(16, 3)), torch.rand(6, 1, 4, 4)
+        result = verify(model, (x, model(x).argmax(1)), threat=Linf(1e-4))
+        assert result.stages == ("clean", "interval", "pgd-strong")
+        assert result.certified.accuracy > 0.5
 
     def test_the_complete_method_decides_the_rest(self, hidden):
         """Every stage has its share, and the images that break others are of the threat."""
         test = atmc.load_data("digits").test
         result = verify(hidden, test, threat="linf:0.1", n=80, time_per_image=60)
         assert result.undecided == 0
-        assert result.stages == ("clean", "interval", "pgd-strong", "linear", "complete")
+        assert result.stages == ("clean", "interval", "pgd-strong", "interval-pgd", "linear", "complete")
         assert result.taken["complete"] == len(result.searched) == result.by_stage["complete"]
         shares = {verdict: result.count("complete", verdict) for verdict in ("certified", "broken")}
         assert min(shares.values()) > 0

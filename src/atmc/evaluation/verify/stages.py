@@ -78,6 +78,8 @@ class Stage:
         decide: (problem, name of the stage, rows (b,)) -> the decision.
         options: the fields of `VerifyOptions` of which each asks for it; none if it always runs.
         is_attack: whether it is the attack of this name in `evaluation.attacks`.
+        needs_intervals: whether it attacks through the interval bounds of `robust.intervals`; it does not run for a
+            module without them.
         most: the largest number of images that it takes at once; None for the batch size that the user chose.
     """
 
@@ -85,6 +87,7 @@ class Stage:
     decide: Callable[[Problem, str, Tensor], Decision]
     options: tuple[str, ...] = ()
     is_attack: bool = False
+    needs_intervals: bool = False
     most: int | None = None
 
 
@@ -167,6 +170,7 @@ STAGES = {
     "clean": Stage(verdicts=(BROKEN,), decide=_find_wrong),
     "interval": Stage(verdicts=(CERTIFIED,), decide=_prove_by(prove_intervals)),
     "pgd-strong": Stage(verdicts=(BROKEN,), decide=_attack, is_attack=True),
+    "interval-pgd": Stage(verdicts=(BROKEN,), decide=_attack, is_attack=True, needs_intervals=True),
     "linear": Stage(
         verdicts=(CERTIFIED,), decide=_prove_by(prove_linear), options=("linear", "time_per_image"), most=10
     ),

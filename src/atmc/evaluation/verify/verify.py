@@ -19,7 +19,7 @@ from atmc.compress.factorize import fold
 from atmc.core.arguments import check_module
 from atmc.core.rng import check_seed
 from atmc.data import Images, as_images, mix_classes
-from atmc.evaluation.accuracy import count_examples, predictions
+from atmc.evaluation.accuracy import count_examples, interval_accuracy, predictions
 from atmc.evaluation.adversarial_file import AdversarialExamples
 from atmc.evaluation.attacks import build_protocol
 from atmc.evaluation.evaluate import check_model, prepare
@@ -28,6 +28,7 @@ from atmc.evaluation.verify.bounds import check_provable
 from atmc.evaluation.verify.executions import list_executions
 from atmc.evaluation.verify.stages import BROKEN, CERTIFIED, STAGES, UNDECIDED, Part, Problem, decode_image
 from atmc.evaluation.verify.workers import Workers
+from atmc.models import USER_CODE_ERRORS
 from atmc.pack.weight_forms import Weight
 from atmc.robust.threats import Threat, as_threat
 
@@ -330,33 +331,44 @@ def run_verification(
         time_per_image=options.time_per_image,
         keep=options.keep,
     )
+    bounded = _has_interval_bounds(model, images, threat)
+    stages = tuple(name for name in options.stages if bounded or not STAGES[name].needs_intervals)
     settings = {
         name: build_protocol(model, images, threat, name, seed=options.seed).settings
-        for name in options.stages
+        for name in stages
         if STAGES[name].is_attack
     }
     progress, parts = _Progress(images), _NoParts() if parts is None else parts
     with Workers(problem, options.processes) as workers:
-        for name in options.stages:
+        for name in stages:
             rows = progress.list_undecided()
             for batch, part in _run_stage(workers, name, rows, options, parts):
                 progress.add(name, batch, part)
                 yield progress.describe(name, len(rows))
     examples = None
     if options.keep:
-        breaking = [name for name in options.stages if BROKEN in STAGES[name].verdicts]
+        breaking = [name for name in stages if BROKEN in STAGES[name].verdicts]
         examples = progress.collect_examples(model, attacks=breaking, threat=str(threat), seed=options.seed)
     yield Verification(
         threat=threat,
         verdicts=tuple(progress.verdicts),
         decided_by=tuple(progress.decided_by),
-        stages=options.stages,
-        taken={name: progress.taken[name] for name in options.stages},
-        seconds={name: progress.seconds.get(name, 0.0) for name in options.stages},
+        stages=stages,
+        taken={name: progress.taken[name] for name in stages},
+        seconds={name: progress.seconds.get(name, 0.0) for name in stages},
         settings=settings,
         searched=tuple(sorted(progress.searched, key=lambda one: one.row)),
         examples=examples,
     )
+
+
+def _has_interval_bounds(model: nn.Module, images: Images, threat: Threat) -> bool:
+    """Return whether the module runs on intervals, as the graph that is traced from it does."""
+    try:
+        interval_accuracy(model, images, threat, n=1)
+    except USER_CODE_ERRORS:  # the user's module may meet anything there
+        return False
+    return True
 
 
 def _run_stage(
