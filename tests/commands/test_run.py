@@ -390,6 +390,7 @@ class TestConfig:
             ({"bits": 12}, "1 to 8 bits"),
             ({"model": None}, "model"),
             ({"eval_n": 0}, "eval_n >= 1, got 0"),
+            ({"attacks": []}, "expected at least one attack"),
             ({"seed": 2**63}, "seed"),
             ({"eval_n": {"pdg": 5}}, "did you mean 'pgd'"),
             ({"method": "da"}, "leave out ratio, nonzeros, max_bytes and bits"),

@@ -116,6 +116,8 @@ class RunConfig(BaseModel):
         """Check the values that depend on each other, or on tables of names."""
         parse_threat(self.threat)
         check_attacks(self.attacks)
+        if not self.attacks:
+            raise ValueError("expected at least one attack")
         for name in self.attacks:
             check_norm(name, parse_threat(self.threat))
         if isinstance(self.eval_n, dict):
