@@ -30,6 +30,9 @@ from atmc.robust.attacks import input_gradient, margin
 from atmc.robust.threats import Threat
 
 ROOT_STEPS = 20  # of the optimization of lines before any branch
+TRIALS = 16  # splits of a branch, of which the best is taken
+BATCH = 64  # branches that are bounded at once
+NOTABLE = 1e-6  # excess of a unit that is no rounding of the solver
 PGD_STEPS = 4  # of an image at which a bound is largest
 
 
@@ -111,14 +114,14 @@ class _Bounded:
         value: the bound.
         lines: of each level, that gave it.
         images: (k, pixels) at which linear functions that bound the margin are largest.
-        split: the unit and the candidate at which to split the branch; None if nothing is open.
+        halves: the two branches into which it is best split; none if nothing is open.
     """
 
     branch: _Branch
     value: float
     lines: list[Lines]
     images: Tensor
-    split: tuple[int, int] | None
+    halves: list[_Branch]
 
 
 class _Tree:
@@ -142,6 +145,16 @@ class _Tree:
         targets = (~(bounds.values < 0)).nonzero()[:, 0].tolist()
         return [_Branch(target=target, alive=alive, floored=floored) for target in targets]
 
+    def is_like(self, other: _Tree) -> bool:
+        """Return whether a branch of one tree says the same of the other."""
+        floors = [torch.cat([torch.zeros(0), *(one.floor for one in tree.levels)]) for tree in (self, other)]
+        return (
+            self.candidates == other.candidates
+            and self.units == other.units
+            and torch.equal(self.unit, other.unit)
+            and torch.equal(floors[0].isfinite(), floors[1].isfinite())
+        )
+
     def regions(self, branches: Sequence[_Branch]) -> list[Region]:
         """Return what is known of each level, B = number of branches."""
         alive = torch.split(torch.stack([branch.alive for branch in branches]), self.candidates, 1)
@@ -158,38 +171,81 @@ class _Tree:
 
     def bound(self, branch: _Branch, seconds: float) -> _Bounded | None:
         """Bound a branch; None if it takes longer than this."""
-        regions, target = self.regions([branch]), self.around.targets.matrix[branch.target]
-        solution = self.program.solve(target, regions, seconds)
+        target = self.around.targets.matrix[branch.target]
+        solution = self.program.solve(target, self.regions([branch]), seconds)
         if solution is None:
             return None
-        bounds = self.check([branch], solution.lines)
-        lower, upper = self.pixels
-        pixels = bounds.pixels[0]
-        corner = torch.where(pixels > 0, upper, torch.where(pixels < 0, lower, (lower + upper) / 2))
-        count = branch.floored.long().index_add(0, self.unit, branch.alive.long())
-        losses = torch.where(count > 1, solution.losses, -torch.inf)
-        split = None
-        if bool((count > 1).any()):
-            unit = int(losses.argmax())
-            values = torch.where(branch.alive & (self.unit == unit), solution.candidates, -torch.inf)
-            split = unit, int(values.argmax())
+        variables, lines = solution
+        bounds = self.check([branch], lines)
+        (lower, upper), slopes = self.pixels, bounds.pixels[0]
+        corner = torch.where(slopes > 0, upper, torch.where(slopes < 0, lower, (lower + upper) / 2))
+        value = float(bounds.values.nan_to_num(nan=torch.inf))
         return _Bounded(
             branch=branch,
-            value=float(bounds.values.nan_to_num(nan=torch.inf)),
-            lines=solution.lines,
-            images=torch.stack([solution.variables[: len(lower)], corner]),
-            split=split,
+            value=value,
+            lines=lines,
+            images=torch.stack([variables[: len(lower)], corner]),
+            halves=self.split(branch, bounds, lines, variables) if value >= 0 else [],
         )
 
-    def split(self, branch: _Branch, unit: int, candidate: int) -> list[_Branch]:
-        """Return the branch in which a unit equals a candidate, and the one in which it does not."""
+    def split(self, branch: _Branch, bounds: Bounds, lines: Sequence[Lines], variables: Tensor) -> list[_Branch]:
+        """Return the halves of a branch: "a unit equals a candidate", "it does not"; none if there is nothing to split.
+
+        The unit is the one whose value in the linear program exceeds its candidates' by most, times the multiplier of
+        its upper line. If no value exceeds them, units are tried at which the bound loses most on the program's image.
+        (The losses of all units add up to the distance of the bound from that image's margin.) The trial is taken whose
+        halves have the lowest bounds by the lines of the whole (Bunel et al. 2020, section 5). The candidate is the
+        largest.
+
+        Args:
+            variables: (v,) of the solution of the linear program.
+        """
+        count = branch.floored.long().index_add(0, self.unit, branch.alive.long())
+        trials = (count > 1).nonzero()[:, 0]
+        if not len(trials):
+            return []
+        excess, losses, values, attained = [], [], [], []
+        image = variables[None, : len(self.pixels[0])]
+        for level, relaxation in zip(self.levels, bounds.relaxations, strict=True):
+            candidates = level.forms.run(variables[None, : level.first])
+            units = torch.maximum(level.largest(candidates), level.floor)[0]
+            excess.append(relaxation.up[0] * (variables[level.first : level.first + level.units] - units))
+            values.append(candidates[0])
+            candidates = level.forms.run(image)
+            of_image = torch.maximum(level.largest(candidates), level.floor)
+            losses.append(relaxation.gaps(level, candidates, of_image)[0])
+            attained.append(candidates[0])
+            image = torch.cat([image, of_image], 1)
+        worst = torch.cat(excess)[trials].argmax()
+        if float(torch.cat(excess)[trials[worst]]) > NOTABLE:
+            return self.halve(branch, int(trials[worst]), torch.cat(values))
+        trials = trials[torch.cat(losses)[trials].argsort(descending=True, stable=True)[:TRIALS]]
+        halves = [half for unit in trials.tolist() for half in self.halve(branch, unit, torch.cat(attained))]
+        whole = float(bounds.values)
+        gains = (whole - self.check(halves, self.adapt(lines, halves)).values.view(-1, 2)).clamp(1e-6, whole + 1e-3)
+        best = int(gains.prod(1).argmax())
+        return halves[2 * best : 2 * best + 2]
+
+    def halve(self, branch: _Branch, unit: int, values: Tensor) -> list[_Branch]:
+        """Return the branch in which a unit equals its largest candidate, by values (r,), and the one in which not."""
         of_unit = self.unit == unit
-        this = torch.zeros_like(of_unit).index_fill(0, torch.tensor(candidate), True)
+        candidate = torch.where(of_unit & branch.alive, values, -torch.inf).argmax()
+        this = torch.arange(len(of_unit)) == candidate
         floored = branch.floored.index_fill(0, torch.tensor(unit), False)
         return [
             replace(branch, alive=branch.alive & (~of_unit | this), floored=floored),
             replace(branch, alive=branch.alive & ~this),
         ]
+
+    def adapt(self, lines: Sequence[Lines], branches: Sequence[_Branch]) -> list[Lines]:
+        """Return lines for each branch: those for all, except for units that are decided."""
+        result = []
+        for level, region, one in zip(self.levels, self.regions(branches), lines, strict=True):
+            decided = level.add(region.alive.double()) + region.floored.double() == 1
+            rise = torch.where(decided, 0.0, one.rise)
+            rows = len(branches)
+            result.append(Lines(rise=rise, share=one.share.expand(rows, -1), both=one.both.expand(rows, -1)))
+        return result
 
 
 class _Search:
@@ -199,6 +255,7 @@ class _Search:
         self.model, self.x, self.label, self.threat, self.deadline = model, x, label, threat, deadline
         self.image: Tensor | None = None
         self.unstable = self.branches = 0
+        self.proof: tuple[_Tree, list[_Bounded]] | None = None  # of the execution before
 
     def prove(self, execution: Execution) -> bool:
         """Return whether the image is proved for an execution; set `image` and return False if it is broken."""
@@ -207,22 +264,48 @@ class _Search:
             return False
         self.unstable = max(self.unstable, around.units)
         tree, order = _Tree(around), count()
+        leaves, new = self.begin(tree)
         heap: list[tuple[float, int, _Bounded]] = []
-        new = tree.root()
         while True:
             for branch in new:
                 bounded = tree.bound(branch, self.deadline - time.monotonic())
                 self.branches += 1
                 if bounded is None or not self.resist(bounded.images):
                     return False
-                if not bounded.value < 0:
+                if bounded.value < 0:
+                    leaves.append(bounded)
+                else:
                     heapq.heappush(heap, (-bounded.value, next(order), bounded))
             if not heap:
+                self.proof = tree, leaves
                 return True
-            worst = heapq.heappop(heap)[2]
-            if worst.split is None or time.monotonic() > self.deadline:
+            new = heapq.heappop(heap)[2].halves
+            if not new or time.monotonic() > self.deadline:
                 return False
-            new = tree.split(worst.branch, *worst.split)
+
+    def begin(self, tree: _Tree) -> tuple[list[_Bounded], list[_Branch]]:
+        """Return branches of a tree that together are all images: those that are proved, and the others.
+
+        The executions of a model are almost the same. So if the trees are alike, the branches that proved the one before
+        are taken, with the lines that they had there.
+        """
+        roots, leaves = tree.root(), []
+        if self.proof is None or not tree.is_like(self.proof[0]):
+            return [], roots
+        targets = {root.target for root in roots}
+        earlier = [leaf for leaf in self.proof[1] if leaf.branch.target in targets]
+        covered = {leaf.branch.target for leaf in earlier}
+        new = [root for root in roots if root.target not in covered]
+        for start in range(0, len(earlier), BATCH):
+            part = earlier[start : start + BATCH]
+            lines = [Lines.join(ones) for ones in zip(*(leaf.lines for leaf in part), strict=True)]
+            values = tree.check([leaf.branch for leaf in part], lines).values.tolist()
+            for leaf, value in zip(part, values, strict=True):
+                if value < 0:
+                    leaves.append(leaf)
+                else:
+                    new.append(leaf.branch)
+        return leaves, new
 
     def resist(self, pixels: Tensor) -> bool:
         """Return whether the model is right on images (B, pixels), moved into the threat, and after a few steps of PGD.

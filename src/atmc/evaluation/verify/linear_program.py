@@ -9,7 +9,6 @@ makes a sound bound of whatever lines it gets.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -22,26 +21,7 @@ from atmc.evaluation.verify.lines import Forms, Level, Lines, Pixels, Region
 from atmc.evaluation.verify.matrices import Array, Indices, Matrix
 
 Knots = tuple[Indices, Array]  # units and c of upper lines
-METHOD = "highs"
-PENALTY = 1e4  # of a violation, in units of the largest coefficient, where no point meets the conditions of a branch
-
-
-@dataclass(frozen=True, eq=False, kw_only=True)
-class Solution:
-    """What the solver returned.
-
-    Args:
-        lines: of each level, B = 1.
-        variables: (v,) where the maximum is attained.
-        candidates: (r,) values of the candidates of all levels there.
-        losses: (u,) how much the maximum loses at each unit: the multiplier of its upper line times what y exceeds its
-            candidates by.
-    """
-
-    lines: list[Lines]
-    variables: Tensor
-    candidates: Tensor
-    losses: Tensor
+PENALTY = 1e4  # if no point meets a branch's conditions: how far below 0 its bound is to be, in largest coefficients
 
 
 class Program:
@@ -62,11 +42,14 @@ class Program:
         self.forms = sparse.vstack(forms, format="csr")  # rows x_i - its form = 0
         self.offsets = np.concatenate([np.zeros(0), *(level.forms.offset.numpy() for level in levels)])
 
-    def solve(self, target: Tensor, regions: Sequence[Region], seconds: float) -> Solution | None:
+    def solve(self, target: Tensor, regions: Sequence[Region], seconds: float) -> tuple[Tensor, list[Lines]] | None:
         """Maximize target (v,) over a branch; None if the solver fails or takes longer than this.
 
         Args:
             regions: of each level, B = 1.
+
+        Returns:
+            the variables (v,) at which the maximum is attained, and the lines of each level, B = 1.
         """
         rows, limits, knots = [sparse.csr_array((0, self.columns))], [np.zeros(0)], []
         for level, region, first, lower in zip(self.levels, regions, self.firsts, self.lower, strict=True):
@@ -83,8 +66,8 @@ class Program:
         problem = {"bounds": np.stack(list(ends), 1), "A_eq": self.forms, "b_eq": self.offsets}
         matrix = sparse.vstack(rows, format="csr")
         limit = np.concatenate(limits)
-        result = _minimize(cost, problem | {"A_ub": matrix, "b_ub": limit}, seconds)
-        if result.status == 2:  # infeasible: let all rows be violated, at a price
+        result, weight = _minimize(cost, problem | {"A_ub": matrix, "b_ub": limit}, seconds), 1.0
+        if result.status == 2:  # infeasible: find the least by which all rows must be violated
             slack = sparse.csr_array(-np.ones((len(limit), 1)))
             problem = {
                 "bounds": np.concatenate([problem["bounds"], [[0, np.inf]]]),
@@ -92,33 +75,28 @@ class Program:
                 "b_eq": self.offsets,
             }
             matrix = sparse.hstack([matrix, slack], format="csr")
-            cost = np.append(cost, PENALTY * np.abs(cost).max())
-            result = _minimize(cost, problem | {"A_ub": matrix, "b_ub": limit}, seconds)
+            violation = np.append(np.zeros(self.columns), 1.0)
+            result = _minimize(violation, problem | {"A_ub": matrix, "b_ub": limit}, seconds)
+            weight = PENALTY * np.abs(cost).max() / max(result.fun or 0.0, 1e-9)
         if result.status != 0:
             return None
-        return self._read(result, target, regions, knots, np.cumsum([len(one) for one in limits])[:-1])
+        weight /= max(float(target.abs().max()), 1e-300)  # in units of the target's largest coefficient
+        lines = self._read_lines(result, weight, regions, knots, np.cumsum([len(one) for one in limits])[:-1])
+        return torch.from_numpy(result.x[: self.variables]), lines
 
-    def _read(
-        self, result: Any, target: Tensor, regions: Sequence[Region], knots: Sequence[Knots], cuts: Indices
-    ) -> Solution:
-        multipliers = np.split(np.clip(-result.ineqlin.marginals, 0, None), cuts)[1:]
-        at_bottom, at_top = (np.clip(values, 0, None) for values in (result.lower.marginals, -result.upper.marginals))
-        lines, losses = [], []
+    def _read_lines(
+        self, result: Any, weight: float, regions: Sequence[Region], knots: Sequence[Knots], cuts: Indices
+    ) -> list[Lines]:
+        """Return the lines of dual values times a weight; cuts: where the rows of each kind and level begin."""
+        multipliers = np.split(weight * np.clip(-result.ineqlin.marginals, 0, None), cuts)[1:]
+        ends = result.lower.marginals, -result.upper.marginals
+        at_bottom, at_top = (weight * np.clip(values, 0, None) for values in ends)
+        lines = []
         for index, (level, region) in enumerate(zip(self.levels, regions, strict=True)):
             part = slice(level.first, level.first + level.units)
             below, above = multipliers[2 * index : 2 * index + 2]
-            line, up = _to_lines(level, region, below, above, knots[index], at_bottom[part], at_top[part], target)
-            first = self.firsts[index]
-            candidates = torch.from_numpy(result.x[first : first + len(level.unit)])
-            attained = torch.maximum(level.largest(candidates[None])[0], region.bottom[0])
-            lines.append(line)
-            losses.append(torch.from_numpy(up) * (torch.from_numpy(result.x[part]) - attained))
-        return Solution(
-            lines=lines,
-            variables=torch.from_numpy(result.x[: self.variables]),
-            candidates=torch.from_numpy(result.x[self.variables : self.columns]),
-            losses=torch.cat([torch.zeros(0, dtype=torch.float64), *losses]),
-        )
+            lines.append(_to_lines(level, region, below, above, knots[index], at_bottom[part], at_top[part]))
+        return lines
 
     def _build_lines(
         self, level: Level, region: Region, first: int, unit: Indices, start: Array
@@ -145,8 +123,10 @@ class Program:
 
 
 def _minimize(cost: Array, problem: Mapping[str, Any], seconds: float) -> Any:
+    """Minimize by the simplex method, or if it fails by interior points."""
     options = {"time_limit": max(seconds, 0.01)}
-    return linprog(cost, **problem, method=METHOD, options=options)
+    result = linprog(cost, **problem, method="highs-ds", options=options)
+    return linprog(cost, **problem, method="highs-ipm", options=options) if result.status == 4 else result
 
 
 def _widen(forms: Forms, count: int) -> Matrix:
@@ -174,9 +154,8 @@ def _to_lines(
     knots: Knots,
     at_bottom: Array,
     at_top: Array,
-    target: Tensor,
-) -> tuple[Lines, Array]:
-    """Return the lines of dual values, and the multipliers (u,) of the upper lines.
+) -> Lines:
+    """Return the lines of dual values.
 
     The line of the mean c is at least as tight as the mean of lines, since it is convex in c.
 
@@ -192,7 +171,5 @@ def _to_lines(
     mean = (np.bincount(unit, above * start, level.units) + at_top * top) / np.maximum(up, 1e-300)
     rise = np.where(up > 0, (mean - bottom) / np.maximum(top - bottom, 1e-300), 0.0).clip(0, 1)
     share = np.where(down[candidates] > 0, below / np.maximum(down[candidates], 1e-300), 0.0)
-    scale = max(float(np.abs(up - down).max()), 1e-3 * float(target.abs().max()))
-    both = np.minimum(up, down) / max(scale, 1e-300)
-    tensors = {"rise": rise, "share": share, "both": both}
-    return Lines(**{name: torch.from_numpy(values)[None] for name, values in tensors.items()}), up
+    tensors = {"rise": rise, "share": share, "both": np.minimum(up, down)}
+    return Lines(**{name: torch.from_numpy(values)[None] for name, values in tensors.items()})

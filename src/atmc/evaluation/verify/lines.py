@@ -178,8 +178,8 @@ class Lines:
         rise: (B, u) in [0, 1]: for c = bottom + rise (top - bottom) and for the candidates x_i in [l_i, u_i],
             y <= c + sum of s_i (x_i - l_i), s_i = max(u_i - c, 0) / (u_i - l_i).
         share: (B, r) >= 0, of sum at most 1 per unit: y >= sum of share_i x_i + (1 - sum of share_i) bottom.
-        both: (B, u) >= 0, multiplier of the difference of these two bounds of y, in units of the largest coefficient of
-            the level.
+        both: (B, u) >= 0, multiplier of the difference of these two bounds of y, in units of the target's largest
+            coefficient.
     """
 
     rise: Tensor
@@ -218,6 +218,11 @@ class Lines:
     def map(self, function: Callable[[Tensor], Tensor]) -> Lines:
         """Return the result of a function on each tensor."""
         return Lines(**{field.name: function(getattr(self, field.name)) for field in fields(self)})
+
+    @staticmethod
+    def join(parts: Sequence[Lines]) -> Lines:
+        """Return the choices of all parts, one part after the other."""
+        return Lines(**{field.name: torch.cat([getattr(one, field.name) for one in parts]) for field in fields(Lines)})
 
     def merge(self, chosen: Tensor, other: Lines) -> Lines:
         """Return these lines for the bounds that are chosen, (B,) bool, and the other lines for the rest."""
@@ -281,8 +286,8 @@ class Relaxation:
 
     @classmethod
     def of(cls, level: Level, region: Region, line: Lines, c: Tensor, scale: Tensor) -> Relaxation:
-        """Return the bounds that `line` says for coefficients c (B, u); scale: (B, 1), of `Lines.both` at least."""
-        both = line.both * torch.maximum(c.detach().abs().amax(1, keepdim=True), scale)
+        """Return the bounds that `line` says for coefficients c (B, u); scale: (B, 1), the unit of `Lines.both`."""
+        both = line.both * scale
         start = region.bottom + line.rise * (region.top - region.bottom).clamp(min=0)
         lower, upper = region.lower, region.upper
         slope = (upper - level.spread(start)).clamp(min=0) / (upper - lower).clamp(min=1e-300)
@@ -315,7 +320,7 @@ def bound_above(
         regions, lines: of each level.
     """
     rest, constant, error, terms = targets.matrix, targets.offset, targets.error, targets.terms
-    scale = 1e-3 * rest.abs().amax(1, keepdim=True)
+    scale = rest.abs().amax(1, keepdim=True)
     relaxations = []
     for level, region, line in zip(reversed(levels), reversed(regions), reversed(lines), strict=True):
         c, rest = rest[:, level.first :], rest[:, : level.first]
