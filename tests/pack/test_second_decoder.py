@@ -52,7 +52,7 @@ def test_golden_files(name):
 
 
 def test_a_committed_file():
-    path = ROOT / "results" / "mnist" / "atmc4-006" / "model.atmc"
+    path = ROOT / "results" / "mnist-adversarial" / "atmc4-006" / "model.atmc"
     expect_same(second_decoder.decode(path.read_bytes(), LENET), artifact.load(path).state_dict())
 
 

@@ -130,16 +130,20 @@ def _serve(connection: Connection) -> None:
     while True:
         try:
             message = connection.recv()
-        except EOFError:
+        except (EOFError, OSError):  # the caller has ended
             return
+        part, error = None, None
         try:
             if problem is None:
                 problem = pickle.loads(message)
-            else:
-                stage, rows = message
-                connection.send((run_stage(problem, stage, rows), None))
-        except USER_CODE_ERRORS as error:
-            connection.send((None, first_line(error)))
+                continue
+            part = run_stage(problem, *message)
+        except USER_CODE_ERRORS as raised:
+            error = first_line(raised)
+        try:
+            connection.send((part, error))
+        except OSError:  # likewise
+            return
 
 
 def _end_with_caller() -> None:
