@@ -19,7 +19,7 @@ check:
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
-	$(BIN)/pytest
+	OMP_NUM_THREADS=1 $(BIN)/pytest -n 2 --dist loadfile  # two processes of one thread use two cores best
 
 bench: .venv/.installed
 	$(BIN)/python benchmarks/training_step.py
