@@ -285,7 +285,7 @@ class TestEffort:
         assert outcome.verdict == "undecided"
         assert outcome.branches < 50
         assert outcome.unstable > 10
-        assert 0.05 < outcome.seconds < 2
+        assert outcome.seconds > 0.05
 
     def test_the_program_is_no_looser_than_optimized_lines(self):
         """Its lines give the best bound that lines can give."""

@@ -258,6 +258,18 @@ class TestTight:
                     assert not bool(prove_linear(execution, image, label, Linf(share * radius)))
         assert proved["linear"] > proved["interval"] > 0
 
+    def test_maxima_that_rounding_alone_leaves_open_are_no_units(self):
+        """Windows of a channel without weights are of four equal values, each with its own rounding."""
+        weight = np.array([1.0, 0.0], np.float32).reshape(2, 1, 1, 1)
+        first = Conv(weight, np.full(2, 0.3, np.float32))
+        last = Linear(np.array([[1, 1], [-1, -1]], np.float32), np.zeros(2, np.float32))
+        graph = chain((1, 2, 2), first, MaxPool((2, 2), (2, 2)), Relu(), Flatten(), last)
+        x = torch.tensor([0.5, 0.4, 0.3, 0.45]).view(1, 1, 2, 2)
+        around = reduce(graph, x, 0, 0.1)
+        assert around.units == 1
+        # -2 (max(x) + 0.3 + 0.3), and max(x) >= 0.4
+        assert float(around.bound(10)[0].values) == pytest.approx(-2.0, abs=1e-3)
+
 
 class TestNothingKnown:
     def test_a_tie_of_rounding_is_not_proved(self):

@@ -80,7 +80,8 @@ def decide(
     """
     search = _Search(model, x, label, threat, time.monotonic() + seconds)
     began = time.monotonic()
-    proved = search.resist(x.reshape(1, -1)) and all(search.prove(execution) for execution in executions)
+    simplest_first = reversed(executions)  # the first is PyTorch's, with the channels that the others leave out
+    proved = search.resist(x.reshape(1, -1)) and all(search.prove(execution) for execution in simplest_first)
     verdict = "certified" if proved else "undecided" if search.image is None else "broken"
     return Outcome(
         verdict=verdict,
@@ -286,8 +287,8 @@ class _Search:
     def begin(self, tree: _Tree) -> tuple[list[_Bounded], list[_Branch]]:
         """Return branches of a tree that together are all images: those that are proved, and the others.
 
-        The executions of a model are almost the same. So if the trees are alike, the branches that proved the one before
-        are taken, with the lines that they had there.
+        The executions of a model are almost the same. So if the trees are alike, the branches that proved the one
+        before are taken, with the lines that they had there.
         """
         roots, leaves = tree.root(), []
         if self.proof is None or not tree.is_like(self.proof[0]):

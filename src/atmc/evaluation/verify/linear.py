@@ -15,7 +15,7 @@ from atmc.evaluation.verify.bounds import MOST, Box, bound_images, bound_margins
 from atmc.evaluation.verify.executions import Execution
 from atmc.evaluation.verify.lines import Bounds, Forms, Level, Lines, Pixels, Region, bound_above, keep_better, optimize
 from atmc.evaluation.verify.matrices import Array, Indices, Matrix, build_affine, list_windows
-from atmc.evaluation.verify.units import Mask, Rows, stack
+from atmc.evaluation.verify.units import DELTA, Mask, Rows, stack
 from atmc.robust.threats import Threat
 
 MOST_UNITS = 2**13  # around one image; a network with more is left to the interval bounds
@@ -185,19 +185,24 @@ class _Expansion:
             rows.lower[wanted], rows.upper[wanted] = lower, upper
             alive, floored = _find_alive(rows, shape, floor)
         is_open = alive.sum(0) + floored > 1
+        lower, upper = (np.maximum(bounds.reshape(shape).max(0), floor) for bounds in (rows.lower, rows.upper))
+        # A maximum that is open for its rounding alone, as in channels without weights, is a constant with an error.
+        rounded = is_open & (upper - lower <= 4 * np.where(alive, rows.error.reshape(shape), 0.0).max(0))
+        is_open &= ~rounded
         count = int(is_open.sum())
         if self.used + count > self.variables:
             raise _TooManyUnits
-        lower, upper = (np.maximum(bounds.reshape(shape).max(0), floor) for bounds in (rows.lower, rows.upper))
-        copied = (alive & ~is_open).nonzero()
+        copied = (alive & ~is_open & ~rounded).nonzero()
         ones = np.ones(len(copied[0]))
         selection = sparse.coo_array(
             (ones, (copied[1], copied[0] * shape[1] + copied[1])), shape=(shape[1], rows.matrix.shape[0])
         ).tocsr()
         columns = np.arange(self.used, self.used + count)
         units = sparse.coo_array((np.ones(count), (is_open.nonzero()[0], columns)), shape=(shape[1], self.variables))
-        constant = np.where(floored & ~is_open, floor, 0.0)
-        extent = np.where(is_open, np.maximum(np.abs(lower), np.abs(upper)), np.abs(constant))
+        largest = np.maximum(np.abs(lower), np.abs(upper))
+        constant = np.where(rounded, (lower + upper) / 2, np.where(floored & ~is_open, floor, 0.0))
+        error = np.where(rounded, (upper - lower) / 2 + DELTA * largest, 0.0)
+        extent = np.where(is_open | rounded, largest, np.abs(constant))
         if count:
             unit, candidate = alive[:, is_open].T.nonzero()
             chosen = rows[candidate * shape[1] + is_open.nonzero()[0][unit]]
@@ -206,7 +211,7 @@ class _Expansion:
         return Rows(
             matrix=selection @ rows.matrix + units.tocsr(),
             offset=selection @ rows.offset + constant,
-            error=selection @ rows.error,
+            error=selection @ rows.error + error,
             terms=selection @ rows.terms + extent,
             lower=lower,
             upper=upper,
