@@ -310,6 +310,14 @@ def test_a_flat_network_is_no_masking_if_intervals_prove_it():
         assert checks["noise_weaker"].ok is not False or not ok
 
 
+def test_equal_accuracies_do_not_rise():
+    """All of 10 images survive every radius: Wilson's upper bound is 1 up to rounding."""
+    x = torch.full((10, 1, 5, 5), 0.6)
+    checks = {c.name: c for c in run_checks_on(flat_model(), Images(x, torch.arange(10) * 0), Linf(0.2))}
+    detail = "100% at 0.1, 100% at 0.2, 100% at 0.4, 100% at 1; not near 0 where every image is allowed"
+    assert checks["eps_curve"].detail == detail
+
+
 def test_no_check_fails_if_nothing_survives(two_tone, natural):
     """No image survives this radius; the commonest label is counted over all labels, even if few are attacked."""
     assert robust_accuracy(natural, two_tone[1], Linf(0.6), "pgd-strong", n=5).accuracy == 0

@@ -461,7 +461,7 @@ def eps_curve(inputs: CheckInputs) -> Check:
     m = int(rows.sum())
     counts = {radius: int(_survivors_at(inputs, radius).sum()) for radius in (*radii, largest)}
     shares = ", ".join(f"{count / m:.0%} at {radius:.3g}" for radius, count in counts.items())
-    rises = any(later / m > wilson(earlier, m)[1] for earlier, later in pairwise(counts.values()))
+    rises = any(b > a and b / m > wilson(a, m)[1] for a, b in pairwise(counts.values()))
     high = wilson(counts[largest], m)[0] > 0.1
     reason = "; rises with eps" if rises else "; not near 0 where every image is allowed" if high else ""
     return Check("eps_curve", not rises and not high, shares + _aside(int(inputs.proved.sum())) + reason)
