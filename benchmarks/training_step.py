@@ -27,6 +27,7 @@ from atmc.commands.bench.figures import processor_name
 from atmc.compress.admm import Admm
 from atmc.compress.constraints import Codebook, NonzeroBudget
 from atmc.compress.factorize import compressible_parameters, factorize
+from atmc.compress.metric import Moments
 from atmc.data import Images
 from atmc.robust.objectives import TrainingAttack, pgd_at
 from atmc.training.loop import Loop, StepDone, assign, cosine, fit
@@ -66,6 +67,7 @@ def run_steps(kind: str, name: str, batch: int, attack_steps: int, bf16: bool) -
         optimizer=optimizer,
         tensors=compressible_parameters(model),
         epochs=10**6,
+        moments=Moments(),
         constraint=constraint,
         admm=admm,
     )

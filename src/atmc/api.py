@@ -20,7 +20,7 @@ from atmc.training.job import Job, Result
 from atmc.training.loop import StepDone
 from atmc.training.methods import METHODS
 from atmc.training.runner import EpochDone
-from atmc.training.settings import Recipe, choose_objective, default_recipe
+from atmc.training.settings import PHASES, Recipe, choose_objective, default_recipe
 
 __all__ = ["compress", "evaluate", "load", "save", "verify"]
 
@@ -75,7 +75,8 @@ def compress(
             natural = method in METHODS and METHODS[method].natural
             given = {key: settings[key] for key in ("epochs", "batch_size") if key in settings}
             settings["objective"] = choose_objective(model, train, threat, **given, natural=natural).name
-        recipe = default_recipe(model, **settings)
+        phases = METHODS[method].phases if method in METHODS else PHASES
+        recipe = default_recipe(model, phases=phases, **settings)
     job = Job(model, train, as_images(val), threat=threat, budget=budget, method=method, recipe=recipe, device=device)
     with deterministic(device):
         for event in job.run():

@@ -1,5 +1,7 @@
 """Constraints' contract, and ADMM on problems with known answers."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 from hypothesis import given, settings
@@ -138,6 +140,7 @@ class TestAdmm:
         assert len(admm.states["w"].positions) == 3
         assert admm.primal == pytest.approx(float((theta["w"] - z).norm()), rel=1e-6)
         assert admm.dual == pytest.approx(0.1 * float(z.norm()), rel=1e-6)
+        assert Admm(Codebook(1), rho=0.1).step(theta).state()["relative_primal"] == admm.relative_primal
 
     def test_penalty_gradient_is_the_gradient_of_the_penalty(self):
         theta = {"w": torch.randn(20, requires_grad=True)}
@@ -207,13 +210,50 @@ class TestAdmm:
         assert admm.primal < 1e-2
         assert admm.dual < 1e-2
 
-    def test_balancing_moves_rho_toward_the_larger_residual(self):
+    def test_relative_residuals_by_hand(self):
         theta = {"w": torch.tensor([1.0, 1.5, 4.0])}
-        balanced = Admm(Codebook(1), rho=1e-4, balance=True).step(theta)
-        assert balanced.rho == 2e-4  # the primal residual is far above the dual one
-        plain = Admm(Codebook(1), rho=1e-4).step(theta)
-        assert torch.allclose(balanced.states["w"].u, plain.states["w"].u / 2)
-        assert Admm(Codebook(1), rho=1e3, balance=True).step(theta).rho == 500
+        admm = Admm(Codebook(1), rho=7.0).step(theta)
+        z, u = dense_z_and_u(admm, "w", 3)
+        assert admm.relative_primal == pytest.approx(float((theta["w"] - z).norm() / theta["w"].norm()), rel=1e-6)
+        assert admm.relative_dual == pytest.approx(float(z.norm() / u.norm()), rel=1e-6)
+
+    @pytest.mark.parametrize("rho", [1e-4, 1.0, 1e4])
+    def test_balancing_moves_rho_toward_the_larger_relative_residual(self, rho):
+        """z comes from 0, which is a large change beside u; then it stays, while theta remains away from it."""
+        theta = {"w": torch.tensor([1.0, 1.5, 4.0])}
+        balanced, plain = Admm(Codebook(1), rho=rho, balance=True).step(theta), Admm(Codebook(1), rho=rho).step(theta)
+        assert balanced.rho == rho / 2
+        assert torch.allclose(balanced.states["w"].u, plain.states["w"].u * 2)
+        pair = {"w": torch.tensor([10.0, 11.0, 40.0])}
+        settled = Admm(Codebook(1), rho=rho).step(pair)  # z = (10.5, 10.5, 40) stays, and 10 and 11 stay away from it
+        assert replace(settled, balance=True).step({"w": torch.tensor([10.0, 11.0, 40.001])}).rho == 2 * rho
+
+    def test_the_pull_is_the_proximal_step_of_the_penalty(self):
+        """The argmin of |t - theta|^2 / 2 + lr rho/2 |t - z + u|^2, where theta is not zero."""
+        start = {"w": torch.tensor([1.0, 1.2, 3.0, 0.0])}
+        admm = Admm(Codebook(1), rho=5.0).step(start)
+        z, u = dense_z_and_u(admm, "w", 4)
+        theta = {"w": torch.tensor([0.7, 1.4, 2.0, 0.0])}
+        before = theta["w"].double().clone()
+        admm.pull(theta, 0.1)
+        t = before.clone().requires_grad_()
+        for _ in range(200):
+            loss = (t - before).square().sum() / 2 + 0.5 / 2 * (t - z + u).square().sum()
+            (gradient,) = torch.autograd.grad(loss, t)
+            t = (t - 0.5 * gradient).detach().requires_grad_()
+        assert torch.allclose(theta["w"][:3].double(), t[:3].detach(), atol=1e-6)
+        assert theta["w"][3] == 0
+
+    def test_no_pull_before_the_first_step(self):
+        theta = {"w": torch.tensor([1.0, 2.0])}
+        Admm(Codebook(1)).pull(theta, 1.0)
+        assert theta["w"].tolist() == [1.0, 2.0]
+
+    def test_weights_move_the_codebook_to_the_entries_that_matter(self):
+        theta = {"w": torch.tensor([1.0, 2.0, 10.0])}
+        admm = Admm(Codebook(1)).step(theta, {"w": torch.tensor([9.0, 1.0, 1.0])})
+        z, _ = dense_z_and_u(admm, "w", 3)
+        assert torch.allclose(z, torch.tensor([1.1, 1.1, 10.0]))
 
     @pytest.mark.parametrize("rho", [0.0, -1.0, float("nan"), float("inf")])
     def test_rho_that_makes_no_sense(self, rho):

@@ -140,7 +140,12 @@ def test_w_is_built_once_per_step_not_once_per_pass(few, monkeypatch, objective)
         return original(self, *factors)
 
     monkeypatch.setattr(Factors, "forward", counted)
-    settings = {"epochs": {"dense": 0, "l0": 0, "admm": 2, "tune": 0}, "attack_steps": 3, "interval": 1}
+    settings = {
+        "epochs": {"dense": 0, "l0": 0, "admm": 2, "tune": 0},
+        "attack_steps": 3,
+        "interval": 1,
+        "factor_start": "identity",
+    }
     threat = atmc.L2(0.5) if OBJECTIVES[objective].norms == ("l2",) else None
     for event in job(few, objective=objective, threat=threat, ratio=0.3, **settings).run():
         if isinstance(event, StepDone):
@@ -190,7 +195,8 @@ def test_every_kind_of_weight_end_to_end(few):
     model = Everything()
     with pytest.raises(ValueError, match=r"share one weight, which cannot be compressed: exclude one\.weight and two"):
         job(few, model=model)
-    work = job(few, model=model, bits=2, ratio=0.4, exclude=("one.weight", "two.weight", "hea*"))
+    excluded = ("one.weight", "two.weight", "hea*")
+    work = job(few, model=model, bits=2, ratio=0.4, exclude=excluded, factor_start="identity")
     list(work.run())
     parts = factors(work.runner.model)
     assert {path: "".join(sorted(tensors)) for path, tensors in parts.items()} == {

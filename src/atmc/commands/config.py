@@ -172,7 +172,7 @@ class RunConfig(BaseModel):
 
     def recipe(self, model: nn.Module) -> Recipe:
         """Return the training recipe; defaults depend on the model, see `default_recipe`."""
-        return default_recipe(model, **self.training_settings())
+        return default_recipe(model, phases=METHODS[self.method].phases, **self.training_settings())
 
     def choose_objective(self, model: nn.Module, images: Images) -> ObjectiveChoice:
         """Return the objective that is taken if none is named, see `training.settings.choose_objective`."""

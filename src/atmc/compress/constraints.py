@@ -13,25 +13,39 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from atmc.compress.projections import exact_zero_kmeans, keep_largest, zero_kmeans
+from atmc.compress.metric import Metric
+from atmc.compress.projections import exact_zero_kmeans, largest_masks, zero_kmeans
 
 Tensors = Mapping[str, Tensor]
+NO_METRIC = Metric()
+NO_WEIGHTS: Tensors = {}
 WARM_ITERATIONS = 10  # of ZeroKmeans if it starts from known centers; more gain little (benchmarks/projections.py)
 
 
 class Constraint(Protocol):
-    """A set of allowed values."""
+    """A set of allowed values.
 
-    def project(self, tensors: Tensors) -> dict[str, Tensor]:
-        """Return the point of the set that is nearest to the tensors (for a codebook: a near point)."""
+    `linear` says whether it is a linear subspace, in which gradients and steps may be projected like values.
+    """
+
+    @property
+    def linear(self) -> bool:
+        """Whether the set is a linear subspace."""
+
+    def project(self, tensors: Tensors, metric: Metric = NO_METRIC) -> dict[str, Tensor]:
+        """Return the point of the set that is nearest to the tensors (for a codebook: a near point).
+
+        Args:
+            metric: how much single entries matter; by default all alike.
+        """
 
 
 @dataclass(frozen=True)
 class NonzeroBudget:
     """At most `nonzeros` entries differ from zero, over all tensors together (Gui et al. 2019, eq. 4).
 
-    With keep_alive every layer that has a nonzero keeps at least its largest one, so that no layer becomes constant. It
-    is kept in the tensor without which W would be zero: a plain weight, or the factor that starts as W.
+    With keep_alive every layer whose W is not zero keeps a W that is not zero, so that no layer becomes constant: its
+    largest entry of W or C, or the entries of U and V that make up the largest product.
 
     >>> NonzeroBudget(1).project({"a": torch.tensor([1.0, -3.0]), "b": torch.tensor([2.0])})["a"].tolist()
     [0.0, -3.0]
@@ -44,42 +58,104 @@ class NonzeroBudget:
         if self.nonzeros < 1:
             raise ValueError(f"expected a budget of at least 1 nonzero, got {self.nonzeros}")
 
-    def project(self, tensors: Tensors) -> dict[str, Tensor]:
-        """Keep the entries of largest magnitude; of equal ones the first stay, so that the budget is never exceeded."""
-        kept = dict(zip(tensors, keep_largest(list(tensors.values()), self.nonzeros), strict=True))
-        vital = _vital_tensors(tensors) if self.keep_alive else []
-        if all(kept[name].any() for name in vital):
-            return kept
-        if len(vital) > self.nonzeros:
-            raise ValueError(f"expected a budget of at least {len(vital)} nonzeros, one per layer, got {self.nonzeros}")
-        rest, largest = {name: tensor.clone() for name, tensor in tensors.items()}, {}
-        for name in vital:
-            largest[name] = tuple(torch.unravel_index(tensors[name].abs().argmax(), tensors[name].shape))
-            rest[name][largest[name]] = 0
-        others = keep_largest(list(rest.values()), self.nonzeros - len(vital))
-        kept = dict(zip(tensors, others, strict=True))
-        for name, index in largest.items():
-            kept[name][index] = tensors[name][index]
-        return kept
+    @property
+    def linear(self) -> bool:
+        """Return False: sums of sparse tensors are less sparse."""
+        return False
+
+    def project(self, tensors: Tensors, metric: Metric = NO_METRIC) -> dict[str, Tensor]:
+        """Keep the entries that rank highest, by magnitude unless the metric says otherwise.
+
+        Of equal ones the first stay, so that the budget is never exceeded.
+
+        Raises:
+            ValueError: the budget is below what keep_alive asks for.
+        """
+        scores = metric.scores(tensors)
+        kept = self._keep(scores, self.nonzeros)
+        if self.keep_alive:
+            groups = _layers(tensors)
+            if not all(_is_alive(group, kept) for group in groups if _is_alive(group, tensors)):
+                kept = self._keep_layers_alive(groups, tensors, scores)
+        return {name: tensor.masked_fill(~kept[name], 0) for name, tensor in tensors.items()}
+
+    def _keep(self, scores: Tensors, nonzeros: int) -> dict[str, Tensor]:
+        """Return masks of the entries that rank highest."""
+        return dict(zip(scores, largest_masks(list(scores.values()), nonzeros), strict=True))
+
+    def _keep_layers_alive(self, groups: list[Layer], tensors: Tensors, scores: Tensors) -> dict[str, Tensor]:
+        """Return masks like `_keep`, of which one entry or product per layer is reserved."""
+        reserved = {name: torch.zeros_like(tensor, dtype=torch.bool) for name, tensor in tensors.items()}
+        for group in groups:
+            if _is_alive(group, tensors):
+                for name, index in _vital_entries(group, tensors):
+                    reserved[name][torch.unravel_index(torch.tensor(index), tensors[name].shape)] = True
+        count = sum(int(mask.sum()) for mask in reserved.values())
+        if count > self.nonzeros:
+            raise ValueError(f"expected a budget of at least {count} nonzeros, one per layer, got {self.nonzeros}")
+        others = {name: score.masked_fill(reserved[name], 0) for name, score in scores.items()}
+        return {name: mask | reserved[name] for name, mask in self._keep(others, self.nonzeros - count).items()}
 
 
-def _vital_tensors(tensors: Tensors) -> list[str]:
-    """Name for each layer the tensor that `NonzeroBudget` keeps alive, unless that tensor is all zero.
+@dataclass(frozen=True)
+class Layer:
+    """The names of the tensors that make up one W: `weight` alone, or U and V and, unless it has none, C."""
 
-    It is the plain W, or with U, V and C the one of U and V that starts as W. Layers of U and V alone have none.
-    """
-    vital = []
-    for name, tensor in tensors.items():
+    weight: str | None = None
+    u: str | None = None
+    v: str | None = None
+    c: str | None = None
+
+
+def _layers(tensors: Tensors) -> list[Layer]:
+    """Group names of tensors by the W that they make up."""
+    layers = []
+    for name in tensors:
         path, _, factor = name.rpartition(".")
-        if factor in ("U", "V", "C") and f"{path}.V" in tensors:
-            if factor == "C" or f"{path}.C" not in tensors:
-                continue
-            wide = tensors[f"{path}.U"].shape[0] <= tensors[f"{path}.V"].shape[1]
-            if (factor == "V") != wide:
-                continue
-        if tensor.any():
-            vital.append(name)
-    return vital
+        factored = f"{path}.U" in tensors and f"{path}.V" in tensors
+        if factored and factor == "U":
+            layers.append(Layer(u=name, v=f"{path}.V", c=f"{path}.C" if f"{path}.C" in tensors else None))
+        elif not (factored and factor in ("V", "C")):
+            layers.append(Layer(weight=name))
+    return layers
+
+
+def _is_alive(layer: Layer, tensors: Tensors) -> bool:
+    """Return whether a layer's W has a nonzero, up to cancellation. If U (or V) and C are zero, V (or U) counts.
+
+    Then the form is one of those with an identity, W = (U + I) V or U (V + I), unless W is zero anyway.
+    """
+    if layer.weight:
+        return bool(tensors[layer.weight].any())
+    assert layer.u is not None
+    assert layer.v is not None
+    u, v = tensors[layer.u], tensors[layer.v]
+    if layer.c and tensors[layer.c].any():
+        return True
+    if layer.c and not (u.any() and v.any()):
+        return bool(u.any() or v.any())
+    return bool((u.any(0) & v.any(1)).any())
+
+
+def _vital_entries(layer: Layer, tensors: Tensors) -> list[tuple[str, int]]:
+    """Return the fewest entries, by tensor and flat index, that keep a live layer's W from being zero."""
+    if layer.weight:
+        return [(layer.weight, int(tensors[layer.weight].abs().argmax()))]
+    assert layer.u is not None
+    assert layer.v is not None
+    u, v = tensors[layer.u].abs(), tensors[layer.v].abs()
+    products = u.amax(0) * v.amax(1)
+    rest = tensors[layer.c].abs().flatten() if layer.c else products.new_zeros(1)
+    if layer.c and float(rest.amax()) >= float(products.amax()) and bool(rest.any()):
+        return [(layer.c, int(rest.argmax()))]
+    if not products.any():  # a form with an identity
+        name, tensor = (layer.u, u) if u.any() else (layer.v, v)
+        return [(name, int(tensor.argmax()))]
+    j = int(products.argmax())
+    return [
+        (layer.u, int(u[:, j].argmax()) * u.shape[1] + j),
+        (layer.v, j * v.shape[1] + int(v[j].argmax())),
+    ]
 
 
 @dataclass(frozen=True)
@@ -97,7 +173,12 @@ class FixedMask:
         """Return the constraint that the present zeros stay zero."""
         return cls({name: tensor != 0 for name, tensor in tensors.items()})
 
-    def project(self, tensors: Tensors) -> dict[str, Tensor]:
+    @property
+    def linear(self) -> bool:
+        """Return True."""
+        return True
+
+    def project(self, tensors: Tensors, metric: Metric = NO_METRIC) -> dict[str, Tensor]:
         """Set the entries outside the mask to zero."""
         return {name: tensor.masked_fill(~self.masks[name], 0.0) for name, tensor in tensors.items()}
 
@@ -117,8 +198,17 @@ class FixedCodes:
         """Return the codes of tensors that hold few distinct values: equal values get equal codes."""
         return cls({name: _codes(tensor.detach().flatten()) for name, tensor in tensors.items()})
 
-    def project(self, tensors: Tensors) -> dict[str, Tensor]:
-        """Replace every entry by the mean over its code: the nearest point of a linear subspace."""
+    @property
+    def linear(self) -> bool:
+        """Return True."""
+        return True
+
+    def project(self, tensors: Tensors, metric: Metric = NO_METRIC) -> dict[str, Tensor]:
+        """Replace every entry by the mean over its code: the nearest point of a linear subspace.
+
+        The metric has no say, so that the projection of a gradient is the mean gradient of the entries that share a
+        value.
+        """
         return {name: _average_per_code(tensor, *self.codes[name]) for name, tensor in tensors.items()}
 
 
@@ -154,21 +244,35 @@ class Codebook:
             if not 1 <= bits <= 8:
                 raise ValueError(f"expected 1 to 8 bits, got {bits}")
 
-    def project(self, tensors: Tensors) -> dict[str, Tensor]:
-        """Quantize each tensor by ZeroKmeans, without known centers."""
-        return self.quantize(tensors, {})[0]
+    @property
+    def linear(self) -> bool:
+        """Return False: the values that entries share are free."""
+        return False
 
-    def quantize(self, tensors: Tensors, centers: Tensors) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
-        """Quantize each tensor by ZeroKmeans, starting from its centers if they are given; return both by name."""
+    def project(self, tensors: Tensors, metric: Metric = NO_METRIC) -> dict[str, Tensor]:
+        """Quantize each tensor by ZeroKmeans, without known centers, with the metric's weights of errors."""
+        return self.quantize(tensors, {}, metric.rounding)[0]
+
+    def quantize(
+        self, tensors: Tensors, centers: Tensors, weights: Tensors = NO_WEIGHTS
+    ) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+        """Quantize each tensor by ZeroKmeans, starting from its centers if they are given; return both by name.
+
+        Args:
+            weights: name -> weights of the squared errors, shaped like the tensor; 1 if missing.
+        """
         quantized, new_centers = {}, {}
         for name, tensor in tensors.items():
             levels = 2 ** (self.bits[name] if isinstance(self.bits, Mapping) else self.bits)
+            weight = weights.get(name)
             if 0 < int(tensor.count_nonzero()) <= self.exact_below:
-                quantized[name], new_centers[name] = exact_zero_kmeans(tensor, levels)
+                quantized[name], new_centers[name] = exact_zero_kmeans(tensor, levels, weights=weight)
             else:
                 start = centers.get(name)
                 iterations = 100 if start is None else WARM_ITERATIONS
-                quantized[name], new_centers[name] = zero_kmeans(tensor, levels, centers=start, iterations=iterations)
+                quantized[name], new_centers[name] = zero_kmeans(
+                    tensor, levels, centers=start, iterations=iterations, weights=weight
+                )
         return quantized, new_centers
 
 
@@ -181,9 +285,14 @@ class InOrder:
 
     parts: tuple[Constraint, ...]
 
-    def project(self, tensors: Tensors) -> dict[str, Tensor]:
+    @property
+    def linear(self) -> bool:
+        """Whether all parts are linear subspaces."""
+        return all(part.linear for part in self.parts)
+
+    def project(self, tensors: Tensors, metric: Metric = NO_METRIC) -> dict[str, Tensor]:
         """Project on each part, in order."""
         current = dict(tensors)
         for part in self.parts:
-            current = part.project(current)
+            current = part.project(current, metric)
         return current

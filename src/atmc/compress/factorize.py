@@ -5,7 +5,7 @@ r = min(out, columns). Forms (Gui et al. 2019, eq. 3, and the identity-shifted f
 
     left     W = (U + I) V + C    if out <= columns; starts at V = W, U = C = 0
     right    W = U (V + I) + C    otherwise;         starts at U = W, V = C = 0
-    svd      W = U V + C          starts at the singular value decomposition, C = 0
+    svd      W = U V + C          starts at the singular value decomposition, C = 0, or at sparse terms of few ranks
     rank     W = U V              the same, cut to a rank below r, without C
 
 Grouped and depthwise convolutions have no matrix to factor: their weights stay plain.
@@ -205,6 +205,11 @@ def cut_ranks(model: nn.Module, ranks: Mapping[str, int]) -> nn.Module:
         if weight.path in ranks:
             _register_factors(weight, "rank", ranks[weight.path])
     return model
+
+
+def set_initial_factors(weight: CompressibleWeight, u: Tensor, v: Tensor, c: Tensor) -> None:
+    """Hold a plain weight as U V + C, in the form svd, with these factors."""
+    _register_factors(weight, "svd", u.shape[1], (u, v, c))
 
 
 def _register_factors(

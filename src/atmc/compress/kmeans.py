@@ -98,17 +98,22 @@ def _best_cuts(
     steps = max(_MAX_CUTS // len(low), 32)
     grid = low[:, None] + (high - low)[:, None] * np.arange(steps + 1) // steps
     places = np.concatenate([now[:, None], grid], axis=1)
-    before, after = places - low[:, None], high[:, None] - places
-    sums = nonzeros.sums[places]
-    left = np.where(free[0][:, None], (sums - nonzeros.sums[low][:, None]) / np.maximum(before, 1), 0.0)
-    right = np.where(free[1][:, None], (nonzeros.sums[high][:, None] - sums) / np.maximum(after, 1), 0.0)
-    pooled = before * after / np.maximum(before + after, 1)
+    mass, sums = nonzeros.mass[places], nonzeros.sums[places]
+    before, after = mass - nonzeros.mass[low][:, None], nonzeros.mass[high][:, None] - mass
+    left = np.where(free[0][:, None], (sums - nonzeros.sums[low][:, None]) / _or_one(before), 0.0)
+    right = np.where(free[1][:, None], (nonzeros.sums[high][:, None] - sums) / _or_one(after), 0.0)
+    pooled = before * after / _or_one(before + after)
     weights = np.where((free[0] & free[1])[:, None], pooled, np.where(free[0][:, None], before, after))
     gains = weights * (left - right) ** 2
     gains[:, 1:] -= _ROUNDING_ERROR * (before * left**2 + after * right**2)[:, 1:]
     best = gains.argmax(axis=1)
     rows = np.arange(len(low))
     return places[rows, best], gains[rows, best]
+
+
+def _or_one(mass: Float64s) -> Float64s:
+    """Replace masses of 0, over which nothing is to be divided, by 1."""
+    return np.where(mass > 0, mass, 1.0)
 
 
 def _move_edges(nonzeros: SortedValues, parts: _Partition, parity: int) -> _Partition:
@@ -137,9 +142,9 @@ def _best_splits(nonzeros: SortedValues, parts: _Partition) -> tuple[Int64s, Flo
 def _merge_costs(nonzeros: SortedValues, parts: _Partition) -> Float64s:
     """Return the increase of the objective if the intervals on both sides of each inner edge are merged (Ward 1963)."""
     free, means = parts.free(), parts.means(nonzeros)
-    sizes = np.diff(parts.edges).astype(np.float64)
-    left, right = sizes[:-1], sizes[1:]
-    pooled = left * right / np.maximum(left + right, 1)
+    masses = np.diff(nonzeros.mass[parts.edges])
+    left, right = masses[:-1], masses[1:]
+    pooled = left * right / _or_one(left + right)
     costs = np.where(free[:-1] & free[1:], pooled, np.where(free[:-1], left, right)) * np.diff(means) ** 2
     costs += _ROUNDING_ERROR * (left * means[:-1] ** 2 + right * means[1:] ** 2)
     costs[parts.middle - 1] = np.inf  # the edge at 0 stays
@@ -222,9 +227,9 @@ def _check_centers(centers: Tensor, levels: int) -> Float64s:
 
 
 def zero_kmeans(
-    x: Tensor, levels: int, *, centers: Tensor | None = None, iterations: int = 100
+    x: Tensor, levels: int, *, centers: Tensor | None = None, iterations: int = 100, weights: Tensor | None = None
 ) -> tuple[Tensor, Tensor]:
-    """Near argmin over q of sum (x - q)^2: q is 0 where x is, and has at most `levels` distinct nonzero values.
+    """Near argmin over q of sum w (x - q)^2: q is 0 where x is, and has at most `levels` distinct nonzero values.
 
     Lloyd's algorithm in one dimension (ZeroKmeans of Gui et al. 2019; Lloyd 1982) with a center fixed at 0 and steps
     out of bad local optima, see `_iterate`. No iteration raises the objective. There is no randomness.
@@ -235,13 +240,15 @@ def zero_kmeans(
         centers: where to start, at most `levels` numbers besides 0; the result is never worse than moving every entry
             to the nearest of them and 0. None starts from the density of x.
         iterations: the largest number of iterations; it ends earlier when nothing changes any more.
+        weights: w, shaped like x and not negative; 1 by default.
 
     Returns:
         q like x, and the nonzero values of q in ascending order, float32. An x with at most `levels` distinct nonzero
         values comes back bit for bit.
 
     Raises:
-        ValueError: levels < 1, iterations < 0, another dtype, too many centers, nan or inf.
+        ValueError: levels < 1, iterations < 0, another dtype, too many centers, nan or inf, or weights of another shape
+            or below 0.
 
     >>> import torch
     >>> zero_kmeans(torch.tensor([0.0, 1.0, 2.0, -5.0]), 2)
@@ -249,11 +256,11 @@ def zero_kmeans(
     """
     if iterations < 0:
         raise ValueError(f"expected iterations >= 0, got {iterations}")
-    positions, values = sorted_nonzeros(x, levels)
+    positions, values, sorted_weights = sorted_nonzeros(x, levels, weights)
     start = None if centers is None else _check_centers(centers, levels)
     distinct = distinct_if_few(values, levels)
     if distinct is not None:
         return copy_unquantized(x, distinct)
-    nonzeros = SortedValues.of(values)
+    nonzeros = SortedValues.of(values, sorted_weights)
     optimum = _lloyd(nonzeros, _initial_centers(nonzeros, levels) if start is None else start, levels, iterations)
     return quantize_to_nearest(x, positions, nonzeros, optimum)

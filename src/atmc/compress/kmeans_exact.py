@@ -12,7 +12,6 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from atmc.compress.sorted_values import (
-    Float32s,
     Float64s,
     Int64s,
     SortedValues,
@@ -97,11 +96,12 @@ class _DynamicProgram:
         return np.array(means, dtype=np.float64)
 
 
-def _optimum(values: Float32s, levels: int) -> Float64s:
+def _optimum(nonzeros: SortedValues, levels: int) -> Float64s:
     """Return the centers of the optimum over both sides of 0, as float32 numbers, in order."""
-    points, weights = np.unique(values, return_counts=True)
+    points, first = np.unique(nonzeros.values, return_index=True)
     zero = int(np.searchsorted(points, np.float32(0.0)))
-    magnitudes, masses = np.abs(points.astype(np.float64)), weights.astype(np.float64)
+    magnitudes = np.abs(points.astype(np.float64))
+    masses = np.diff(nonzeros.mass[np.append(first, len(nonzeros.values))])
     below = _DynamicProgram.of(magnitudes[:zero][::-1], masses[:zero][::-1])
     above = _DynamicProgram.of(magnitudes[zero:], masses[zero:])
     (errors_below, rows_below), (errors_above, rows_above) = below.solve(levels), above.solve(levels)
@@ -111,8 +111,8 @@ def _optimum(values: Float32s, levels: int) -> Float64s:
     return np.sort(centers.astype(np.float32)).astype(np.float64)
 
 
-def exact_zero_kmeans(x: Tensor, levels: int) -> tuple[Tensor, Tensor]:
-    """Argmin over q of sum (x - q)^2: q is 0 where x is, and has at most `levels` distinct nonzero values.
+def exact_zero_kmeans(x: Tensor, levels: int, *, weights: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    """Argmin over q of sum w (x - q)^2: q is 0 where x is, and has at most `levels` distinct nonzero values.
 
     Dynamic programming (Wang and Song 2011, Ckmeans.1d.dp; divide and conquer as in Gronlund et al. 2017). The center 0
     is fixed, so no cluster of an optimum contains both signs: there is one program for the negative entries, one for
@@ -126,8 +126,9 @@ def exact_zero_kmeans(x: Tensor, levels: int) -> tuple[Tensor, Tensor]:
     >>> exact_zero_kmeans(torch.tensor([0.0, 1.0, 2.0, -5.0]), 2)
     (tensor([ 0.0000,  1.5000,  1.5000, -5.0000]), tensor([-5.0000,  1.5000]))
     """
-    positions, values = sorted_nonzeros(x, levels)
+    positions, values, sorted_weights = sorted_nonzeros(x, levels, weights)
     distinct = distinct_if_few(values, levels)
     if distinct is not None:
         return copy_unquantized(x, distinct)
-    return quantize_to_nearest(x, positions, SortedValues.of(values), _optimum(values, levels))
+    nonzeros = SortedValues.of(values, sorted_weights)
+    return quantize_to_nearest(x, positions, nonzeros, _optimum(nonzeros, levels))

@@ -13,8 +13,9 @@ import torch
 from torch import Tensor, nn
 
 from atmc.compress.budget import Bits
-from atmc.compress.constraints import Codebook, Constraint, InOrder, NonzeroBudget
-from atmc.compress.projections import keep_largest, zero_kmeans
+from atmc.compress.constraints import NO_METRIC, Codebook, Constraint, InOrder, NonzeroBudget
+from atmc.compress.metric import Metric
+from atmc.compress.projections import zero_kmeans
 
 EXACT_BELOW = 20_000  # nonzeros up to which a tensor's final codebook is the exact optimum
 FILLED = 0.985  # a search ends if the file takes this part of the budget or more
@@ -78,7 +79,13 @@ class RateControl:
 
     @torch.no_grad()
     def allocate(
-        self, model: nn.Module, tensors: Mapping[str, Tensor], now: Allocation, *, choose_bits: bool
+        self,
+        model: nn.Module,
+        tensors: Mapping[str, Tensor],
+        now: Allocation,
+        *,
+        choose_bits: bool,
+        metric: Metric = NO_METRIC,
     ) -> tuple[Allocation, Allocation, int]:
         """Return the allocation that fits now, the one to continue training with, and the bytes of the first.
 
@@ -90,6 +97,7 @@ class RateControl:
             tensors: the model's own parameters, name -> tensor.
             now: the allocation so far, where the search starts.
             choose_bits: choose the bits of each tensor; otherwise those of `now` stay.
+            metric: how much single entries matter.
 
         Raises:
             BudgetTooSmall: not even one nonzero per layer fits.
@@ -98,13 +106,12 @@ class RateControl:
         nonzeros = sum(int(tensor.count_nonzero()) for tensor in values.values())
         bits = now.bits
         if self.most_bits is not None and choose_bits:
-            kept = keep_largest(list(values.values()), min(now.nonzeros, nonzeros))
-            bits = self._choose_bits(dict(zip(values, kept, strict=True)))
+            bits = self._choose_bits(NonzeroBudget(min(now.nonzeros, nonzeros)).project(values, metric))
         elif self.most_bits is not None and bits is None:
             bits = min(DEFAULT_BITS, self.most_bits)  # until `admm` begins
 
         def length(k: int) -> int:
-            for name, value in Allocation(k, bits).constraint().project(values).items():
+            for name, value in Allocation(k, bits).constraint().project(values, metric).items():
                 tensors[name].data.copy_(value)
             return self.projected_bytes(model)
 

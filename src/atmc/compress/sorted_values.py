@@ -20,19 +20,24 @@ Int64s = NDArray[np.int64]
 
 @dataclass(frozen=True)
 class SortedValues:
-    """The nonzero values of a tensor in order, with their prefix sums."""
+    """The nonzero values of a tensor in order, with prefix sums over them; every weight is 1 if none are given."""
 
     values: Float32s  # (N,)
-    sums: Float64s  # (N + 1,): sums[j] - sums[i] is the sum of values[i:j]
+    weights: Float64s  # (N,): the weight of each value's squared error
+    mass: Float64s  # (N + 1,): mass[j] - mass[i] is the sum of weights[i:j]
+    sums: Float64s  # (N + 1,): sums[j] - sums[i] is the sum of (weights * values)[i:j]
     zero: int  # the number of negative values
 
     @staticmethod
-    def of(values: Float32s) -> SortedValues:
-        """Compute the prefix sums of values that are sorted and not zero."""
+    def of(values: Float32s, weights: Float64s | None = None) -> SortedValues:
+        """Compute the prefix sums of values that are sorted and not zero; weights (N,) are above 0."""
         zero = int(np.searchsorted(values, np.float32(0.0)))
-        below = np.cumsum(values[:zero][::-1], dtype=np.float64)[::-1]
-        above = np.cumsum(values[zero:], dtype=np.float64)
-        return SortedValues(values, np.concatenate([-below, [0.0], above]), zero)
+        weights = np.ones(len(values)) if weights is None else weights
+        weighted = weights * values
+        below = np.cumsum(weighted[:zero][::-1], dtype=np.float64)[::-1]
+        above = np.cumsum(weighted[zero:], dtype=np.float64)
+        mass = np.append(0.0, np.cumsum(weights))
+        return SortedValues(values, weights, mass, np.concatenate([-below, [0.0], above]), zero)
 
     def count_at_most(self, thresholds: Float64s) -> Int64s:
         """Count for each threshold the values that are at most as large."""
@@ -40,8 +45,8 @@ class SortedValues:
         return counts
 
     def means(self, low: Int64s, high: Int64s) -> Float64s:
-        """Return the mean of values[low:high] for each pair of bounds; 0 if there are no such values."""
-        total = (self.sums[high] - self.sums[low]) / np.maximum(high - low, 1)
+        """Return the weighted mean of values[low:high] for each pair of bounds; 0 if there are no such values."""
+        total = (self.sums[high] - self.sums[low]) / np.where(high > low, self.mass[high] - self.mass[low], 1.0)
         last = len(self.values) - 1
         inside = np.clip(total, self.values[np.minimum(low, last)], self.values[np.maximum(high - 1, 0)])
         return np.where(high > low, inside, 0.0)
@@ -64,11 +69,16 @@ def midpoints(centers: Float64s) -> Float64s:
     return borders
 
 
-def sorted_nonzeros(x: Tensor, levels: int) -> tuple[Tensor, Float32s]:
-    """Return the positions of the nonzeros in the flat tensor, and their values in order.
+def sorted_nonzeros(x: Tensor, levels: int, weights: Tensor | None = None) -> tuple[Tensor, Float32s, Float64s | None]:
+    """Return the positions of the nonzeros in the flat tensor, and their values in order with their weights.
+
+    Weights below 1e-9 of the largest are raised to that, since a cluster of no weight has no mean.
+
+    Args:
+        weights: of the entries of x, shaped like x, not negative.
 
     Raises:
-        ValueError: levels < 1, another dtype than float32 and float64, nan or inf.
+        ValueError: levels < 1, another dtype than float32 and float64, nan or inf, weights of another shape or below 0.
     """
     if levels < 1:
         raise ValueError(f"expected levels >= 1, got {levels}")
@@ -77,10 +87,21 @@ def sorted_nonzeros(x: Tensor, levels: int) -> tuple[Tensor, Float32s]:
     flat = x.detach().flatten().float()
     positions = flat.nonzero()[:, 0]
     unsorted = flat[positions]
-    values: Float32s = unsorted.sort().values.cpu().numpy() if unsorted.is_cuda else np.sort(unsorted.cpu().numpy())
+    sorted_weights: Float64s | None = None
+    values: Float32s
+    if weights is not None:
+        if weights.shape != x.shape or not bool((weights.isfinite() & (weights >= 0)).all()):
+            raise ValueError(f"expected finite weights >= 0 of shape {tuple(x.shape)}")
+        tensor, order = unsorted.sort(stable=True)
+        values = tensor.cpu().numpy()
+        sorted_weights = weights.detach().flatten()[positions][order].double().cpu().numpy()
+        largest = sorted_weights.max(initial=0.0)
+        sorted_weights = np.maximum(sorted_weights / largest, 1e-9) if largest > 0 else np.ones(len(values))
+    else:
+        values = unsorted.sort().values.cpu().numpy() if unsorted.is_cuda else np.sort(unsorted.cpu().numpy())
     if len(values) and not (np.isfinite(values[0]) and np.isfinite(values[-1])):  # a NaN sorts last
         raise ValueError("expected finite entries, got nan or inf")
-    return positions, values
+    return positions, values, sorted_weights
 
 
 def distinct_if_few(values: Float32s, levels: int) -> Float32s | None:

@@ -1,10 +1,14 @@
-"""Give the weights of neighboring layers equal sizes, without a change of what the network computes, before pruning.
+"""Give the weights of neighboring layers equal sizes, without a change of what the network decides, before pruning.
 
 A budget over all layers keeps the largest weights, but how large they are is arbitrary: if only ReLUs, pooling and
 flattening lie between two layers, the weights into a channel may be multiplied by c > 0 and those out of it divided by
 c. A layer of small weights would lose all of them. Of all such networks this takes the one with the smallest sum of
 squared weights: there, those into a channel have the same Euclidean norm as those out of it. Nagel et al. 2019,
 section 4.1, scale channels likewise, by their ranges, for quantization.
+
+The last layer has a freedom of its own: what is added to all rows of its weight alike changes no difference of logits,
+and so neither decisions nor losses. Networks that were trained for interval bounds have most entries of a column equal,
+which costs a nonzero each; less the column's median they are near zero.
 """
 
 from __future__ import annotations
@@ -23,7 +27,9 @@ Layer = nn.Conv2d | nn.Linear
 
 @torch.no_grad()
 def equalize(model: nn.Module, input_shape: tuple[int, ...]) -> list[tuple[str, str]]:
-    """Scale the weights into and out of the channels between two layers to equal norms, in place.
+    """Scale the weights into and out of the channels between two layers to equal norms, and center the last layer.
+
+    The model is changed in place. Its logits change by one number per image, the same for all classes.
 
     A pair of layers stays as it is if a weight of it is used more than once, or is no plain parameter of a torch
     convolution or linear layer (a factorized one is not), or if the second one is a grouped convolution. So does a
@@ -56,6 +62,10 @@ def equalize(model: nn.Module, input_shape: tuple[int, ...]) -> list[tuple[str, 
         )
         if all(name in layers and uses[name] == 1 for name in (first, second))
     ]
+    last = traced.weight_names.get(traced.graph.nodes[-1].op, "")
+    if last in layers and uses[last] == 1 and isinstance(layers[last], nn.Linear):
+        weight = layers[last].weight
+        weight.sub_(weight.sort(0).values[(len(weight) - 1) // 2])  # torch's median is not deterministic on CUDA
     for _ in range(SWEEPS):
         changes = [_balance(layers[first], layers[second]) for first, second in pairs]
         if max(changes, default=0.0) < CLOSE:

@@ -1,7 +1,8 @@
 """fit(): projected stochastic gradient descent on an adversarial loss, with an optional ADMM pull towards a codebook.
 
-Each step attacks a batch, takes one gradient step and projects on the constraint; every `interval` steps ADMM's copy
-and dual are refreshed (Gui et al. 2019, algorithm 1). This module reads neither configuration nor disk.
+Each step attacks a batch, takes one gradient step, projects on the constraint and takes ADMM's proximal step; every
+`interval` steps ADMM's copy and dual are refreshed (Gui et al. 2019, algorithm 1). This module reads neither
+configuration nor disk.
 """
 
 from __future__ import annotations
@@ -16,8 +17,9 @@ import torch
 from torch import Tensor, nn
 
 from atmc.compress.admm import Admm
-from atmc.compress.constraints import Constraint
+from atmc.compress.constraints import NO_METRIC, Codebook, Constraint
 from atmc.compress.factorize import cached_weights
+from atmc.compress.metric import Metric, Moments, measure_metric
 from atmc.core.rng import Noise, derived_seed
 from atmc.data import Batch, Images, batch_count, batches
 from atmc.robust.objectives import Objective, TrainingAttack
@@ -96,8 +98,10 @@ def fit(
     tensors: Mapping[str, nn.Parameter],
     epochs: int,
     start: int = 0,
+    moments: Moments,
     constraint: Callable[[float], Constraint] | None = None,
     admm: Admm | None = None,
+    straight_through: Codebook | None = None,
 ) -> Iterator[StepDone]:
     """Train the model in place, from epoch `start` (counted from 0) on; yield after every step.
 
@@ -107,13 +111,16 @@ def fit(
         attack: makes the adversarial images that the loss asks for.
         tensors: the constrained parameters, name -> parameter.
         epochs: of the phase, those before `start` included.
+        moments: mean squared gradients of the tensors, updated in place.
         constraint: fraction of the phase done -> what the tensors must satisfy after the step.
         admm: the state to start from; the current state comes with every `StepDone`.
+        straight_through: the loss and its gradient are those of the tensors rounded to this codebook.
 
     Raises:
         TrainingDiverged: the loss is not finite.
     """
     steps = batch_count(len(train), loop.recipe.batch_size)
+    recipe = loop.recipe
     for epoch in range(start, epochs):
         began, total = time.perf_counter(), 0.0
         model.train()
@@ -127,24 +134,36 @@ def fit(
             perturb = attack.on(model, noise, eps_scale=ramp)
             # gradient step
             optimizer.zero_grad(set_to_none=True)
-            with seed_generators(derived_seed(loop.seed, epoch, step), batch.x.device), cached_weights(model):
-                with autocast(batch.x.device, loop.recipe.bf16):
+            metric = current_metric(model, tensors, moments, recipe) if straight_through else NO_METRIC
+            seeded = seed_generators(derived_seed(loop.seed, epoch, step), batch.x.device)
+            with seeded, rounded(tensors, straight_through, metric), cached_weights(model):
+                with autocast(batch.x.device, recipe.bf16):
                     loss = objective(model, batch.x, batch.y, perturb)
                 loss.backward()  # type: ignore[no-untyped-call]
             total += float(loss.detach())
             if not math.isfinite(total):
                 raise TrainingDiverged(f"the loss became {total} in epoch {epoch + 1}; try a lower learning rate")
-            if loop.recipe.clip_norm is not None:
-                nn.utils.clip_grad_norm_(model.parameters(), loop.recipe.clip_norm)
-            if admm is not None:
+            if recipe.clip_norm is not None:
+                nn.utils.clip_grad_norm_(model.parameters(), recipe.clip_norm)
+            allowed = constraint(done) if constraint is not None else None
+            if allowed is not None and not allowed.linear:
+                moments.update(tensors)
+            if admm is not None and recipe.quantization == "gradient":
                 admm.add_penalty_gradient(tensors)
+            if allowed is not None and allowed.linear:  # before Adam, which would take another step for every entry
+                gradients = {name: t.grad for name, t in tensors.items() if t.grad is not None}
+                assign(gradients, allowed.project(gradients))
             optimizer.step()
             # projection
-            if constraint is not None:
-                assign(tensors, constraint(done).project({name: t.detach() for name, t in tensors.items()}))
+            if allowed is not None:
+                metric = current_metric(model, tensors, moments, recipe)
+                assign(tensors, allowed.project({name: t.detach() for name, t in tensors.items()}, metric))
             # ADMM
-            if admm is not None and step % loop.recipe.interval == 0:
-                admm = admm.step(tensors)
+            if admm is not None:
+                if recipe.quantization == "proximal":
+                    admm.pull(tensors, loop.learning_rate(done))
+                if (epoch * steps + step) % recipe.interval == 0:
+                    admm = admm.step(tensors, metric.rounding)
             yield StepDone(
                 epoch=epoch + 1,
                 epochs=epochs,
@@ -156,9 +175,35 @@ def fit(
             )
 
 
+def current_metric(model: nn.Module, tensors: Mapping[str, Tensor], moments: Moments, recipe: Recipe) -> Metric:
+    """Return the metric of projections and codebooks as the recipe asks for it."""
+    return measure_metric(
+        model,
+        tensors,
+        moments,
+        sensitivity=recipe.sensitivity,
+        effects=recipe.rank_by == "effect",
+        weighted=recipe.weighted,
+    )
+
+
+@contextmanager
+def rounded(tensors: Mapping[str, nn.Parameter], codebook: Codebook | None, metric: Metric) -> Iterator[None]:
+    """Round the tensors to a codebook within the context; without one do nothing."""
+    if codebook is None:
+        yield
+        return
+    values = {name: tensor.detach().clone() for name, tensor in tensors.items()}
+    assign(tensors, codebook.project(values, metric))
+    try:
+        yield
+    finally:
+        assign(tensors, values)
+
+
 @torch.no_grad()
-def assign(tensors: Mapping[str, nn.Parameter], values: Mapping[str, Tensor]) -> None:
-    """Copy values into the parameters of the same names."""
+def assign(tensors: Mapping[str, Tensor], values: Mapping[str, Tensor]) -> None:
+    """Copy values into the tensors of the same names."""
     for name, value in values.items():
         tensors[name].copy_(value)
 

@@ -18,10 +18,11 @@ from atmc.compress.constraints import Codebook, Constraint, FixedCodes, FixedMas
 from atmc.compress.factorize import CompressibleWeight, compressible_weights, cut_ranks, factor_structure, factorize
 from atmc.compress.projections import allocate_ranks
 from atmc.compress.rate_control import Allocation, RateControl
+from atmc.compress.sparse_factors import factorize_if_it_pays
 from atmc.core.errors import unknown
 from atmc.training.equalize import equalize
 from atmc.training.runner import Phase, Tensors
-from atmc.training.settings import Recipe
+from atmc.training.settings import PHASES, Recipe
 
 
 @dataclass(frozen=True)
@@ -51,12 +52,19 @@ class Plan:
 
 
 def atmc(plan: Plan) -> list[Phase]:
-    """Build the phases of ATMC: l0 on W, then W = U V + C with ADMM's codebook, then the values of the codebook.
+    """Build the phases of ATMC: l0, then ADMM's codebook, then the values of the codebook, on W = U V + C.
 
-    Without bits the middle phase is projected descent on the factors, the paper's ATMC-32bit; under a budget in bytes
-    rate control chooses the bits of each tensor.
+    With a sparse start the factors are there from the l0 phase on; with the identity or the SVD start they come after
+    it, as in the paper. Without bits the middle phase is projected descent, the paper's ATMC-32bit; under a budget in
+    bytes rate control chooses the bits of each tensor.
     """
-    return [_dense_phase(), _l0_phase(plan), _admm_phase(plan, factored=True), _tune_phase(plan.codebook)]
+    sparse = plan.recipe.factor_start == "sparse"
+    return [
+        _dense_phase(),
+        _l0_phase(plan, factored=sparse),
+        _admm_phase(plan, factored=not sparse),
+        _tune_phase(plan.codebook),
+    ]
 
 
 def al0(plan: Plan) -> list[Phase]:
@@ -130,6 +138,7 @@ class MethodSpec:
         factors: whether it trains W = U V + C, and takes the factors of a checkpoint as they are.
         low_rank: whether it prunes ranks instead of single entries.
         natural: whether it trains on clean images, whatever the objective.
+        phases: the names of its phases.
     """
 
     help: str
@@ -140,6 +149,7 @@ class MethodSpec:
     factors: bool = False
     low_rank: bool = False
     natural: bool = False
+    phases: tuple[str, ...] = PHASES
 
     def recipe(self, given: Recipe) -> Recipe:
         """Return the recipe that the method trains with."""
@@ -156,12 +166,12 @@ class MethodSpec:
 
 METHODS: dict[str, MethodSpec] = {
     "atmc": MethodSpec(help="factors, budget and codebook", build=atmc, codebook=True, factors=True),
-    "al0": MethodSpec(help="l0 projection alone", build=al0),
+    "al0": MethodSpec(help="l0 projection alone", build=al0, phases=("dense", "l0", "tune")),
     "al0q": MethodSpec(help="al0 with a codebook", build=al0q, codebook=True, needs_codebook=True),
-    "alr": MethodSpec(help="low rank", build=alr, low_rank=True),
-    "ap": MethodSpec(help="one-shot mask", build=ap),
-    "nap": MethodSpec(help="al0 on clean images", build=al0, natural=True),
-    "da": MethodSpec(help="no compression", build=da, compresses=False),
+    "alr": MethodSpec(help="low rank", build=alr, low_rank=True, phases=("dense", "tune")),
+    "ap": MethodSpec(help="one-shot mask", build=ap, phases=("dense", "tune")),
+    "nap": MethodSpec(help="al0 on clean images", build=al0, natural=True, phases=("dense", "l0", "tune")),
+    "da": MethodSpec(help="no compression", build=da, compresses=False, phases=("dense",)),
 }
 
 
@@ -215,10 +225,22 @@ def _dense_phase() -> Phase:
     return Phase(name="dense")
 
 
-def _l0_phase(plan: Plan) -> Phase:
-    """Build the phase that projects W on a number of nonzeros, which falls from N to k over the first part."""
+def _l0_phase(plan: Plan, *, factored: bool = False) -> Phase:
+    """Build the phase that projects on a number of nonzeros, which falls from N to k over the first part.
+
+    Args:
+        factored: split off the sparse rank-one terms that pay before.
+    """
     constraint = _shrink_budget(plan, lambda k: plan.dense_weights)
-    return Phase(name="l0", enter=_equalization(plan), constraint=constraint, feasible=_prune)
+
+    def enter(model: nn.Module) -> None:
+        if plan.recipe.equalize:
+            equalize(model, plan.input_shape)
+        if factored:
+            profit = plan.recipe.factor_profit
+            factorize_if_it_pays(model, plan.nonzeros, profit=profit, exclude=plan.recipe.exclude)
+
+    return Phase(name="l0", enter=enter, constraint=constraint, feasible=_prune)
 
 
 def _equalization(plan: Plan) -> Callable[[nn.Module], object] | None:
@@ -239,11 +261,16 @@ def _admm_phase(plan: Plan, *, factored: bool) -> Phase:
 
     def enter(model: nn.Module) -> None:
         if factored:  # factors that came from a checkpoint stay as they are
-            factorize(model, start=plan.recipe.factor_start, exclude=(*plan.recipe.exclude, *factor_structure(model)))
+            start = plan.recipe.factor_start
+            assert start != "sparse"
+            factorize(model, start=start, exclude=(*plan.recipe.exclude, *factor_structure(model)))
+
+    def codebook(allocation: Allocation) -> Codebook:
+        assert allocation.bits is not None
+        return Codebook(allocation.bits)
 
     def admm(allocation: Allocation) -> Admm:
-        assert allocation.bits is not None
-        return Admm(Codebook(allocation.bits), rho=plan.recipe.rho, balance=plan.recipe.balance)
+        return Admm(codebook(allocation), rho=plan.recipe.rho, balance=plan.recipe.balance)
 
     constraint = _shrink_budget(plan, lambda k: max(k, min(int(plan.recipe.regrow * k), plan.dense_weights)))
     return Phase(
@@ -251,7 +278,8 @@ def _admm_phase(plan: Plan, *, factored: bool) -> Phase:
         enter=enter,
         constraint=constraint,
         feasible=Allocation.constraint,
-        admm=admm if plan.codebook else None,
+        admm=admm if plan.codebook and plan.recipe.quantization != "straight-through" else None,
+        straight_through=codebook if plan.codebook and plan.recipe.quantization == "straight-through" else None,
     )
 
 

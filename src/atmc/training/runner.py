@@ -17,8 +17,9 @@ from torch import Tensor, nn
 
 from atmc.compress.admm import Admm
 from atmc.compress.budget import nominal_bits
-from atmc.compress.constraints import Constraint
+from atmc.compress.constraints import Codebook, Constraint
 from atmc.compress.factorize import apply_structure, cached_weights, compressible_parameters, factor_structure
+from atmc.compress.metric import Moments
 from atmc.compress.rate_control import Allocation, RateControl
 from atmc.core.numerics import full_float32
 from atmc.core.rng import derived_seed
@@ -30,7 +31,7 @@ from atmc.robust.threats import Threat
 from atmc.training.batch_norm import reestimate_batch_norm
 from atmc.training.dead_weights import probe_images
 from atmc.training.finalize import FinalChoices, finalize
-from atmc.training.loop import Loop, StepDone, assign, cosine, fit
+from atmc.training.loop import Loop, StepDone, assign, cosine, current_metric, fit
 from atmc.training.settings import Recipe
 
 Tensors = Mapping[str, Tensor]
@@ -48,6 +49,7 @@ class Phase:
             of the steps suffices.
         starts_feasible: whether training starts from the feasible model.
         admm: allocation -> the ADMM that pulls the tensors.
+        straight_through: allocation -> the codebook to which the tensors are rounded in every forward pass.
         keeps_start: whether the model on entry is itself a candidate.
     """
 
@@ -57,6 +59,7 @@ class Phase:
     feasible: Callable[[Allocation], Constraint] | None = None
     starts_feasible: bool = False
     admm: Callable[[Allocation], Admm] | None = None
+    straight_through: Callable[[Allocation], Codebook] | None = None
     keeps_start: bool = False
 
 
@@ -70,6 +73,7 @@ class State:
         structure: path of each factorized weight -> its form and rank.
         model, optimizer: their state dicts.
         admm: the state of ADMM, if the phase has one.
+        moments: the mean squared gradients of the constrained tensors; the next phase continues with them.
         allocation: the fields of the current `Allocation`.
         start: the constrained tensors when the phase began.
         best: state dict of the best feasible model of the phase.
@@ -82,6 +86,7 @@ class State:
     model: dict[str, Tensor] = field(default_factory=dict)
     optimizer: dict[str, Any] = field(default_factory=dict)
     admm: dict[str, Any] | None = None
+    moments: dict[str, Any] = field(default_factory=dict)
     allocation: dict[str, Any] = field(default_factory=dict)
     start: dict[str, Tensor] = field(default_factory=dict)
     best: dict[str, Tensor] = field(default_factory=dict)
@@ -167,7 +172,7 @@ class Runner:
             apply_structure(self.model, {path: form for path, form in state.structure.items() if path not in own})
         for index in range(state.phase, len(self.phases)):
             if index != state.phase:
-                state = State(phase=index, allocation=state.allocation)
+                state = State(phase=index, allocation=state.allocation, moments=state.moments)
             yield from self._run_phase(self.phases[index], state)
 
     def _run_phase(self, phase: Phase, state: State) -> Iterator[StepDone | EpochDone]:
@@ -176,19 +181,23 @@ class Runner:
         device = next(self.model.parameters()).device
         state.start = {name: value.to(device) for name, value in state.start.items()}
         state.admm = _to_device(state.admm, device)
+        moments = Moments.restored(_to_device(state.moments, device))
         if resumed:
             self.model.load_state_dict(state.model)
         elif phase.enter:
             phase.enter(self.model)
         tensors = compressible_parameters(self.model, exclude=self._recipe.exclude)
+        moments.keep(tensors)
         if not resumed:
+            metric = current_metric(self.model, tensors, moments, self._recipe)
             if self.rate and phase.feasible:
+                choose_bits = phase.admm is not None or phase.straight_through is not None
                 _, following, _ = self.rate.allocate(
-                    self.model, tensors, _allocation(state), choose_bits=phase.admm is not None
+                    self.model, tensors, _allocation(state), choose_bits=choose_bits, metric=metric
                 )
                 state.allocation = asdict(following)
             if phase.feasible and phase.starts_feasible:
-                assign(tensors, phase.feasible(_allocation(state)).project(_copy(tensors)))
+                assign(tensors, phase.feasible(_allocation(state)).project(_copy(tensors), metric))
             state.start = _copy(tensors) if phase.constraint else {}
         optimizer = self._optimizer()
         if state.optimizer:
@@ -199,7 +208,7 @@ class Runner:
         step_constraint = phase.constraint(state.start) if phase.constraint else None
         epochs = self._recipe.epochs.get(phase.name, 0)
         if not resumed and (phase.keeps_start or not epochs):
-            yield self._validate_epoch(phase, state, tensors, None, admm, optimizer)
+            yield self._validate_epoch(phase, state, tensors, None, admm, optimizer, moments)
         for step in fit(
             self.model,
             self._train,
@@ -209,13 +218,15 @@ class Runner:
             optimizer=optimizer,
             tensors=tensors,
             epochs=epochs,
+            moments=moments,
             start=state.epoch,
             constraint=_bind_allocation(step_constraint, state) if step_constraint else None,
             admm=admm,
+            straight_through=phase.straight_through(_allocation(state)) if phase.straight_through else None,
         ):
             yield replace(step, phase=phase.name, fraction=self._fraction_done(state.phase, step))
             if step.epoch_done:
-                yield self._validate_epoch(phase, state, tensors, step, step.admm, optimizer)
+                yield self._validate_epoch(phase, state, tensors, step, step.admm, optimizer, moments)
         self.model.load_state_dict(state.best)
 
     def _fraction_done(self, index: int, step: StepDone) -> float:
@@ -231,6 +242,7 @@ class Runner:
         step: StepDone | None,
         admm: Admm | None,
         optimizer: torch.optim.Optimizer,
+        moments: Moments,
     ) -> EpochDone:
         """Validate the feasible model, keep it if it is the best, and update the state.
 
@@ -238,11 +250,12 @@ class Runner:
             step: the epoch's last step; None at the start of a phase.
         """
         values, now, size = _copy(tensors), _allocation(state), None
+        metric = current_metric(self.model, tensors, moments, self._recipe)
         if self.rate and phase.feasible:
-            now, following, size = self.rate.allocate(self.model, tensors, now, choose_bits=False)
+            now, following, size = self.rate.allocate(self.model, tensors, now, choose_bits=False, metric=metric)
             state.allocation = asdict(following)
         if phase.feasible:
-            assign(tensors, phase.feasible(now).project(values))
+            assign(tensors, phase.feasible(now).project(values, metric))
         clean, robust = self._validate(self.model)
         score = self._score(clean, robust)
         if score > state.best_score:
@@ -267,6 +280,7 @@ class Runner:
         state.structure = dict(factor_structure(self.model))
         state.model, state.optimizer = self.model.state_dict(), optimizer.state_dict()
         state.admm = admm.state() if admm else None
+        state.moments = moments.state()
         return EpochDone(record, state)
 
     def finalize(self) -> tuple[nn.Module, FinalChoices]:

@@ -26,16 +26,18 @@ from atmc.robust.objectives import OBJECTIVES, TrainingAttack
 from atmc.robust.threats import Threat
 
 PHASES = ("dense", "l0", "admm", "tune")
-DEFAULT_EPOCHS = {"dense": 20, "l0": 10, "admm": 10, "tune": 5}
+DEFAULT_EPOCHS = {"dense": 20, "l0": 10, "admm": 10, "tune": 5}  # a method that lacks phases has as many in all
 LEARNING_RATES = {
-    "adamw": {"dense": 2e-3, "l0": 1e-3, "admm": 1e-3, "tune": 5e-4},
+    "adamw": {"dense": 2e-3, "l0": 3e-3, "admm": 1e-3, "tune": 5e-4},
     "sgd": {"dense": 0.1, "l0": 0.02, "admm": 0.01, "tune": 0.005},
 }
 INITIALIZATIONS = ("given", "ibp")
+RANKINGS = ("effect", "magnitude")
+QUANTIZATIONS = ("proximal", "gradient", "straight-through")
 BATCH_SIZE = 128
 LARGE_BALL = 0.1  # the smallest eps of an l-infinity ball in which `choose_objective` takes `ibp`
 FEWEST_STEPS = 600  # the fewest steps of a dense phase in which it does
-FactorStart = Literal["identity", "svd"]
+FactorStart = Literal["sparse", "identity", "svd"]
 
 
 def setting(
@@ -145,18 +147,44 @@ class Recipe:
         0.5,
         bounds=Bounds(low=0, high=1),
     )
+    sensitivity: float = setting(
+        "which entries the budget keeps: those of largest effect^(1 - s) * (|x| sqrt(v))^s, s being this setting and v "
+        "the mean squared gradient of the entry x; 0 leaves the gradient out",
+        0.1,
+        bounds=Bounds(low=0, high=1),
+    )
+    rank_by: str = setting(
+        "what the effect of an entry is: the size of the change of W without it (`effect`), or its own magnitude, as "
+        "in the paper; they differ for U and V only",
+        "effect",
+        choices=RANKINGS,
+    )
     regrow: float = setting(
         "the admm phase starts with `regrow * k` nonzeros (at most N), so that factors can grow that start at zero",
-        4.0,
+        1.0,
         bounds=AT_LEAST_ONE,
     )
-    rho: float = setting("penalty of ADMM", 0.1, bounds=POSITIVE)
+    quantization: str = setting(
+        "how the admm phase moves values to codebooks: by ADMM with a `proximal` step after the optimizer's, by ADMM "
+        "with its penalty in the `gradient`, as in the paper, or by rounding in the forward pass (`straight-through`)",
+        "proximal",
+        choices=QUANTIZATIONS,
+    )
+    weighted: bool = setting(
+        "weigh the squared error of rounding an entry by the root of its mean squared gradient", True
+    )
+    rho: float = setting("penalty of ADMM", 30.0, bounds=POSITIVE)
     interval: int = setting("steps between two refreshes of ADMM's copy and dual", 10, bounds=AT_LEAST_ONE)
     balance: bool = setting(
-        "double or halve rho if one residual is over ten times the other (Boyd et al. 2011, section 3.4.1)", False
+        "double or halve rho if one relative residual is over three times the other (Wohlberg 2017)", False
     )
     factor_start: FactorStart = setting(  # noqa: RUF009 - it makes a field, as the calls above do
-        "where U, V and C start, see Factors", "identity", choices=get_args(FactorStart)
+        "where U, V and C start, see Factors", "sparse", choices=get_args(FactorStart)
+    )
+    factor_profit: float = setting(
+        "a sparse start takes a rank-one term of U and V if it saves this times its own nonzeros beyond them",
+        1.0,
+        bounds=NOT_NEGATIVE,
     )
     exclude: tuple[str, ...] = setting(
         'shell patterns of weights that stay dense, such as `"fc2.weight"`; a pattern that matches nothing is an error',
@@ -270,13 +298,27 @@ def choose_objective(
     return ObjectiveChoice("ibp", f"at an eps of {LARGE_BALL:g} or more, proofs exceed what attacks leave otherwise")
 
 
-def default_recipe(model: nn.Module, **settings: Any) -> Recipe:
-    """Return a recipe from some settings; the others get the defaults that suit the model.
+def default_epochs(phases: Collection[str]) -> dict[str, int]:
+    """Return the default epochs of a method with these phases; after `dense` every method has as many in all.
 
-    A model with batch norm gets SGD, as is usual in adversarial training; one without gets AdamW, since SGD with the
-    same rate often does not converge against large perturbations.
+    >>> default_epochs(("dense", "l0", "tune"))
+    {'dense': 20, 'l0': 20, 'admm': 0, 'tune': 5}
+    """
+    epochs = {phase: count if phase in phases else 0 for phase, count in DEFAULT_EPOCHS.items()}
+    main = "l0" if "l0" in phases else "tune"
+    epochs[main] += sum(DEFAULT_EPOCHS.values()) - sum(epochs.values()) if main in phases else 0
+    return epochs
+
+
+def default_recipe(model: nn.Module, *, phases: Collection[str] = PHASES, **settings: Any) -> Recipe:
+    """Return a recipe from some settings; the others get the defaults that suit the model and the method.
+
+    A method that compresses without the phases l0 and admm trains in `tune`, with the rate of `l0`. A model with batch
+    norm gets SGD, as is usual in adversarial training; one without gets AdamW, since SGD with the same rate often does
+    not converge against large perturbations.
 
     Args:
+        phases: of the method (`MethodSpec.phases`).
         settings: fields of `Recipe`; epochs and learning_rate may be one number for every phase or a dict of some.
 
     Raises:
@@ -293,8 +335,11 @@ def default_recipe(model: nn.Module, **settings: Any) -> Recipe:
     objective = settings.setdefault("objective", SETTINGS["objective"].default)
     check_setting("optimizer", optimizer)
     check_setting("objective", objective)
-    settings["epochs"] = fill_phases(settings.get("epochs"), DEFAULT_EPOCHS, "epochs")
-    settings["learning_rate"] = fill_phases(settings.get("learning_rate"), LEARNING_RATES[optimizer], "learning_rate")
+    settings["epochs"] = fill_phases(settings.get("epochs"), default_epochs(phases), "epochs")
+    rates = dict(LEARNING_RATES[optimizer])
+    if "l0" not in phases:
+        rates["tune"] = rates["l0"]
+    settings["learning_rate"] = fill_phases(settings.get("learning_rate"), rates, "learning_rate")
     if OBJECTIVES[objective].certified:
         settings.setdefault("eps_ramp", settings["epochs"]["dense"] / 2)
         settings.setdefault("clip_norm", 10.0)
