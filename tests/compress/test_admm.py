@@ -259,3 +259,47 @@ class TestAdmm:
     def test_rho_that_makes_no_sense(self, rho):
         with pytest.raises(ValueError, match="rho > 0"):
             Admm(Codebook(1), rho=rho)
+
+
+def layer(u=None, v=None, c=None):
+    """Return the tensors of one factorized layer, by name."""
+    given = {"U": u, "V": v, "C": c}
+    return {f"layer.{name}": torch.tensor(value) for name, value in given.items() if value is not None}
+
+
+ALIVE = {
+    "svd, the largest product": (
+        layer(u=[[0.1, 0.2], [0.0, 0.0]], v=[[0.3, 0.0], [0.0, 0.2]], c=[[0.0, 0.0], [0.0, 0.0]]),
+        {"layer.U": [[0.0, 0.2], [0.0, 0.0]], "layer.V": [[0.0, 0.0], [0.0, 0.2]]},
+    ),
+    "svd, an entry of C": (
+        layer(u=[[0.1, 0.0], [0.0, 0.0]], v=[[0.1, 0.0], [0.0, 0.0]], c=[[0.0, 0.3], [0.0, 0.0]]),
+        {"layer.C": [[0.0, 0.3], [0.0, 0.0]]},
+    ),
+    "left, at its start": (
+        layer(u=[[0.0, 0.0], [0.0, 0.0]], v=[[0.1, 0.4, 0.0], [0.0, 0.0, 0.0]], c=[[0.0, 0.0, 0.0], [0.0, 0.0, 0.0]]),
+        {"layer.V": [[0.0, 0.4, 0.0], [0.0, 0.0, 0.0]]},
+    ),
+    "without C": (
+        layer(u=[[0.5], [0.1]], v=[[0.2, 0.3]]),
+        {"layer.U": [[0.5], [0.0]], "layer.V": [[0.0, 0.3]]},
+    ),
+}
+
+
+@pytest.mark.parametrize("name", ALIVE)
+def test_a_layer_of_small_factors_keeps_what_makes_w_nonzero(name):
+    tensors, expected = ALIVE[name]
+    kept = NonzeroBudget(4, keep_alive=True).project(tensors | {"other": torch.full((50,), 9.0)})
+    for key, tensor in tensors.items():
+        wanted = torch.tensor(expected[key]) if key in expected else torch.zeros_like(tensor)
+        assert torch.equal(kept[key], wanted)
+    assert int(kept["other"].count_nonzero()) == 4 - sum(
+        int(torch.tensor(v).count_nonzero()) for v in expected.values()
+    )
+
+
+def test_a_budget_too_small_for_a_product_per_layer_is_refused():
+    tensors = layer(u=[[0.5]], v=[[0.2]]) | {"other": torch.full((50,), 9.0)}
+    with pytest.raises(ValueError, match="at least 3 nonzeros"):
+        NonzeroBudget(2, keep_alive=True).project(tensors)

@@ -255,3 +255,37 @@ def test_tiny_and_huge_values_together() -> None:
         assert len(centers) <= 12
         assert bool(quantized.isfinite().all())
         assert distance(x, quantized) <= 0.05 * distance(x, torch.zeros_like(x))
+
+
+@given(seed=st.integers(0, 10**6), levels=st.integers(1, 6))
+@settings(max_examples=40, deadline=None)
+def test_whole_weights_are_repeated_entries(seed, levels):
+    """An entry of weight 3 counts like three equal entries, in the exact optimum and in Lloyd's iterations."""
+    generator = torch.Generator().manual_seed(seed)
+    x = torch.randn(30, generator=generator)
+    x[::5] = 0
+    weights = torch.randint(1, 4, (30,), generator=generator)
+    repeated = x.repeat_interleave(weights)
+    for solve in (exact_zero_kmeans, zero_kmeans):
+        quantized, _ = solve(x, levels, weights=weights.float())
+        expected, _ = solve(repeated, levels)
+        error = float((weights * (x - quantized).double().square()).sum())
+        assert error == pytest.approx(float((repeated - expected).double().square().sum()), rel=0.25, abs=1e-9)
+        if solve is exact_zero_kmeans:
+            assert error == pytest.approx(float((repeated - expected).double().square().sum()), rel=1e-5, abs=1e-9)
+
+
+def test_equal_weights_change_nothing_and_tiny_ones_do_not_divide_by_zero():
+    x = torch.randn(500, generator=torch.Generator().manual_seed(0))
+    for solve in (exact_zero_kmeans, zero_kmeans):
+        plain = solve(x, 4)
+        assert torch.allclose(solve(x, 4, weights=torch.full((500,), 7.0))[0], plain[0], atol=1e-6)
+        assert torch.allclose(solve(x, 4, weights=torch.zeros(500))[0], plain[0], atol=1e-6)
+        assert solve(x, 4, weights=torch.rand(500) * 1e-30)[0].isfinite().all()
+
+
+@pytest.mark.parametrize("weights", [torch.ones(3), torch.tensor([1.0, -1.0]), torch.tensor([1.0, float("nan")])])
+def test_weights_that_make_no_sense(weights):
+    for solve in (exact_zero_kmeans, zero_kmeans):
+        with pytest.raises(ValueError, match="weights >= 0 of shape"):
+            solve(torch.tensor([1.0, 2.0]), 1, weights=weights)

@@ -45,17 +45,16 @@ def factorize_if_it_pays(
     Returns:
         path -> number of terms, for each weight that was factorized.
     """
-    sites = [
-        weight
-        for weight in compressible_weights(model, exclude=exclude)
-        if weight.factorable and not is_factorized(weight)
-    ]
-    kept = torch.cat([value.flatten() for value in keep_largest([site.tensor for site in sites], nonzeros)])
+    weights = [weight for weight in compressible_weights(model, exclude=exclude) if not is_factorized(weight)]
+    kept = [value[value != 0].abs() for value in keep_largest([weight.tensor for weight in weights], nonzeros)]
+    smallest = [float(value.min()) for value in kept if len(value)]
     terms: dict[str, int] = {}
-    if not kept.any():
+    if not smallest:
         return terms
-    price = float(kept[kept != 0].abs().min()) ** 2
-    for site in sites:
+    price = min(smallest) ** 2
+    for site in weights:
+        if not site.factorable:
+            continue
         matrix = site.tensor.detach().flatten(1)
         found = sparse_terms(matrix, price, most=MOST_TERMS, profit=profit)
         if found.gains:
@@ -144,7 +143,7 @@ def _starts(rest: Tensor, price: float) -> list[Tensor]:
     for _ in range(10):
         v = rest.T @ (rest @ v)
         v = v / v.norm().clamp_min(1e-300)
-    return [v, *(start for start in starts if start.any())]
+    return [start for start in (v, *starts) if start.any()]
 
 
 def _fit(rest: Tensor, v: Tensor, price: float) -> tuple[Tensor, float]:
