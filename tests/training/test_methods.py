@@ -10,16 +10,19 @@ from torch import nn
 
 import atmc
 from atmc import models
+from atmc.compress.admm import Admm
 from atmc.compress.budget import distinct_nonzero
+from atmc.compress.constraints import FixedCodes
 from atmc.compress.factorize import Factors, compressible_parameters, factor_structure, factorize, factors, fold
+from atmc.compress.metric import Moments
 from atmc.data import Images
 from atmc.evaluation.accuracy import clean_accuracy
 from atmc.evaluation.evaluate import check_model
-from atmc.robust.objectives import OBJECTIVES, TrainingAttack, mixed
+from atmc.robust.objectives import OBJECTIVES, TrainingAttack, mixed, natural
 from atmc.training import settings
 from atmc.training.batch_norm import reestimate_batch_norm
 from atmc.training.job import Job
-from atmc.training.loop import Loop, StepDone, TrainingDiverged, cosine
+from atmc.training.loop import Loop, StepDone, TrainingDiverged, cosine, fit
 from atmc.training.methods import METHODS, Plan
 from atmc.training.runner import EpochDone, State
 from atmc.training.settings import default_recipe
@@ -93,6 +96,107 @@ def test_residuals_are_in_the_log_of_the_phase_that_has_them(few):
     records = [record for record in work.records if record.phase == "admm"]
     assert all(record.primal > 0 and record.dual > 0 for record in records)
     assert all(record.primal is None for record in work.records if record.phase != "admm")
+
+
+@pytest.mark.parametrize("seed", [0, 1, 2])
+def test_the_primal_residual_falls_over_the_phase(few, seed):
+    """With the penalty in the gradient, which Adam normalizes away, it rises."""
+
+    def last_over_first(**settings):
+        rates = {"l0": 3e-3, "admm": 3e-3}
+        epochs = {"dense": 2, "l0": 2, "admm": 8, "tune": 0}
+        given = {"epochs": epochs, "learning_rate": rates, "seed": seed, "interval": 4, **settings}
+        work = job(few, method="al0q", bits=1, ratio=0.2, **given)
+        list(work.run())
+        residuals = [record.primal for record in work.records if record.phase == "admm"]
+        return residuals[-1] / residuals[0]
+
+    assert last_over_first(rho=300.0) < 0.5
+    assert last_over_first(rho=0.1, quantization="gradient", weighted=False) > 1.0
+
+
+def test_tuning_by_adam_is_adam_on_the_values_of_the_codebook(few):
+    """The same weights as from a network whose parameters are the shared values themselves."""
+    torch.manual_seed(0)
+    codes = torch.randint(0, 3, (10, 784))
+    values = torch.tensor([-0.02, 0.01, 0.03])
+
+    class Shared(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.values = nn.Parameter(values.clone())
+
+        def forward(self, x):
+            return x.flatten(1) @ self.values[codes].T
+
+    model, shared = nn.Sequential(nn.Flatten(), nn.Linear(784, 10, bias=False)), Shared()
+    model[1].weight.data.copy_(values[codes])
+    weight = {"weight": model[1].weight}
+    loop = Loop(default_recipe(model, batch_size=64, objective="natural", weight_decay=0.0), cosine(1e-2))
+    steps = fit(
+        model,
+        few[0],
+        loop,
+        objective=natural,
+        attack=TrainingAttack(atmc.Linf(0.1), steps=1),
+        optimizer=torch.optim.Adam(model.parameters(), eps=1e-12),
+        tensors=weight,
+        epochs=2,
+        moments=Moments(),
+        constraint=lambda done: FixedCodes.of({"weight": values[codes]}),
+    )
+    optimizer = torch.optim.Adam(shared.parameters(), eps=1e-12)
+    for index, step in enumerate(steps):
+        batch = list(loop.batches(few[0], step.epoch - 1))[step.step - 1]
+        optimizer.param_groups[0]["lr"] = cosine(1e-2)(index / (2 * step.steps))
+        optimizer.zero_grad()
+        nn.functional.cross_entropy(shared(batch.x), batch.y).backward()
+        optimizer.step()
+        assert torch.allclose(model[1].weight, shared.values[codes], rtol=1e-3, atol=1e-6)
+    assert float((shared.values - values).detach().abs().max()) > 1e-2
+
+
+def test_refreshes_are_counted_over_the_phase(few, monkeypatch):
+    """Every third step of eight, not of each epoch's four."""
+    refreshed, original = [], Admm.step
+
+    def counted(self, tensors, weights=None):
+        refreshed.append(True)
+        return original(self, tensors, weights)
+
+    monkeypatch.setattr(Admm, "step", counted)
+    counts = []
+    for event in job(few, epochs={"dense": 0, "l0": 0, "admm": 2, "tune": 0}, interval=3).run():
+        if isinstance(event, StepDone):
+            counts.append(len(refreshed))
+    assert counts == [1, 1, 1, 2, 2, 2, 3, 3]
+
+
+def test_straight_through_gradients_are_those_of_the_rounded_network(few):
+    """With rounding in the forward pass the loss that is logged is that of the codebook, and theta stays free."""
+    settings = {"epochs": {"dense": 1, "l0": 1, "admm": 1, "tune": 0}, "bits": 1, "ratio": 0.3, "method": "al0q"}
+    free = job(few, **settings, quantization="straight-through")
+    for event in free.run():
+        if isinstance(event, StepDone) and event.phase == "admm":
+            tensors = compressible_parameters(free.runner.model)
+            assert all(distinct_nonzero(tensor) > 2 for tensor in tensors.values())
+            assert event.admm is None
+    assert all(distinct_nonzero(tensor) <= 2 for tensor in compressible_parameters(free.runner.model).values())
+    losses = {
+        quantization: next(
+            record.loss
+            for record in _run(job(few, **settings, quantization=quantization, learning_rate={"admm": 0.0}))
+            if record.phase == "admm"
+        )
+        for quantization in ("straight-through", "proximal")
+    }
+    assert losses["straight-through"] > 1.001 * losses["proximal"]
+
+
+def _run(work: Job):
+    """Run a job to the end and return its records."""
+    list(work.run())
+    return work.records
 
 
 def test_the_budget_is_reached_gradually_and_kept(few):
@@ -349,6 +453,9 @@ class TestRefused:
             ({"interval": 0}, "interval >= 1"),
             ({"eps_ramp": -1.0}, "eps_ramp >= 0"),
             ({"regrow": 0.5}, "regrow >= 1"),
+            ({"sensitivity": 1.5}, "sensitivity >= 0 and <= 1"),
+            ({"quantization": "ste"}, "unknown quantization"),
+            ({"rank_by": "size"}, "unknown rank_by"),
             ({"gradual": 2.0}, "gradual >= 0 and <= 1"),
             ({"learning_rat": 0.1}, "did you mean 'learning_rate'"),
             ({"seed": -1}, r"a seed from 0 to 2\^63 - 1, got -1"),
@@ -432,6 +539,17 @@ def test_every_method_has_phases():
     for method in METHODS.values():
         plan = Plan(10, 100, 4 if method.codebook else None, default_recipe(tiny()), (1, 4, 4))
         assert method.build(plan)[0].name == "dense"
+
+
+def test_after_the_dense_phase_every_method_trains_for_as_long():
+    for name, method in METHODS.items():
+        recipe = default_recipe(tiny(), phases=method.phases)
+        plan = Plan(10, 100, 4 if method.codebook else None, recipe, (1, 4, 4))
+        assert tuple(phase.name for phase in method.build(plan)) == method.phases
+        epochs = sum(recipe.epochs[phase] for phase in method.phases if phase != "dense")
+        assert epochs == (0 if name == "da" else 25)
+    assert default_recipe(tiny(), phases=METHODS["ap"].phases).learning_rate["tune"] == 3e-3
+    assert default_recipe(tiny(), phases=METHODS["al0"].phases).learning_rate["tune"] == 5e-4
 
 
 def test_recipe_follows_the_model():
