@@ -119,7 +119,9 @@ class TestBudget:
     def test_nominal_bits_by_hand(self):
         values = {"big": torch.tensor([1.0, 2.0] * 10 + [0.0] * 9), "small": torch.tensor([1.0, 0.0, 5.0])}
         assert nominal_bits(values, None) == 32 * 22
-        assert nominal_bits(values, 2) == (2 * 20 + 32 * 2) + 32 * 2
+        assert nominal_bits(values, 2) == (1 * 20 + 32 * 2) + 32 * 2  # two values need one bit
+        assert nominal_bits({"w": torch.tensor([1.0, 2.0, 3.0] * 10)}, 2) == 2 * 30 + 32 * 3
+        assert nominal_bits({"w": torch.ones(9)}, 2) == 32  # a single value needs no bit to tell it apart
         assert nominal_bits({"w": torch.arange(1.0, 10.0)}, 2) == 32 * 9  # not quantized yet
 
 

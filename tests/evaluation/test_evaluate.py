@@ -78,7 +78,8 @@ def test_strong_is_never_weaker_than_pgd():
 
 def test_wrm_reports_its_distances():
     settings = robust_accuracy(threshold_model(), ramp(), Linf(0.1), "wrm").to_json()
-    assert settings["penalty"] == 1.3
+    assert settings["maximizes"] == "loss_weight * loss - |x' - x|^2 / 2"
+    assert settings["loss_weight"] == 1.3
     assert "eps" not in settings
     assert 0 < settings["mean_linf"] <= settings["mean_l2"] + 1e-9
 

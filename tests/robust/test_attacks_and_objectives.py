@@ -216,15 +216,15 @@ def test_linear_model_is_fooled_just_beyond_its_nearest_boundary_point():
 
 
 def test_wrm_solves_the_penalized_problem_of_a_linear_model():
-    """max <g, d> - p |d|^2 has its maximum at d = g / (2 p); a tiny weight keeps the cross-entropy linear."""
+    """max w <g, d> - |d|^2 / 2 has its maximum at d = w g; a tiny weight keeps the cross-entropy linear."""
     model, x = linear_model(), torch.full((2, 2, 5, 5), 0.5)
     with torch.no_grad():
         model[1].weight.mul_(1e-3)
     y = torch.tensor([0, 1])
-    adv = wrm(model, x, y, penalty=1.3, steps=7)
+    adv = wrm(model, x, y, steps=7)
     z = x.clone().requires_grad_()
     (grad,) = torch.autograd.grad(cross_entropy(model(z), y).sum(), z)
-    assert torch.allclose(adv - x, grad / 2.6, rtol=2e-2, atol=1e-7)
+    assert torch.allclose(adv - x, 1.3 * grad, rtol=2e-2, atol=1e-7)
 
 
 def test_random_starts_are_keyed_by_example_not_by_batch():
@@ -305,8 +305,8 @@ def test_attack_arguments_that_make_no_sense(settings, message):
             Linf(0.1),
             **{"steps": 1, "step_size": 0.1, **settings},
         )
-    with pytest.raises(ValueError, match="penalty > 0"):
-        wrm(linear_model(), images(), torch.zeros(8, dtype=torch.int64), penalty=0)
+    with pytest.raises(ValueError, match="loss_weight > 0"):
+        wrm(linear_model(), images(), torch.zeros(8, dtype=torch.int64), loss_weight=0)
     with pytest.raises(ValueError, match="steps >= 1"):
         wrm(linear_model(), images(), torch.zeros(8, dtype=torch.int64), steps=0)
 
@@ -315,6 +315,16 @@ def objective(name: str, **options: float) -> Objective:
     """Return a loss with these options, the others at their defaults."""
     spec = OBJECTIVES[name]
     return spec.build(spec.fill_options(name, options))
+
+
+def recorded(perturb, results):
+    """Return the attack, which also appends its images to a list."""
+
+    def attack(x, y, **settings):
+        results.append(perturb(x, y, **settings))
+        return results[-1]
+
+    return attack
 
 
 class TestObjectives:
@@ -358,6 +368,18 @@ class TestObjectives:
         weighted = (p * (p.log() - q.log())).sum(1) * (1 - p[right, rows])
         expected = boosted.mean() + 2 * weighted.mean()
         assert torch.allclose(mart(model, x, y, self.perturb(model), weight=2), expected, rtol=1e-3)
+
+    def test_trades_moves_every_image_without_a_random_start(self):
+        """At the clean images the divergence from their outputs has no gradient, but for rounding: some never move."""
+        model, x = linear_model(classes=3), images(64)
+        attack = TrainingAttack(Linf(0.1), steps=3, random_start=False)
+        target = model(x).log_softmax(1).detach()
+        moved = []
+        trades(model, x, torch.arange(64) % 3, recorded(attack.on(model, noise(64)), moved), beta=4)
+        without_noise = attack.on(model, noise(64))(x, target, loss=kl_from)
+        assert (without_noise == x).flatten(1).all(1).any()
+        assert (moved[0] - x).abs().flatten(1).amax(1).min() > 0.05
+        assert (moved[0] - x).abs().max() <= 0.1 + 1e-6
 
     def test_certified_objectives_are_their_definitions(self):
         """On a linear model the bounds through the last layer are exact: every margin falls by eps |w_j - w_y|_1."""

@@ -120,9 +120,10 @@ def distinct_nonzero(tensor: Tensor) -> int:
 def nominal_bits(tensors: Mapping[str, Tensor], bits: Bits) -> int:
     """Return the paper's nominal size in bits, which leaves out positions, biases and batch norm.
 
-    A tensor takes 32 bits per nonzero if it has no codebook or at most 2^bits nonzeros; else `bits` bits per nonzero
-    and 32 bits per distinct nonzero value (Gui et al. 2019, section 4, and the reference implementation). A tensor with
-    more than 2^bits distinct values, before its quantization, counts as having no codebook.
+    A tensor takes 32 bits per nonzero if it has no codebook or at most 2^bits nonzeros; else 32 bits per distinct
+    nonzero value, and per nonzero the bits that tell so many apart, ceil(log2(distinct)), which may be below `bits`
+    (Gui et al. 2019, section 4, and the reference implementation). A tensor with more than 2^bits distinct values,
+    before its quantization, counts as having no codebook.
     """
     total = 0
     for name, tensor in tensors.items():
@@ -130,7 +131,7 @@ def nominal_bits(tensors: Mapping[str, Tensor], bits: Bits) -> int:
         count = int(tensor.count_nonzero())
         levels = 0 if width is None or count <= 2**width else distinct_nonzero(tensor)
         coded = width is not None and 0 < levels <= 2**width
-        total += (width or 0) * count + 32 * levels if coded else 32 * count
+        total += (levels - 1).bit_length() * count + 32 * levels if coded else 32 * count
     return total
 
 

@@ -111,7 +111,8 @@ def _build_fgsm(setup: Setup) -> Built:
 
 
 def _build_wrm(setup: Setup) -> Built:
-    return [Stage("wrm", lambda x, y, _: wrm(setup.model, x, y))], _defaults(wrm)
+    settings = {"maximizes": "loss_weight * loss - |x' - x|^2 / 2", **_defaults(wrm)}
+    return [Stage("wrm", lambda x, y, _: wrm(setup.model, x, y))], settings
 
 
 def _build_cw(setup: Setup) -> Built:
@@ -269,7 +270,7 @@ ATTACKS: dict[str, AttackSpec] = {
         takes_pgd=True,
     ),
     "wrm": AttackSpec(
-        help="7 steps on the loss minus 1.3 times the squared distance, in [0, 1]; reports mean distances",
+        help="7 steps on 1.3 times the loss minus half the squared distance, in [0, 1]; reports mean distances",
         build=_build_wrm,
         bounded=False,
         white_box=False,

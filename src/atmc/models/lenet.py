@@ -12,13 +12,15 @@ _MAX_FEATURES = 2**20  # inputs of fc1: 2 GiB of weights; no file may ask for mo
 class LeNet(nn.Module):
     """conv 20 (5x5), ReLU, max-pool 2, conv 50 (5x5), ReLU, max-pool 2, fc 500, ReLU, fc num_classes; all with biases.
 
-    Source: LeCun et al. 1998, with the widths of Caffe's ``lenet.prototxt`` and a ReLU after each convolution.
+    Source: LeCun et al. 1998, with the widths of Caffe's ``lenet.prototxt`` and a ReLU after each convolution, which
+    Caffe's network, and with it that of Gui et al. 2019, does not have: that one is ``relu=False``.
     430,500 conv and linear weights for 1x28x28 images and 10 classes. PyTorch's default initialization.
 
     Args:
         num_classes: number of logits.
         input_shape: (C, H, W); fc1's size depends on it. Pooling drops an odd last row or column.
         normalize: the first layer; None for the identity.
+        relu: put a ReLU after each convolution.
 
     Raises:
         ValueError: H or W is below 16, so that nothing is left after the second pooling, or the image is so large that
@@ -29,7 +31,12 @@ class LeNet(nn.Module):
     """
 
     def __init__(
-        self, num_classes: int, input_shape: tuple[int, int, int] = (1, 28, 28), *, normalize: nn.Module | None = None
+        self,
+        num_classes: int,
+        input_shape: tuple[int, int, int] = (1, 28, 28),
+        *,
+        normalize: nn.Module | None = None,
+        relu: bool = True,
     ) -> None:
         super().__init__()
         channels, height, width = input_shape
@@ -38,6 +45,7 @@ class LeNet(nn.Module):
         features = 50 * _side(height) * _side(width)
         if features > _MAX_FEATURES:
             raise ValueError(f"expected smaller images for lenet, got {height}x{width}")
+        self.relu = relu
         self.normalize = nn.Identity() if normalize is None else normalize
         self.conv1 = nn.Conv2d(channels, 20, 5)
         self.conv2 = nn.Conv2d(20, 50, 5)
@@ -46,8 +54,10 @@ class LeNet(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Map images (n, C, H, W) to logits (n, num_classes)."""
-        x = F.relu(F.max_pool2d(self.conv1(self.normalize(x)), 2))  # relu and maximum commute: a quarter of the work
-        x = F.relu(F.max_pool2d(self.conv2(x), 2))
+        x = F.max_pool2d(self.conv1(self.normalize(x)), 2)
+        x = F.relu(x) if self.relu else x  # ReLU and maximum commute: a quarter of the work
+        x = F.max_pool2d(self.conv2(x), 2)
+        x = F.relu(x) if self.relu else x
         logits: Tensor = self.fc2(F.relu(self.fc1(torch.flatten(x, 1))))
         return logits
 

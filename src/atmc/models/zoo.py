@@ -15,6 +15,7 @@ import reprlib
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
+from functools import partial
 from numbers import Integral
 from typing import TypeVar
 
@@ -66,6 +67,7 @@ def _wide_resnet(depth: int, width: int) -> ZooModel:
 
 ZOO: dict[str, ZooModel] = {
     "lenet": ZooModel(builder=LeNet, input_shape=(1, 28, 28)),
+    "lenet-caffe": ZooModel(builder=partial(LeNet, relu=False), input_shape=(1, 28, 28)),  # the paper's
     "resnet18": _resnet(BasicBlock, 2, 2, 2, 2),
     "resnet34": _resnet(BasicBlock, 3, 4, 6, 3),
     "resnet50": _resnet(Bottleneck, 3, 4, 6, 3),

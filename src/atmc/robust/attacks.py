@@ -114,6 +114,7 @@ def pgd(
     steps: int,
     step_size: float,
     noise: Noise | None = None,
+    start: Tensor | None = None,
     loss: str | Loss = "ce",
     best_of_steps: bool = False,
     batch_statistics: bool = False,
@@ -123,7 +124,8 @@ def pgd(
     Args:
         steps: number of ascent steps, at least 1.
         step_size: length of a step in the threat's norm, pixel units.
-        noise: random numbers for a random start, one stream per example; None starts at x.
+        noise: random numbers for a random start, one stream per example; None starts at `start`.
+        start: images like x, which are projected on the ball and the box first; None starts at x.
         loss: a name in `LOSSES`, or a function (logits, y) -> (n,) losses; y is whatever that function takes.
         best_of_steps: return each example's iterate of highest loss instead of the last (one more forward pass).
         batch_statistics: let batch norm use the statistics of the attacked batch (see `attack_mode`).
@@ -137,7 +139,9 @@ def pgd(
     """
     check_pgd(steps=steps, step_size=step_size)
     objective = LOSSES[loss] if isinstance(loss, str) else loss
-    adv = x if noise is None else threat.project(threat.random_start(x, noise), x)
+    if noise is not None:
+        start = threat.random_start(x, noise)
+    adv = x if start is None else threat.project(start, x)
     best, best_value = adv, torch.full((len(x),), -torch.inf, device=x.device)
     with attack_mode(model, batch_statistics=batch_statistics):
         for _ in range(steps):
@@ -296,14 +300,15 @@ class PgdSettings:
         )
 
 
-def wrm(model: nn.Module, x: Tensor, y: Tensor, *, penalty: float = 1.3, steps: int = 7) -> Tensor:
-    """Maximize loss(x') - penalty * |x' - x|_2^2 over the box by gradient ascent (Sinha et al. 2018, algorithm 1).
+def wrm(model: nn.Module, x: Tensor, y: Tensor, *, loss_weight: float = 1.3, steps: int = 7) -> Tensor:
+    """Maximize loss_weight * loss(x') - |x' - x|_2^2 / 2 over the box by gradient ascent.
 
-    There is no ball. Step t has size 1 / (2 penalty sqrt(t)): the first one ends at the maximizer of the linearized
-    problem.
+    Source: Sinha et al. 2018, algorithm 1. There is no ball. Step t has size 1 / sqrt(t): the first one ends at the
+    maximizer of the linearized problem. The reference implementation of Gui et al. 2019 weighs the loss by 1.3, too;
+    Sinha et al. write the same problem as loss - gamma |x' - x|^2 with gamma = 1 / (2 loss_weight).
 
     Args:
-        penalty: the price of squared Euclidean distance, > 0; the default is that of the paper's comparison.
+        loss_weight: what the loss counts beside half the squared Euclidean distance, > 0.
         steps: ascent steps, at least 1; the default is the paper's.
 
     Raises:
@@ -311,14 +316,14 @@ def wrm(model: nn.Module, x: Tensor, y: Tensor, *, penalty: float = 1.3, steps: 
     """
     if steps < 1:
         raise ValueError(f"expected steps >= 1, got {steps}")
-    if not penalty > 0:
-        raise ValueError(f"expected penalty > 0, got {penalty}")
+    if not loss_weight > 0:
+        raise ValueError(f"expected loss_weight > 0, got {loss_weight}")
     adv = x
     with attack_mode(model):
         for step in range(1, steps + 1):
             _, grad = input_gradient(model, adv, y, cross_entropy)
-            uphill = grad - 2 * penalty * (adv - x)
-            adv = (adv + uphill / (2 * penalty * step**0.5)).clamp(0, 1)
+            uphill = loss_weight * grad - (adv - x)
+            adv = (adv + uphill / step**0.5).clamp(0, 1)
     return adv.detach()
 
 

@@ -41,14 +41,19 @@ class Perturb(Protocol):
     def ramp(self) -> float:
         """How far the ball has grown, in (0, 1]; 1 outside a ramp."""
 
-    def __call__(self, x: Tensor, y: Tensor, *, loss: str | Loss = "ce") -> Tensor:
-        """Return adversarial images (n, c, h, w) that maximize the loss of x and y."""
+    def __call__(self, x: Tensor, y: Tensor, *, loss: str | Loss = "ce", start_noise: float = 0.0) -> Tensor:
+        """Return adversarial images (n, c, h, w) that maximize the loss of x and y.
 
-    def noisy(self, x: Tensor) -> Tensor:
-        """Return x plus Gaussian noise whose standard deviation is the threat's eps, not clipped to the box."""
+        Args:
+            start_noise: standard deviation of what is added to x where the ascent starts, unless it starts at random.
+        """
+
+    def noisy(self, x: Tensor, deviation: float | None = None) -> Tensor:
+        """Return x plus Gaussian noise of a standard deviation, by default the threat's eps, not clipped to the box."""
 
 
 Objective = Callable[[nn.Module, Tensor, Tensor, Perturb], Tensor]
+KL_START = 1e-3  # standard deviation of the noise from which `trades` attacks (the authors' program)
 
 
 @dataclass(frozen=True)
@@ -84,9 +89,10 @@ class Perturbation:
     threat: Threat
     ramp: float = 1.0
 
-    def __call__(self, x: Tensor, y: Tensor, *, loss: str | Loss = "ce") -> Tensor:
-        """Return adversarial images (n, c, h, w) that maximize the loss of x and y."""
+    def __call__(self, x: Tensor, y: Tensor, *, loss: str | Loss = "ce", start_noise: float = 0.0) -> Tensor:
+        """Return adversarial images (n, c, h, w) that maximize the loss of x and y; see `Perturb`."""
         attack = self.attack
+        noisy = start_noise > 0 and not attack.random_start
         return pgd(
             self.model,
             x,
@@ -95,13 +101,14 @@ class Perturbation:
             steps=attack.steps,
             step_size=attack.relative_step * self.threat.eps / attack.steps,
             noise=self.noise if attack.random_start else None,
+            start=self.noisy(x, start_noise) if noisy else None,
             loss=loss,
             batch_statistics=attack.batch_statistics,
         )
 
-    def noisy(self, x: Tensor) -> Tensor:
-        """Return x plus Gaussian noise whose standard deviation is the threat's eps, not clipped to the box."""
-        return x + self.threat.eps * self.noise.normal(x.shape[1:])
+    def noisy(self, x: Tensor, deviation: float | None = None) -> Tensor:
+        """Return x plus Gaussian noise of a standard deviation, by default the threat's eps, not clipped to the box."""
+        return x + (self.threat.eps if deviation is None else deviation) * self.noise.normal(x.shape[1:])
 
 
 def natural(model: nn.Module, x: Tensor, y: Tensor, perturb: Perturb) -> Tensor:
@@ -135,9 +142,12 @@ def _clean_and_adversarial(model: nn.Module, x: Tensor, adv: Tensor) -> tuple[Te
 
 
 def trades(model: nn.Module, x: Tensor, y: Tensor, perturb: Perturb, *, beta: float) -> Tensor:
-    """Return clean cross-entropy + beta * KL(clean || adversarial), attacked on the KL (Zhang et al. 2019, eq. 5)."""
+    """Return clean cross-entropy + beta * KL(clean || adversarial), attacked on the KL (Zhang et al. 2019, eq. 5).
+
+    At x itself the KL has no gradient: an attack without a random start begins at x plus noise, as theirs does.
+    """
     target = _evaluation_log_probabilities(model, x)
-    adv = perturb(x, target, loss=kl_from)
+    adv = perturb(x, target, loss=kl_from, start_noise=KL_START)
     clean, adversarial = _clean_and_adversarial(model, x, adv)
     return F.cross_entropy(clean, y) + beta * kl_from(adversarial, clean.log_softmax(1)).mean()
 
