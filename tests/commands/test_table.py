@@ -324,6 +324,80 @@ def test_page_with_joined_grouped_and_sorted_rows(tmp_path):
     assert page.read_text().count("Text.") == 4
 
 
+def write_seeds(folder, name, certified, clean=None, n=100):
+    """Write runs of several seeds with the verdicts of atmc verify; `certified` and `clean` count images per seed."""
+    for seed, count in enumerate(certified):
+        run = folder / f"{name}-seed{seed}"
+        if not run.exists():
+            write_run(run, name=name, seed=seed)
+        right = n if clean is None else clean[seed]
+        verdicts = ["certified"] * count + ["undecided"] * (right - count) + ["broken"] * (n - right)
+        stages = ["interval"] * count + [None] * (right - count) + ["clean"] * (n - right)
+        (run / "verify.json").write_text(json.dumps({"verdicts": verdicts, "decided_by": stages}))
+
+
+SEEDS = """
+    [runs]
+    sources = ["*/metrics.json"]
+    join = { verify = 'f"{run}/verify.json"' }
+    group = ["name"]
+    baseline = { name = "al0" }
+    columns = [
+        "name",
+        "certified=mean([100 * member.share for member in members]):.1f",
+        "deviation=deviation([100 * member.share for member in members]):.2f",
+        'against al0=difference(members, baseline, "certified")',
+        'clean=difference(members, baseline, "clean")',
+    ]
+"""
+
+
+def test_groups_of_seeds_against_a_baseline(tmp_path):
+    write_seeds(tmp_path, "al0", [60, 62, 64], clean=[90, 90, 90])
+    write_seeds(tmp_path, "atmc", [70, 72, 74], clean=[90, 90, 90])
+    for run in tmp_path.iterdir():
+        document = json.loads((run / "metrics.json").read_text())
+        verdicts = json.loads((run / "verify.json").read_text())["verdicts"]
+        (run / "metrics.json").write_text(json.dumps(document | {"share": verdicts.count("certified") / 100}))
+    page = tmp_path / "page.md"
+    page.write_text(PAGE)
+    (tmp_path / "tables.toml").write_text(SEEDS)
+    assert call("table", "--page", page) == 0
+    al0, atmc = (line.split(" | ") for line in page.read_text().splitlines()[6:8])
+    assert al0 == ["| al0", "62.0", "2.00", "–", "– |"]
+    assert atmc[:3] == ["| atmc", "72.0", "2.00"]
+    assert atmc[3].startswith("+10.00 [+5.")
+    assert atmc[4] == "+0.00 [+0.00, +0.00] |"
+
+
+@pytest.mark.parametrize(
+    ("change", "sentence"),
+    [
+        (
+            lambda f: (f / "tables.toml").write_text(SEEDS.replace('"certified")', '"robust")')),
+            "'certified' or 'clean'",
+        ),
+        (lambda f: (f / "tables.toml").write_text(SEEDS.replace("{ name = ", "{ nam = ")), "did you mean 'name'"),
+        (lambda f: (f / "tables.toml").write_text(SEEDS.replace('= "al0"', '= "alo"')), "no group has the values"),
+        (lambda f: (f / "tables.toml").write_text(SEEDS.replace('group = ["name"]', "")), "baseline only beside group"),
+        (lambda f: (f / "atmc-seed1" / "verify.json").unlink(), "seed 1 has no verdicts of atmc verify"),
+        (lambda f: write_seeds(f, "atmc", [5], n=50), "got 50 and 100 images"),
+        (lambda f: write_run(f / "atmc-again", name="atmc", seed=1), "one run per seed in every group"),
+    ],
+)
+def test_comparisons_of_seeds_that_make_no_sense(tmp_path, change, sentence):
+    write_seeds(tmp_path, "al0", [60, 62])
+    write_seeds(tmp_path, "atmc", [70, 72])
+    page = tmp_path / "page.md"
+    page.write_text(PAGE)
+    (tmp_path / "tables.toml").write_text(SEEDS.replace("member.share", "member.bits"))
+    change(tmp_path)
+    text = (tmp_path / "tables.toml").read_text().replace("member.share", "member.bits")
+    (tmp_path / "tables.toml").write_text(text)
+    with pytest.raises(ValueError, match=sentence):
+        fill_page(page)
+
+
 @pytest.mark.parametrize(
     ("toml", "sentence"),
     [

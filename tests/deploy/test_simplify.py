@@ -474,7 +474,7 @@ def build_pruned(name: str, images: torch.Tensor) -> nn.Module:
     return model.eval()
 
 
-@pytest.mark.parametrize("name", ["lenet", "lenet-caffe", "wrn-10-1", "resnet10", "mobilenetv2"])
+@pytest.mark.parametrize("name", ["lenet", "wrn-10-1", "resnet10", "mobilenetv2"])
 def test_networks_on_real_and_adversarial_images(name, few):
     train, val = few
     images = train.pixels[:16].float() / 255

@@ -17,7 +17,7 @@ from atmc.data import Images
 from atmc.evaluation import adversarial_file, smoothing
 from atmc.evaluation.accuracy import robust_accuracy
 from atmc.evaluation.curves import STEPS, at_eps, at_steps, eps_grid
-from atmc.evaluation.statistics import Accuracy, binomial_tail, compare, per_class, worst_case
+from atmc.evaluation.statistics import Accuracy, binomial_tail, compare, paired_difference, per_class, worst_case
 from atmc.report.gallery import draw_gallery, select_fooled
 from atmc.robust.threats import L2, Linf
 
@@ -224,3 +224,49 @@ class TestCertificate:
     def test_refused(self, threat, sigma, samples, message):
         with pytest.raises(ValueError, match=message):
             smoothing.check_settings(threat, sigma, samples)
+
+
+class TestPairedDifference:
+    def test_one_pair_is_the_normal_interval_of_paired_differences(self):
+        generator = torch.Generator().manual_seed(0)
+        a = torch.rand(1, 5000, generator=generator) < 0.85
+        b = torch.where(torch.rand(1, 5000, generator=generator) < 0.1, ~a, a)
+        differences = (a.double() - b.double())[0]
+        result = paired_difference(a, b)
+        half = 1.96 * float(differences.std()) / math.sqrt(5000)
+        assert result.difference == pytest.approx(float(differences.mean()))
+        assert result.high - result.low == pytest.approx(2 * half, rel=0.06)
+        assert (result.low + result.high) / 2 == pytest.approx(result.difference, abs=0.1 * half)
+
+    def test_pairs_that_differ_widen_the_interval_and_images_that_all_share_do_not_narrow_it(self):
+        generator = torch.Generator().manual_seed(1)
+        b = torch.rand(1, 2000, generator=generator) < 0.8
+        a = b | (torch.rand(1, 2000, generator=generator) < 0.05)
+        alone, copied = paired_difference(a, b), paired_difference(a.expand(3, -1), b.expand(3, -1))
+        assert copied.high - copied.low == pytest.approx(alone.high - alone.low, rel=0.1)
+        better = torch.cat((a, b, a | (torch.rand(1, 2000, generator=generator) < 0.2)))
+        varied = paired_difference(better, b.expand(3, -1))
+        assert varied.high - varied.low > 1.5 * (alone.high - alone.low)
+
+    def test_coverage_with_random_pairs_and_images(self):
+        """Images and pairs have effects of their own: the interval covers the true difference at least as often."""
+        generator, covered = torch.Generator().manual_seed(2), 0
+        for trial in range(200):
+            image, pair = torch.randn(1, 400, generator=generator), torch.randn(8, 1, generator=generator)
+            a = image + 0.2 * pair + torch.randn(8, 400, generator=generator) > 0
+            b = image + torch.randn(8, 400, generator=generator) > 0
+            result = paired_difference(a, b, seed=trial)
+            covered += result.low <= 0 <= result.high
+        assert covered >= 180
+
+    def test_is_antisymmetric_up_to_the_bootstrap_and_repeats(self):
+        a = torch.rand(3, 500, generator=torch.Generator().manual_seed(3)) < 0.7
+        one, other = paired_difference(a, ~a), paired_difference(~a, a)
+        assert one.difference == -other.difference
+        assert one.low == pytest.approx(-other.high)
+        assert paired_difference(a, ~a) == one
+
+    @pytest.mark.parametrize("shape", [(2, 10), (3, 9), (30,), (0, 10)])
+    def test_other_shapes_are_refused(self, shape):
+        with pytest.raises(ValueError, match="as many models on as many images"):
+            paired_difference(torch.ones(3, 10, dtype=torch.bool), torch.ones(shape, dtype=torch.bool))

@@ -18,6 +18,7 @@ from dataclasses import dataclass, field, replace
 from itertools import pairwise
 from typing import Any
 
+from atmc.commands.seeds import compare_members, is_difference
 from atmc.core.errors import unknown
 
 MISSING = "–"
@@ -266,6 +267,8 @@ FUNCTIONS: dict[str, Callable[..., Any]] = {
     "replace": lambda text, old, new: text.replace(old, new),
     "failed": list_failed_checks,
     "interpolate": interpolate,
+    "deviation": statistics.stdev,
+    "difference": compare_members,
     "bold": lambda text, condition: f"**{text}**" if condition else text,
 }
 
@@ -279,7 +282,7 @@ def render(value: Any, spec: str = "") -> str:
     """Return a value as text.
 
     Args:
-        value: a JSON value; an accuracy is written "97.50 [95.33, 98.67] of 360".
+        value: a JSON value; an accuracy is written "97.50 [95.33, 98.67] of 360", a difference "+0.42 [-0.10, +0.95]".
         spec: a format of Python (".4f", ",", ".1%"), which takes the accuracy of an accuracy; or "interval", an
             accuracy without the number of images; or "code", text in a fixed-width font.
 
@@ -296,6 +299,9 @@ def render(value: Any, spec: str = "") -> str:
             text = f"{100 * value['accuracy']:.2f} [{100 * low:.2f}, {100 * high:.2f}]"
             return text if spec else f"{text} of {value['n']:,}"
         value = value["accuracy"]
+    if is_difference(value):
+        low, high = value["ci95"]
+        return f"{100 * value['difference']:+.2f} [{100 * low:+.2f}, {100 * high:+.2f}]"
     if isinstance(value, bool):
         return "yes" if value else "no"
     if isinstance(value, list):

@@ -19,7 +19,7 @@ from atmc.commands.rows import Row, draw_table, parse_column, read_json
 from atmc.core.errors import unknown
 
 DESCRIPTION = "tables.toml"
-_KEYS = ("sources", "join", "rows", "group", "where", "sort", "columns", "text", "file")
+_KEYS = ("sources", "join", "rows", "group", "baseline", "where", "sort", "columns", "text", "file")
 _TABLE = re.compile(r"(<!-- table: (?P<name>[^\n>]+?) -->\n).*?(<!-- end of table -->)", re.DOTALL)
 
 
@@ -99,6 +99,8 @@ def _draw(table: Mapping[str, Any], folder: Path, definitions: Mapping[str, ast.
     for key in table:
         if key not in _KEYS:
             raise unknown("key", key, _KEYS)
+    if "baseline" in table and "group" not in table:
+        raise ValueError("expected a baseline only beside group")
     if "sources" not in table or ("columns" in table) == ("text" in table):
         raise ValueError("expected sources, and either columns or text")
     rows = _build_rows(table, folder, definitions)
@@ -130,7 +132,7 @@ def _build_rows(table: Mapping[str, Any], folder: Path, definitions: Mapping[str
     chosen: list[Row] = []
     for siblings in families:
         if "group" in table:
-            siblings = _group(siblings, table["group"])
+            siblings = _group(siblings, table["group"], table.get("baseline"))
         siblings = [row for row in siblings if value_in(row, table.get("where", "True"))]
         keys = [[value_in(row, key) for key in table.get("sort", [])] for row in siblings]
         order = sorted(range(len(siblings)), key=lambda at: [(key is None, key) for key in keys[at]])
@@ -173,9 +175,30 @@ def _make_children(value: Any, parent: Row) -> list[Row]:
     ]
 
 
-def _group(rows: Sequence[Row], names: Sequence[str]) -> list[Row]:
-    """Return a row per combination of the values of these names, with its rows in the list `members`."""
+def _group(rows: Sequence[Row], names: Sequence[str], baseline: Mapping[str, Any] | None = None) -> list[Row]:
+    """Return a row per combination of the values of these names, with its rows in the list `members`.
+
+    Args:
+        baseline: values of some names. Each row gets the list `baseline`: the members of the group that has these
+            values and otherwise the row's own; None if there is none, or it is the row's own group.
+
+    Raises:
+        ValueError: the baseline names something else, or no group has its values.
+    """
     groups: dict[tuple[Any, ...], list[Any]] = {}
     for row in rows:
-        groups.setdefault(tuple(Scope(row).look_up(name) for name in names), []).append(row[0])
-    return [[dict(zip(names, values, strict=True)), {"members": members}] for values, members in groups.items()]
+        merged = {key: value for mapping in reversed(row) for key, value in mapping.items()}
+        groups.setdefault(tuple(Scope(row).look_up(name) for name in names), []).append(merged)
+    wanted = dict(baseline or {})
+    for name in wanted:
+        if name not in names:
+            raise unknown("name of baseline", name, names)
+    if wanted and not any(wanted.items() <= dict(zip(names, values, strict=True)).items() for values in groups):
+        raise ValueError(f"no group has the values of baseline: {wanted}")
+    grouped: list[Row] = []
+    for values, members in groups.items():
+        own = dict(zip(names, values, strict=True))
+        other = tuple((own | wanted)[name] for name in names)
+        others = groups.get(other) if baseline and other != values else None
+        grouped.append([own, {"members": members, "baseline": others}])
+    return grouped

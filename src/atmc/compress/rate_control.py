@@ -106,7 +106,8 @@ class RateControl:
         nonzeros = sum(int(tensor.count_nonzero()) for tensor in values.values())
         bits = now.bits
         if self.most_bits is not None and choose_bits:
-            bits = self._choose_bits(NonzeroBudget(min(now.nonzeros, nonzeros)).project(values, metric))
+            kept = NonzeroBudget(min(now.nonzeros, nonzeros)).project(values, metric)
+            bits = self._choose_bits(kept, metric)
         elif self.most_bits is not None and bits is None:
             bits = min(DEFAULT_BITS, self.most_bits)  # until `admm` begins
 
@@ -165,10 +166,10 @@ class RateControl:
         factor = room / max(size - self.smallest, 1)
         return max(int(k * min(max(factor, 0.25), 2.0)), 1)
 
-    def _choose_bits(self, kept: Mapping[str, Tensor]) -> dict[str, int]:
+    def _choose_bits(self, kept: Mapping[str, Tensor], metric: Metric) -> dict[str, int]:
         """Choose the bits of each tensor: those with the least error + price * length."""
         assert self.most_bits is not None
-        price, chosen = _bit_price(kept), {}
+        price, chosen = _bit_price(kept, metric), {}
         for name, tensor in kept.items():
             nonzero = tensor[tensor != 0]
             widths = range(1, self.most_bits + 1) if len(nonzero) else ()
@@ -177,10 +178,16 @@ class RateControl:
         return chosen
 
 
-def _bit_price(kept: Mapping[str, Tensor]) -> float:
-    """Return the squared error that a bit is worth, from that of pruning the marginal nonzero; see `RateControl`."""
-    magnitudes = torch.cat([tensor[tensor != 0].abs().flatten() for tensor in kept.values()])
-    marginal = magnitudes.kthvalue(max(int(MARGINAL * len(magnitudes)), 1)).values
+def _bit_price(kept: Mapping[str, Tensor], metric: Metric = NO_METRIC) -> float:
+    """Return the squared error that a bit is worth, from that of pruning the marginal nonzero; see `RateControl`.
+
+    The marginal nonzero is the one that ranks lowest. Its magnitude is that of an entry of median sensitivity with its
+    score: small entries that the loss depends on rank higher, and say nothing about the margin.
+    """
+    scores = metric.scores(kept)
+    magnitudes = torch.cat([tensor[tensor != 0].abs() for tensor in kept.values()])
+    ranked = torch.cat([scores[name][tensor != 0] for name, tensor in kept.items()])
+    marginal = ranked.kthvalue(max(int(MARGINAL * len(ranked)), 1)).values / (ranked / magnitudes).median()
     return float(marginal) ** 2 / BITS_PER_NONZERO / ROUNDING
 
 
