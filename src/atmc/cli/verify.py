@@ -19,6 +19,9 @@ def verify(
     data: Annotated[str, typer.Option(help="Data set whose test split is used, see compress.")],
     threat: Annotated[str, typer.Option(help="What the adversary may do, in pixel units: linf:8/255 and the like.")],
     n: Annotated[int | None, typer.Option(help="Number of images, the first ones (default: all).")] = None,
+    attacks: Annotated[
+        bool, typer.Option(help="Run PGD on the images that intervals do not certify; proofs are the same without.")
+    ] = True,
     linear: Annotated[
         bool, typer.Option(help="Bound the images that neither intervals nor PGD decide by backward linear bounds.")
     ] = False,
@@ -64,6 +67,7 @@ def verify(
         threat=parse_threat(threat),
         options=VerifyOptions(
             n=n,
+            attacks=attacks,
             linear=linear,
             autoattack=autoattack,
             time_per_image=time_per_image,

@@ -56,6 +56,7 @@ class VerifyRequest:
             "data": self.data,
             "threat": str(self.threat),
             "n": self.options.n,
+            "attacks": self.options.attacks,
             "linear": self.options.linear,
             "autoattack": self.options.autoattack,
             "time_per_image": self.options.time_per_image,

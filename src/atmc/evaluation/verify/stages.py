@@ -169,8 +169,10 @@ def _is_broken_by(problem: Problem, x: Tensor, label: Tensor, adv: Tensor) -> bo
 STAGES = {
     "clean": Stage(verdicts=(BROKEN,), decide=_find_wrong),
     "interval": Stage(verdicts=(CERTIFIED,), decide=_prove_by(prove_intervals)),
-    "pgd-strong": Stage(verdicts=(BROKEN,), decide=_attack, is_attack=True),
-    "interval-pgd": Stage(verdicts=(BROKEN,), decide=_attack, is_attack=True, needs_intervals=True),
+    "pgd-strong": Stage(verdicts=(BROKEN,), decide=_attack, is_attack=True, options=("attacks",)),
+    "interval-pgd": Stage(
+        verdicts=(BROKEN,), decide=_attack, is_attack=True, needs_intervals=True, options=("attacks",)
+    ),
     "linear": Stage(
         verdicts=(CERTIFIED,), decide=_prove_by(prove_linear), options=("linear", "time_per_image"), most=10
     ),

@@ -45,6 +45,7 @@ class VerifyOptions:
     """
 
     n: int | None = None
+    attacks: bool = True
     linear: bool = False
     autoattack: bool = False
     time_per_image: float | None = None
@@ -238,6 +239,7 @@ def verify(
     *,
     threat: Threat | str,
     n: int | None = None,
+    attacks: bool = True,
     linear: bool = False,
     autoattack: bool = False,
     time_per_image: float | None = None,
@@ -255,7 +257,9 @@ def verify(
             sorted by class, they are taken in a fixed mixed order, as `evaluate` does.
         threat: what the adversary may do, ``Linf(8 / 255)`` or "linf:8/255"; there are proofs for linf only.
         n: number of images, the first ones; all by default.
-        linear: bound the images that are undecided after `pgd-strong` by backward linear bounds, which take a second
+        attacks: attack the images that intervals do not certify by `pgd-strong` and `interval-pgd`; without them the
+            proofs are the same, and more images remain undecided.
+        linear: bound the images that are undecided then by backward linear bounds, which take a second
             or, if most ReLUs are open, many seconds each.
         autoattack: run AutoAttack on the images that are undecided then.
         time_per_image: run the complete method for at most so many seconds on each image that is undecided then; it
@@ -280,6 +284,7 @@ def verify(
     """
     options = VerifyOptions(
         n=n,
+        attacks=attacks,
         linear=linear,
         autoattack=autoattack,
         time_per_image=time_per_image,
