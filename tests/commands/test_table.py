@@ -329,7 +329,7 @@ def write_seeds(folder, name, certified, clean=None, n=100):
     for seed, count in enumerate(certified):
         run = folder / f"{name}-seed{seed}"
         if not run.exists():
-            write_run(run, name=name, seed=seed)
+            write_run(run, seed=seed)
         right = n if clean is None else clean[seed]
         verdicts = ["certified"] * count + ["undecided"] * (right - count) + ["broken"] * (n - right)
         stages = ["interval"] * count + [None] * (right - count) + ["clean"] * (n - right)
@@ -337,6 +337,9 @@ def write_seeds(folder, name, certified, clean=None, n=100):
 
 
 SEEDS = """
+    [define]
+    name = 'split(run, "-seed")[0]'
+
     [runs]
     sources = ["*/metrics.json"]
     join = { verify = 'f"{run}/verify.json"' }
@@ -382,7 +385,7 @@ def test_groups_of_seeds_against_a_baseline(tmp_path):
         (lambda f: (f / "tables.toml").write_text(SEEDS.replace('group = ["name"]', "")), "baseline only beside group"),
         (lambda f: (f / "atmc-seed1" / "verify.json").unlink(), "seed 1 has no verdicts of atmc verify"),
         (lambda f: write_seeds(f, "atmc", [5], n=50), "got 50 and 100 images"),
-        (lambda f: write_run(f / "atmc-again", name="atmc", seed=1), "one run per seed in every group"),
+        (lambda f: write_run(f / "atmc-seed9", seed=1), "one run per seed in every group"),
     ],
 )
 def test_comparisons_of_seeds_that_make_no_sense(tmp_path, change, sentence):

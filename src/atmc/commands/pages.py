@@ -132,7 +132,7 @@ def _build_rows(table: Mapping[str, Any], folder: Path, definitions: Mapping[str
     chosen: list[Row] = []
     for siblings in families:
         if "group" in table:
-            siblings = _group(siblings, table["group"], table.get("baseline"))
+            siblings = _group(siblings, table["group"], definitions, table.get("baseline"))
         siblings = [row for row in siblings if value_in(row, table.get("where", "True"))]
         keys = [[value_in(row, key) for key in table.get("sort", [])] for row in siblings]
         order = sorted(range(len(siblings)), key=lambda at: [(key is None, key) for key in keys[at]])
@@ -175,10 +175,16 @@ def _make_children(value: Any, parent: Row) -> list[Row]:
     ]
 
 
-def _group(rows: Sequence[Row], names: Sequence[str], baseline: Mapping[str, Any] | None = None) -> list[Row]:
+def _group(
+    rows: Sequence[Row],
+    names: Sequence[str],
+    definitions: Mapping[str, ast.expr],
+    baseline: Mapping[str, Any] | None = None,
+) -> list[Row]:
     """Return a row per combination of the values of these names, with its rows in the list `members`.
 
     Args:
+        definitions: expressions by name, which the names may be as well.
         baseline: values of some names. Each row gets the list `baseline`: the members of the group that has these
             values and otherwise the row's own; None if there is none, or it is the row's own group.
 
@@ -188,7 +194,7 @@ def _group(rows: Sequence[Row], names: Sequence[str], baseline: Mapping[str, Any
     groups: dict[tuple[Any, ...], list[Any]] = {}
     for row in rows:
         merged = {key: value for mapping in reversed(row) for key, value in mapping.items()}
-        groups.setdefault(tuple(Scope(row).look_up(name) for name in names), []).append(merged)
+        groups.setdefault(tuple(Scope(row, definitions).look_up(name) for name in names), []).append(merged)
     wanted = dict(baseline or {})
     for name in wanted:
         if name not in names:
