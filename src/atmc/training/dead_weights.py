@@ -8,6 +8,7 @@ their gradients, so that the network's graph need not be known.
 from __future__ import annotations
 
 import copy
+from functools import partial
 
 import torch
 from torch import Tensor, nn
@@ -25,23 +26,27 @@ def probe_images(images: Images, n: int = 64) -> Tensor:
 def zero_dead_weights(model: nn.Module, probe: Tensor) -> int:
     """Zero every parameter that has no effect on any image, in place; return how many nonzeros that removes.
 
-    No weight tensor becomes zero altogether. If the logits of the probe change, the zeroing is undone.
+    No weight tensor becomes zero altogether. What changes the logits of the probe is undone, weights without a path and
+    biases of inactive units each by themselves.
 
     Args:
         model: in evaluation mode, with affine batch norms (`models.batch_norm.make_affine`).
         probe: images (n, c, h, w).
     """
     parameters = [p for p in model.parameters() if p.requires_grad and p.is_floating_point()]
-    before = [parameter.detach().clone() for parameter in parameters]
     with torch.no_grad():
         logits = model(probe)
-    count = _zero_disconnected(model, parameters, probe) + _zero_inactive_biases(model, probe)
-    with torch.no_grad():
-        if count and float((model(probe) - logits).abs().max()) > AGREEMENT * float(logits.abs().max()):
-            for parameter, value in zip(parameters, before, strict=True):
-                parameter.copy_(value)
-            return 0
-    return count
+    total = 0
+    for zero in (partial(_zero_disconnected, model, parameters), partial(_zero_inactive_biases, model)):
+        before = [parameter.detach().clone() for parameter in parameters]
+        count = zero(probe)
+        with torch.no_grad():
+            if count and float((model(probe) - logits).abs().max()) > AGREEMENT * float(logits.abs().max()):
+                for parameter, value in zip(parameters, before, strict=True):
+                    parameter.copy_(value)
+                count = 0
+        total += count
+    return total
 
 
 def _zero_disconnected(model: nn.Module, parameters: list[nn.Parameter], probe: Tensor) -> int:
@@ -68,7 +73,8 @@ def _zero_disconnected(model: nn.Module, parameters: list[nn.Parameter], probe: 
 def _zero_inactive_biases(model: nn.Module, probe: Tensor) -> int:
     """Zero the biases of units that have no weights left and are never active; return how many.
 
-    Such a unit is constant, and its constant has no effect on the logits.
+    Such a unit is constant, and its constant has no effect on the logits. A positive constant is left alone: a ReLU
+    passes it on, and even if it has no gradient it may be what keeps a later unit off.
     """
     biases, weights = [], []
     for module in model.modules():
@@ -83,7 +89,8 @@ def _zero_inactive_biases(model: nn.Module, probe: Tensor) -> int:
             weights.append(weight.detach().flatten(1))
     grads = _gradients(model, biases, probe)
     return sum(
-        _zero(bias, (grad == 0) & ~weight.any(1)) for bias, weight, grad in zip(biases, weights, grads, strict=True)
+        _zero(bias, (grad == 0) & ~weight.any(1) & (bias.detach() < 0))
+        for bias, weight, grad in zip(biases, weights, grads, strict=True)
     )
 
 
