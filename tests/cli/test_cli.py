@@ -714,7 +714,7 @@ class TestPython:
             ({"batch_size": 2.5}, "expected batch_size to be an integer, got 2.5"),
             ({"val_n": "all"}, "expected val_n to be an integer, got 'all'"),
             ({"seed": None}, "expected seed to be an integer, got None"),
-            ({"factor_start": "pca"}, "unknown factor_start 'pca': expected one of identity, svd"),
+            ({"factor_start": "pca"}, "unknown factor_start 'pca': expected one of sparse, identity, svd"),
         ],
     )
     def test_settings(self, small, monkeypatch, change, message):

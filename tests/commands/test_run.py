@@ -207,7 +207,7 @@ def test_settings_that_a_run_lacks_have_their_defaults(here):
     finish(here / "out", resume=True)
     for setting, message in (
         ({"val_clean_n": 9}, "val_clean_n was None, is 9"),
-        ({"regrow": 2.0}, "regrow was 4.0, is 2.0"),
+        ({"regrow": 2.0}, "regrow was 1.0, is 2.0"),
     ):
         with pytest.raises(ValueError, match=message):
             finish(here / "out", resume=True, changes={"training": {**SMALL["training"], **setting}})

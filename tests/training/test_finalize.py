@@ -53,6 +53,22 @@ def test_a_unit_that_is_inactive_on_these_images_only_is_kept():
     assert model[1].weight[4].all()
 
 
+def test_a_positive_constant_that_keeps_a_later_unit_off_stays_and_does_not_spare_the_others():
+    """Unit 0 has no weights and a bias of 2, which keeps unit 0 of the next layer at -1: neither has a gradient."""
+    model = nn.Sequential(nn.Flatten(), nn.Linear(4, 3), nn.ReLU(), nn.Linear(3, 2), nn.ReLU(), nn.Linear(2, 2))
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.copy_(0.1 + torch.rand(parameter.shape, generator=torch.Generator().manual_seed(0)))
+        model[1].weight[:2] = 0.0
+        model[1].bias.copy_(torch.tensor([2.0, -1.0, 0.5]))  # unit 1 is constant zero
+        model[3].weight[:, 0] = torch.tensor([-3.0, 0.0])
+    x = torch.rand(64, 1, 2, 2)
+    before = model(x)
+    zero_dead_weights(model, x)
+    assert model[1].bias[:2].tolist() == [2.0, 0.0]
+    assert torch.allclose(model(x), before, atol=1e-6)
+
+
 @pytest.mark.parametrize("name", ["lenet", "resnet18", "wrn-10-1", "mobilenetv2"])
 def test_a_dense_network_has_no_dead_weights(name):
     model = make_affine(build(name, 10, seed=0)).eval()

@@ -38,11 +38,11 @@ def equalize(model: nn.Module, input_shape: tuple[int, ...]) -> list[tuple[str, 
     Returns:
         The names of the weights of each pair.
 
-    >>> model = nn.Sequential(nn.Flatten(), nn.Linear(1, 1), nn.ReLU(), nn.Linear(1, 1))
-    >>> _ = model[1].weight.data.fill_(0.01), model[3].weight.data.fill_(4.0)
+    >>> model = nn.Sequential(nn.Flatten(), nn.Linear(1, 1), nn.ReLU(), nn.Linear(1, 2))
+    >>> _ = model[1].weight.data.fill_(0.01), model[3].weight.data.copy_(torch.tensor([[0.0], [4.0]]))
     >>> equalize(model, (1, 1, 1))
     [('1.weight', '3.weight')]
-    >>> round(model[1].weight.item(), 3), round(model[3].weight.item(), 3)
+    >>> round(model[1].weight.item(), 3), round(model[3].weight[1].item(), 3)
     (0.2, 0.2)
     """
     try:
