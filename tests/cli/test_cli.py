@@ -207,7 +207,7 @@ class TestStatus0:
         options = ["--seed", 9, "--epochs", 0, "--limit", 50, "--val-n", 13]
         assert call("compress", "--config", "run.toml", "--out", out, *options) == 0
         metrics = json.loads((out / "metrics.json").read_text())
-        assert [metrics["validation"][name]["n"] for name in ("clean", "pgd")] == [13, 13]
+        assert [metrics["validation"][name]["n"] for name in ("clean", "quick")] == [13, 13]
         assert metrics["seed"] == 9
         assert "limit = 50" in (out / "config.toml").read_text()
 

@@ -52,7 +52,8 @@ def images(model: nn.Module, n: int, wrong: int = 0) -> Images:
 @pytest.fixture
 def few_queries(monkeypatch):
     """Let the attacks that count queries take 100 of them."""
-    for module, name in ((autoattack, "QUERIES"), (autoattack, "LONG_QUERIES"), (corner, "QUERIES")):
+    names = ((autoattack, "QUERIES"), (autoattack, "LONG_QUERIES"), (autoattack, "QUICK_QUERIES"), (corner, "QUERIES"))
+    for module, name in names:
         monkeypatch.setattr(module, name, 100)
 
 
@@ -247,6 +248,20 @@ def test_thorough_says_what_it_ran_and_what_it_left_out(few_queries):
     assert "left_out" not in build_protocol(Net(3).eval(), data, Linf(0.3), "thorough").settings
     with pytest.raises(ValueError, match=r"interval-pgd needs interval bounds of the model: .*log_softmax"):
         robust_accuracy(model, data, Linf(0.3), "interval-pgd")
+
+
+def test_quick_leaves_out_a_square_that_does_not_fit():
+    """It keeps what each of its three parts breaks; the grid of Square for l2 needs 5x5 pixels."""
+    model = Net(3).eval()
+    data = images(model, 200)
+    quick, pgd = (robust_accuracy(model, data, Linf(0.1), name) for name in ("quick", "pgd"))
+    assert 0 < quick.accuracy < pgd.accuracy < 1
+    assert set(quick.fooled_by[quick.fooled_by >= 0].tolist()) == {0, 1, 2}
+    assert quick.to_json()["queries"] == autoattack.QUICK_QUERIES == 200
+    small = nn.Sequential(nn.Flatten(), nn.Linear(16, 3)).eval()
+    protocol = build_protocol(small, Images(torch.rand(4, 1, 4, 4), torch.zeros(4).long()), L2(0.4), "quick")
+    assert [stage.name for stage in protocol.stages] == ["pgd", "pgd-margin"]
+    assert "at least 5x5 pixels" in protocol.settings["left_out"]["square"]
 
 
 class TestTime:

@@ -55,7 +55,7 @@ def test_validation_is_by_intervals(few, tmp_path):
     list(run(parse(config), tmp_path / "run"))
     metrics = json.loads((tmp_path / "run" / "metrics.json").read_text())
     assert metrics["validation"]["interval"]["n"] == metrics["validation"]["before_rounding"]["interval"]["n"] == 20
-    assert "pgd" not in metrics["validation"]
+    assert "quick" not in metrics["validation"]
     assert metrics["objective"] == "ibp"
     page = (tmp_path / "run" / "report.html").read_text()
     assert "certified by intervals" in page

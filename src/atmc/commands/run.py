@@ -235,7 +235,7 @@ def _build_metrics(
         seconds: the time of the whole run.
     """
     choices = result.decided
-    robust = "interval" if OBJECTIVES[job.recipe.objective].certified else "pgd"
+    robust = "interval" if OBJECTIVES[job.recipe.objective].certified else job.recipe.val_attack
     return {
         "method": config.method,
         "objective": job.recipe.objective,

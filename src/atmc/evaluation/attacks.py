@@ -27,6 +27,7 @@ from atmc.robust.threats import Linf, Threat, check_threat
 
 INTERVAL_STARTS, INTERVAL_STEPS = 3, 40  # of PGD on interval bounds
 LONG_SQUARES = 3  # seeds of a longer Square
+QUICK_STEPS = 20  # of the PGD on the margin in `quick`
 FURTHER = ("interval-pgd", "corner", "square-long")  # attacks that go beyond AutoAttack, the cheapest first
 
 Perturber = Callable[[Tensor, Tensor, Tensor], Tensor]
@@ -171,6 +172,27 @@ def _show_pgd(pgd: PgdSettings) -> dict[str, Any]:
     return {name: values[name] for name in shown}
 
 
+def _build_quick(setup: Setup) -> Built:
+    """Put a PGD on the margin and a short Square, which needs no gradient, behind the paper's PGD."""
+    threat, device = setup.threat, setup.images.labels.device
+    second = replace(PgdSettings.from_image(threat, QUICK_STEPS, loss="margin"), random_start=True)
+    stages = _pgd_stages("pgd", setup, PgdSettings.paper(threat), purpose="pgd")
+    stages += _pgd_stages("pgd-margin", setup, second, purpose=setup.attack)
+    settings = {"eps": threat.eps, "steps": QUICK_STEPS, "seed": setup.seed}
+    shape = tuple(setup.images.pixels.shape[1:])
+    try:
+        autoattack.check_fit(
+            threat, [autoattack.SQUARE], attack=setup.attack, classes=setup.count_classes(), shape=shape
+        )
+    except ValueError as error:
+        return stages, settings | {"left_out": {autoattack.SQUARE: str(error)}}
+    square = autoattack.build_square(
+        setup.model, setup.model, threat, queries=autoattack.QUICK_QUERIES, seed=setup.seed, device=device
+    )
+    stages.append(Stage(autoattack.SQUARE, lambda x, y, _: square(x, y)))
+    return stages, settings | {"queries": autoattack.QUICK_QUERIES, "p": autoattack.SHARE}
+
+
 def _build_interval_pgd(setup: Setup) -> Built:
     """Raise ValueError if the model cannot be bounded by intervals."""
     try:
@@ -211,12 +233,14 @@ def _build_long_square(setup: Setup) -> Built:
         seed = derived_seed(setup.seed, restart)
 
         def perturb(x: Tensor, y: Tensor, index: Tensor) -> Tensor:
-            attack = autoattack.build_long_square(setup.model, logits(), threat, seed=seed, device=device)
+            attack = autoattack.build_square(
+                setup.model, logits(), threat, queries=autoattack.LONG_QUERIES, seed=seed, device=device
+            )
             return attack(x, y)
 
         return perturb
 
-    shown = {"queries": autoattack.LONG_QUERIES, "p": autoattack.LONG_SHARE, "restarts": LONG_SQUARES}
+    shown = {"queries": autoattack.LONG_QUERIES, "p": autoattack.SHARE, "restarts": LONG_SQUARES}
     stages = [Stage(setup.attack, build(restart)) for restart in range(LONG_SQUARES)]
     return stages, {"eps": threat.eps, **shown, "seed": setup.seed}
 
@@ -268,6 +292,11 @@ ATTACKS: dict[str, AttackSpec] = {
         help="`pgd`, then 5 random starts of 40 steps of eps / 10, iterate of highest loss",
         build=_build_strong_pgd,
         takes_pgd=True,
+    ),
+    "quick": AttackSpec(
+        help="`pgd`, then 20 steps on the margin from a random start, Square with 200 queries: for choices in training",
+        build=_build_quick,
+        gradient_free=(autoattack.SQUARE,),
     ),
     "wrm": AttackSpec(
         help="7 steps on 1.3 times the loss minus half the squared distance, in [0, 1]; reports mean distances",

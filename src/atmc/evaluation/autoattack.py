@@ -25,7 +25,8 @@ from atmc.robust.threats import Threat
 
 NORMS = {"linf": "Linf", "l2": "L2", "l1": "L1"}
 QUERIES = 5000  # of Square, in the standard version
-LONG_QUERIES, LONG_SHARE = 20_000, 0.8  # of a longer Square: queries, and share of the pixels in its first squares
+LONG_QUERIES, QUICK_QUERIES = 20_000, 200  # of a longer Square and of a short one
+SHARE = 0.8  # of the pixels in the first squares of these two
 STEPS = 100  # of APGD and FAB, in the standard version
 DLR_CLASSES = 4  # the fewest for which the targeted DLR loss is defined
 
@@ -126,10 +127,16 @@ def build_attacks(
     return {name: build(PARTS[name]) for name in names}
 
 
-def build_long_square(
-    model: nn.Module, logits: Callable[[Tensor], Tensor], threat: Threat, *, seed: int, device: torch.device
+def build_square(
+    model: nn.Module,
+    logits: Callable[[Tensor], Tensor],
+    threat: Threat,
+    *,
+    queries: int,
+    seed: int,
+    device: torch.device,
 ) -> Attack:
-    """Return Square with more queries than in the standard version, and squares that shrink accordingly later.
+    """Return Square with another number of queries than in the standard version, over which its squares shrink.
 
     Args:
         logits: what stands for the model: images (n, c, h, w) -> logits (n, classes).
@@ -138,8 +145,8 @@ def build_long_square(
         logits,
         norm=NORMS[threat.name],
         eps=threat.eps,
-        n_queries=LONG_QUERIES,
-        p_init=LONG_SHARE,
+        n_queries=queries,
+        p_init=SHARE,
         seed=seed,
         resc_schedule=True,
         device=device,

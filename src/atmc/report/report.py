@@ -18,9 +18,10 @@ from atmc.report.layers import layers_section
 from atmc.report.markup import cut, element, escape, page, section, table
 from atmc.robust.attacks import PgdSettings
 from atmc.robust.threats import Threat
+from atmc.training.settings import VAL_ATTACKS
 
 NAME = 28  # letters of a class name below a picture
-ROBUST = {"pgd": "under pgd", "interval": "certified by intervals"}  # what validation measured, in words
+ROBUST = {"interval": "certified by intervals"} | {name: f"under {name}" for name in VAL_ATTACKS}  # of validation
 SPACE = "\u00a0"  # a space that does not break, before a percent sign
 
 

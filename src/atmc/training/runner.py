@@ -99,7 +99,8 @@ class Record:
 
     Args:
         loss: mean over the epoch; None for epoch 0.
-        clean, robust: accuracies on the first clean_n and robust_n validation images, the second one under `pgd`.
+        clean, robust: accuracies on the first clean_n and robust_n validation images, the second one under
+            `val_attack`, or certified by intervals.
         nominal_bits: see `compress.budget.nominal_bits`.
         file_bytes: the projected size of the file under a budget in bytes; None otherwise.
         primal, dual: residuals of ADMM; None without ADMM.
@@ -304,7 +305,7 @@ class Runner:
     def _validate(self, model: nn.Module) -> tuple[Accuracy, Accuracy]:
         """Return clean and robust accuracy on the first val_clean_n and val_n validation images, in float32.
 
-        Robust means under `pgd`, or certified by intervals if the objective trains for them.
+        Robust means under `val_attack`, or certified by intervals if the objective trains for them.
         """
         model.eval()
         with full_float32(), cached_weights(model):
@@ -312,7 +313,7 @@ class Runner:
             if OBJECTIVES[self._recipe.objective].certified:
                 robust = interval_accuracy(model, self._val, self._threat, n=self._recipe.val_n)
             else:
-                robust = robust_accuracy(model, self._val, self._threat, "pgd", n=self._recipe.val_n)
+                robust = robust_accuracy(model, self._val, self._threat, self._recipe.val_attack, n=self._recipe.val_n)
         return clean, robust
 
     def _score(self, clean: Accuracy, robust: Accuracy) -> float:

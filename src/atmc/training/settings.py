@@ -33,6 +33,7 @@ LEARNING_RATES = {
 }
 INITIALIZATIONS = ("given", "ibp")
 RANKINGS = ("effect", "magnitude")
+VAL_ATTACKS = ("quick", "pgd", "pgd-strong", "autoattack")
 QUANTIZATIONS = ("proximal", "gradient", "straight-through")
 BATCH_SIZE = 128
 LARGE_BALL = 0.1  # the smallest eps of an l-infinity ball in which `choose_objective` takes `ibp`
@@ -192,6 +193,11 @@ class Recipe:
     )
     augment: str = setting("random changes of training images, see [data.md](data.md)", "none", choices=AUGMENTATIONS)
     val_n: int = setting("validation images under attack per epoch, the first ones", 1000, bounds=AT_LEAST_ONE)
+    val_attack: str = setting(
+        "the attack on them, see [evaluation.md](evaluation.md); objectives that train for proofs count proofs instead",
+        "quick",
+        choices=VAL_ATTACKS,
+    )
     val_clean_n: int | None = setting(
         "clean validation images per epoch, the first ones; for quick trials", None, bounds=AT_LEAST_ONE, optional=True
     )
