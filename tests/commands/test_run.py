@@ -194,7 +194,7 @@ def test_a_quick_trial_validates_on_fewer_images_and_says_so(here):
     assert {(line["clean_n"], line["robust_n"]) for line in log} == {(30, 20)}
     validation = json.loads((here / "out" / "metrics.json").read_text())["validation"]
     assert (validation["clean"]["n"], validation["quick"]["n"]) == (30, 20)
-    assert "Validation images: 30 clean, 20 under pgd." in (here / "out" / "report.html").read_text()
+    assert "Validation images: 30 clean, 20 under the attack quick." in (here / "out" / "report.html").read_text()
     with pytest.raises(ValueError, match=r"training\.val_clean_n was 30, is None"):
         finish(here / "out", resume=True, changes={"training": {**changes["training"], "val_clean_n": None}})
 

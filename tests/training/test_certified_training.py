@@ -59,7 +59,7 @@ def test_validation_is_by_intervals(few, tmp_path):
     assert metrics["objective"] == "ibp"
     page = (tmp_path / "run" / "report.html").read_text()
     assert "certified by intervals" in page
-    assert "under pgd</td>" not in page
+    assert "under the attack</td>" not in page
 
 
 def test_a_network_without_bounds_is_refused_before_training(few):

@@ -21,7 +21,7 @@ from atmc.robust.threats import Threat
 from atmc.training.settings import VAL_ATTACKS
 
 NAME = 28  # letters of a class name below a picture
-ROBUST = {"interval": "certified by intervals"} | {name: f"under {name}" for name in VAL_ATTACKS}  # of validation
+ROBUST = {"interval": "certified by intervals"} | {name: f"under the attack {name}" for name in VAL_ATTACKS}
 SPACE = "\u00a0"  # a space that does not break, before a percent sign
 
 
