@@ -282,6 +282,7 @@ def test_page_with_joined_grouped_and_sorted_rows(tmp_path):
     for run, bits, speed in (("a", 4, 1.0), ("b", 8, 3.0), ("c", 4, 2.0)):
         write_run(tmp_path / run, bits=bits)
         (tmp_path / run / "log.jsonl").write_text(f'{{"seconds": {speed}}}\n{{"seconds": {speed + 1}}}\n')
+        (tmp_path / run / "config.toml").write_text(f"[training]\nrho = {10 * speed}\n")
     page = tmp_path / "page.md"
     page.write_text(
         PAGE + PAGE.replace("runs", "epochs") + PAGE.replace("runs", "means") + PAGE.replace("runs", "note")
@@ -293,10 +294,10 @@ def test_page_with_joined_grouped_and_sorted_rows(tmp_path):
 
         [runs]
         sources = ["*/metrics.json"]
-        join = { log = 'f"{run}/log.jsonl"', other = '"none.json"' }
+        join = { log = 'f"{run}/log.jsonl"', config = 'f"{run}/config.toml"', other = '"none.json"' }
         where = "run != 'b'"
         sort = ["-log[0].seconds"]
-        columns = ["run", "size", "s=log[-1].seconds", "other"]
+        columns = ["run", "size", "s=log[-1].seconds", "rho=config.training.rho", "other"]
         file = "runs.csv"
 
         [epochs]
@@ -316,11 +317,11 @@ def test_page_with_joined_grouped_and_sorted_rows(tmp_path):
     )
     assert call("table", "--page", page) == 0
     blocks = [block.split("<!-- end")[0].strip().splitlines() for block in page.read_text().split(" -->\n")[1::2]]
-    assert blocks[0][2:] == ["| c | 3920 | 3.0 | – |", "| a | 3920 | 2.0 | – |"]
+    assert blocks[0][2:] == ["| c | 3920 | 3.0 | 20.0 | – |", "| a | 3920 | 2.0 | 10.0 | – |"]
     assert blocks[1][2:] == ["| pgd | 360 | a |", "| pgd-strong | 100 | a |"]
     assert blocks[2][2:] == ["| 4 | 2 | 3921 |", "| 8 | 1 | 3921 |"]
     assert blocks[3] == ["8 bits"]
-    assert (tmp_path / "runs.csv").read_text() == "run,size,s,other\nc,3920,3.0,\na,3920,2.0,\n"
+    assert (tmp_path / "runs.csv").read_text() == "run,size,s,rho,other\nc,3920,3.0,20.0,\na,3920,2.0,10.0,\n"
     assert page.read_text().count("Text.") == 4
 
 

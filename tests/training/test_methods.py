@@ -211,6 +211,26 @@ def test_the_budget_is_reached_gradually_and_kept(few):
     assert set(counts[9:]) == {work.nonzeros}
 
 
+@pytest.mark.parametrize("shrinks", [True, False])
+def test_while_the_budget_falls_what_was_removed_stays_out_and_the_rate_rises(few, shrinks):
+    """A phase that is not said to shrink keeps its high rate, and lets in what one step makes large enough."""
+    work = job(few, method="al0", bits=None, epochs={"dense": 0, "l0": 8, "tune": 0}, learning_rate={"l0": 0.05})
+    work.runner.phases = [replace(phase, shrinks=shrinks and phase.shrinks) for phase in work.runner.phases]
+    tensors = compressible_parameters(work.runner.model)
+    support, entered = {name: tensor.detach() != 0 for name, tensor in tensors.items()}, 0
+    for event in work.run():
+        if isinstance(event, StepDone):
+            now = {name: tensor.detach() != 0 for name, tensor in tensors.items()}
+            if (event.epoch - 1 + (event.step - 1) / event.steps) / 8 < 0.5:
+                entered += sum(int((now[name] & ~support[name]).sum()) for name in now)
+            support = now
+    assert (entered == 0) == shrinks
+    phase = next(phase for phase in work.runner.phases if phase.name == "l0")
+    rate = work.runner._loop(phase, 0).learning_rate
+    assert (rate(0.0) < 0.1 * rate(0.25) < 0.1 * rate(0.5)) == shrinks
+    assert rate(0.75) < rate(0.5)
+
+
 def test_ap_keeps_the_support_of_its_one_shot_mask(few):
     dense = job(few, method="da", bits=None)
     list(dense.run())

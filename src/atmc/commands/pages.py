@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from atmc.commands.expressions import Lookups, Scope, evaluate, parse, render
-from atmc.commands.rows import Row, draw_table, parse_column, read_json
+from atmc.commands.rows import Row, draw_table, parse_column, read_document
 from atmc.core.errors import unknown
 
 DESCRIPTION = "tables.toml"
@@ -125,7 +125,7 @@ def _build_rows(table: Mapping[str, Any], folder: Path, definitions: Mapping[str
     for name, source in table.get("join", {}).items():
         for row in rows:
             path = folder / render(value_in(row, source))
-            row.append({name: read_json(path) if path.is_file() else None})
+            row.append({name: read_document(path) if path.is_file() else None})
     families = [rows]
     for source in table.get("rows", []):
         families = [_make_children(value_in(row, source), row) for siblings in families for row in siblings]
@@ -154,7 +154,7 @@ def _read_sources(sources: Sequence[str], folder: Path) -> list[Row]:
             raise ValueError(f"there is no file {folder / source}")
         for path in paths:
             run = path.parent.name if path.name == "metrics.json" else path.stem
-            document = read_json(path)
+            document = read_document(path)
             names = {"run": run, "folder": path.parent.relative_to(folder).as_posix(), "document": document}
             rows.append([document, names] if isinstance(document, dict) else [names])
     return rows

@@ -11,6 +11,7 @@ import csv
 import io
 import json
 import re
+import tomllib
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -35,17 +36,19 @@ class Column:
     spec: str = ""
 
 
-def read_json(path: Path) -> Any:
-    """Read a JSON file, or a .jsonl file as a list with one value per line.
+def read_document(path: Path) -> Any:
+    """Read a JSON or TOML file, or a .jsonl file as a list with one value per line.
 
     Raises:
-        ValueError: it is no JSON.
+        ValueError: it is not what its name says.
     """
     text = path.read_text(encoding="utf-8")
     try:
+        if path.suffix == ".toml":
+            return tomllib.loads(text)
         return [json.loads(line) for line in text.splitlines()] if path.suffix == ".jsonl" else json.loads(text)
     except ValueError as error:
-        raise ValueError(f"{path} is not JSON: {error}") from None
+        raise ValueError(f"{path} is not {'TOML' if path.suffix == '.toml' else 'JSON'}: {error}") from None
 
 
 def read_results(paths: Sequence[Path]) -> list[Row]:
@@ -70,7 +73,7 @@ def read_results(paths: Sequence[Path]) -> list[Row]:
     shared = {name for name, count in Counter(names).items() if count > 1}
     rows: list[Row] = []
     for (_, file), base, name in zip(files, bases, names, strict=True):
-        document = read_json(file)
+        document = read_document(file)
         if not isinstance(document, dict):
             raise ValueError(f"{file} holds no result: expected a JSON object")
         rows.append([document, {"run": str(base) if name in shared else name}])
@@ -95,7 +98,7 @@ def _find_results(path: Path) -> list[Path]:
 
 
 def _is_evaluation(path: Path) -> bool:
-    document = read_json(path)
+    document = read_document(path)
     return isinstance(document, dict) and "attacks" in document
 
 

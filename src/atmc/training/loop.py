@@ -102,6 +102,7 @@ def fit(
     constraint: Callable[[float], Constraint] | None = None,
     admm: Admm | None = None,
     straight_through: Codebook | None = None,
+    held: float = 0.0,
 ) -> Iterator[StepDone]:
     """Train the model in place, from epoch `start` (counted from 0) on; yield after every step.
 
@@ -115,6 +116,7 @@ def fit(
         constraint: fraction of the phase done -> what the tensors must satisfy after the step.
         admm: the state to start from; the current state comes with every `StepDone`.
         straight_through: the loss and its gradient are those of the tensors rounded to this codebook.
+        held: fraction of the phase in which entries of the tensors that are zero stay zero.
 
     Raises:
         TrainingDiverged: the loss is not finite.
@@ -153,8 +155,11 @@ def fit(
             if allowed is not None and allowed.linear:  # before Adam, which would take another step for every entry
                 gradients = {name: t.grad for name, t in tensors.items() if t.grad is not None}
                 assign(gradients, allowed.project(gradients))
+            support = {name: t.detach() != 0 for name, t in tensors.items()} if done < held else {}
             optimizer.step()
             # projection
+            for name, mask in support.items():
+                tensors[name].detach().mul_(mask)
             if allowed is not None:
                 metric = current_metric(model, tensors, moments, recipe)
                 assign(tensors, allowed.project({name: t.detach() for name, t in tensors.items()}, metric))

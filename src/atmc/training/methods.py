@@ -240,7 +240,7 @@ def _l0_phase(plan: Plan, *, factored: bool = False) -> Phase:
             profit = plan.recipe.factor_profit
             factorize_if_it_pays(model, plan.nonzeros, profit=profit, exclude=plan.recipe.exclude)
 
-    return Phase(name="l0", enter=enter, constraint=constraint, feasible=_prune)
+    return Phase(name="l0", enter=enter, constraint=constraint, feasible=_prune, shrinks=True)
 
 
 def _equalization(plan: Plan) -> Callable[[nn.Module], object] | None:

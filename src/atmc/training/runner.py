@@ -51,6 +51,9 @@ class Phase:
         admm: allocation -> the ADMM that pulls the tensors.
         straight_through: allocation -> the codebook to which the tensors are rounded in every forward pass.
         keeps_start: whether the model on entry is itself a candidate.
+        shrinks: whether the phase brings a dense network down to the budget. While it does (`Recipe.gradual`), the
+            learning rate rises and what was removed stays out: Adam's first steps on hundreds of thousands of weights,
+            and removed entries that jump back in by one such step each, throw a trained network off.
     """
 
     name: str
@@ -61,6 +64,7 @@ class Phase:
     admm: Callable[[Allocation], Admm] | None = None
     straight_through: Callable[[Allocation], Codebook] | None = None
     keeps_start: bool = False
+    shrinks: bool = False
 
 
 @dataclass
@@ -224,6 +228,7 @@ class Runner:
             constraint=_bind_allocation(step_constraint, state) if step_constraint else None,
             admm=admm,
             straight_through=phase.straight_through(_allocation(state)) if phase.straight_through else None,
+            held=self._recipe.gradual if phase.shrinks else 0.0,
         ):
             yield replace(step, phase=phase.name, fraction=self._fraction_done(state.phase, step))
             if step.epoch_done:
@@ -325,9 +330,10 @@ class Runner:
         """Return how a phase goes through the data; phase None is batch norm re-estimation, which trains nothing."""
         recipe, dense = self._recipe, phase is not None and phase.name == "dense"
         peak = recipe.learning_rate[phase.name] if phase and recipe.epochs.get(phase.name, 0) else 0.0
+        warmup = recipe.warmup if dense else recipe.gradual if phase is not None and phase.shrinks else 0.0
         return Loop(
             recipe,
-            learning_rate=cosine(peak, recipe.warmup if dense else 0.0),
+            learning_rate=cosine(peak, warmup),
             eps_ramp=recipe.eps_ramp if dense else 0.0,
             seed=derived_seed(recipe.seed, index),
         )

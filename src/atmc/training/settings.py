@@ -144,7 +144,8 @@ class Recipe:
         False,
     )
     gradual: float = setting(
-        "fraction of the l0 and admm phases in which the nonzeros fall to the budget (Zhu and Gupta 2018)",
+        "fraction of the l0 and admm phases in which the nonzeros fall to the budget (Zhu and Gupta 2018); meanwhile "
+        "the learning rate of l0 rises, and what it removed stays out",
         0.5,
         bounds=Bounds(low=0, high=1),
     )
