@@ -214,7 +214,8 @@ def test_the_budget_is_reached_gradually_and_kept(few):
 @pytest.mark.parametrize("shrinks", [True, False])
 def test_while_the_budget_falls_what_was_removed_stays_out_and_the_rate_rises(few, shrinks):
     """A phase that is not said to shrink keeps its high rate, and lets in what one step makes large enough."""
-    work = job(few, method="al0", bits=None, epochs={"dense": 0, "l0": 8, "tune": 0}, learning_rate={"l0": 0.05})
+    settings = {"epochs": {"dense": 0, "l0": 8, "tune": 0}, "learning_rate": {"l0": 0.2}}
+    work = job(few, method="al0", bits=None, ratio=0.9, **settings)
     work.runner.phases = [replace(phase, shrinks=shrinks and phase.shrinks) for phase in work.runner.phases]
     tensors = compressible_parameters(work.runner.model)
     support, entered = {name: tensor.detach() != 0 for name, tensor in tensors.items()}, 0
