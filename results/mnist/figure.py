@@ -13,7 +13,7 @@ import matplotlib.pyplot as plt
 
 HERE = Path(__file__).parent
 ADVERSARIAL, EVALUATION = HERE.parent / "mnist-adversarial", HERE.parent / "evaluation" / "mnist"
-RUNS = ("bytes-1500-dense16", "bytes-4500-dense16", "bytes-9400", "bytes-40000", "dense")  # seed 0
+RUNS = ("bytes-1500-ranked", "bytes-4500-ranked", "bytes-9400", "bytes-40000", "dense")  # seed 0
 DENSE_BYTES = 4 * 430_500  # of the weights in float32
 BLUE, ORANGE, GRAY = "#0072b2", "#d55e00", "#7a7a7a"
 
