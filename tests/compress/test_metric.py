@@ -6,7 +6,7 @@ from torch import nn
 
 from atmc.compress.constraints import NonzeroBudget
 from atmc.compress.factorize import compressible_parameters, factorize
-from atmc.compress.metric import FEWEST_STEPS, Metric, Moments, measure_metric
+from atmc.compress.metric import FEWEST_STEPS, SILENT_STEPS, Metric, Moments, measure_metric
 
 
 def factorized(form: str) -> nn.Linear:
@@ -64,7 +64,7 @@ def test_full_sensitivity_does_not_depend_on_the_scale_of_a_layer():
     scaled.weight.data.copy_(plain.weight.data * 100)
     moments = moments_of(plain)
     tensors, larger = compressible_parameters(plain), compressible_parameters(scaled)
-    smaller_gradients = Moments({"weight": moments.sums["weight"] / 100**2}, dict(moments.steps))
+    smaller_gradients = Moments({"weight": moments.sums["weight"] / 100**2}, dict(moments.steps), dict(moments.silent))
     one = measure_metric(plain, tensors, moments, **settings(sensitivity=1.0)).scores(tensors)
     two = measure_metric(scaled, larger, smaller_gradients, **settings(sensitivity=1.0)).scores(larger)
     assert torch.allclose(one["weight"], two["weight"], rtol=1e-4)
@@ -81,6 +81,35 @@ def test_an_entry_that_the_loss_never_sees_goes_first():
     metric = measure_metric(model, tensors, moments, **settings(sensitivity=0.1))
     assert NonzeroBudget(11).project(tensors, metric)["weight"][1, 2] == 0
     assert NonzeroBudget(11).project(tensors)["weight"][1, 2] != 0
+
+
+def test_a_unit_that_is_off_for_many_steps_leaves_with_all_its_weights_and_changes_no_output():
+    """Unit 0 is off for every image in [0, 1], and nothing leads to unit 1; both would win by their size."""
+    model = nn.Sequential(nn.Linear(3, 4), nn.ReLU(), nn.Linear(4, 2))
+    tensors, moments = compressible_parameters(model), Moments()
+    with torch.no_grad():
+        model[0].weight[0], model[0].bias[0] = -5.0, -0.1
+        model[0].weight[1], model[0].bias[1], model[2].weight[:, 1] = 0.0, 0.0, 7.0
+        model[0].bias[2:] = 1.0
+    images = torch.rand(SILENT_STEPS, 8, 3, generator=torch.Generator().manual_seed(0))
+    for step, x in enumerate(images):
+        metric = measure_metric(model, tensors, moments, **settings(sensitivity=0.1))
+        kept = NonzeroBudget(100).project(tensors, metric)
+        assert all(torch.equal(kept[name], tensor) for name, tensor in tensors.items()), step
+        model.zero_grad()
+        model(x).square().sum().backward()
+        moments.update(tensors)
+    metric = measure_metric(model, tensors, moments, **settings(sensitivity=0.1))
+    kept = NonzeroBudget(100).project(tensors, metric)
+    silent = {"0.weight": [0, 1], "2.weight": [0, 1]}
+    assert not kept["0.weight"][silent["0.weight"]].any()
+    assert not kept["2.weight"][:, silent["2.weight"]].any()
+    assert torch.equal(kept["0.weight"][2:], model[0].weight[2:])
+    before = model(images[0])
+    model.load_state_dict(kept, strict=False)
+    assert torch.equal(model(images[0]), before)
+    by_magnitude = measure_metric(model, tensors, moments, **settings())
+    assert by_magnitude == Metric()
 
 
 def test_moments_count_only_when_they_cover_every_tensor():
@@ -108,6 +137,7 @@ def test_moments_are_adams_and_survive_a_round_trip():
     assert torch.allclose(moments.sums["weight"], optimizer.state[model.weight]["exp_avg_sq"], rtol=1e-5)
     again = Moments.restored(moments.state())
     assert torch.equal(again.sums["weight"], moments.sums["weight"])
+    assert torch.equal(again.silent["weight"], moments.silent["weight"])
     assert again.steps == {"weight": 5}
     assert Moments.restored({}) == Moments()
 

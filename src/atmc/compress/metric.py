@@ -6,7 +6,9 @@ V (the identity of the shifted forms added).
 
 The budget keeps the entries of largest e^(1 - s) (|x| sqrt(v))^s, s being the sensitivity. s = 0 compares effects on W
 alone, which depend on the arbitrary scale of layers; s = 1 compares first-order changes of the loss (Molchanov et al.
-2017), which does not, but is noisy; a small s is enough to let entries go that the loss never sees.
+2017), which does not, but is noisy; a small s tells apart what size alone does not. An entry without any gradient for
+`SILENT_STEPS` steps is worth nothing, whatever its size: it belongs to a unit that is always off, or that nothing leads
+to or from. All entries of such a unit are silent together, so that dropping them changes no output.
 
 Rounding x to q costs about v (x - q)^2 / 2 of the loss if v stands for the curvature. Adam takes its steps in the
 metric sqrt(v), and the k-means of ADMM's second step belongs to the same metric: it weighs squared errors by sqrt(v).
@@ -26,6 +28,7 @@ from atmc.compress.factorize import factor_structure
 Tensors = Mapping[str, Tensor]
 DECAY = 0.999  # of the running means, as in Adam
 FEWEST_STEPS = 20  # before the means of a tensor count
+SILENT_STEPS = 100  # without any gradient, after which an entry is worth nothing
 TINY = 1e-24  # added to v, so that entries without any gradient are still ranked by size
 
 
@@ -42,7 +45,7 @@ class Metric:
     rounding: Tensors = field(default_factory=dict)
 
     def scores(self, tensors: Tensors) -> dict[str, Tensor]:
-        """Return by what the entries of the tensors are ranked: never negative, and 0 exactly where an entry is 0."""
+        """Return by what the entries of the tensors are ranked: never negative, 0 for entries that are 0 or silent."""
         return {
             name: tensor.abs() * self.ranking[name].to(tensor.dtype) if name in self.ranking else tensor.abs()
             for name, tensor in tensors.items()
@@ -53,11 +56,13 @@ class Metric:
 class Moments:
     """Running means of the squared gradients of parameters, like Adam's: name -> sum, and the steps that it is over.
 
-    The sums start at zero and are not corrected for that: they only serve to compare entries of the same age.
+    The sums start at zero and are not corrected for that: they only serve to compare entries of the same age. `silent`
+    counts the steps since an entry last had a gradient, as int16.
     """
 
     sums: dict[str, Tensor] = field(default_factory=dict)
     steps: dict[str, int] = field(default_factory=dict)
+    silent: dict[str, Tensor] = field(default_factory=dict)
 
     @torch.no_grad()
     def update(self, tensors: Mapping[str, Tensor]) -> None:
@@ -65,10 +70,13 @@ class Moments:
         for name, parameter in tensors.items():
             if name not in self.sums:
                 self.sums[name] = torch.zeros_like(parameter, dtype=torch.float32)
+                self.silent[name] = torch.zeros_like(parameter, dtype=torch.int16)
                 self.steps[name] = 0
             self.sums[name].mul_(DECAY)
+            self.silent[name].add_(1).clamp_max_(SILENT_STEPS)
             if parameter.grad is not None:
                 self.sums[name].addcmul_(parameter.grad, parameter.grad, value=1 - DECAY)
+                self.silent[name].masked_fill_(parameter.grad != 0, 0)
             self.steps[name] += 1
 
     def cover(self, tensors: Mapping[str, Tensor]) -> bool:
@@ -79,16 +87,16 @@ class Moments:
         """Forget tensors that are not among these, or have another shape."""
         for name in list(self.sums):
             if name not in tensors or tensors[name].shape != self.sums[name].shape:
-                del self.sums[name], self.steps[name]
+                del self.sums[name], self.silent[name], self.steps[name]
 
     def state(self) -> dict[str, Any]:
         """Return the state as plain tensors and numbers, for a checkpoint."""
-        return {"sums": dict(self.sums), "steps": dict(self.steps)}
+        return {"sums": dict(self.sums), "steps": dict(self.steps), "silent": dict(self.silent)}
 
     @classmethod
     def restored(cls, state: Mapping[str, Any]) -> Moments:
         """Return the moments that `state` returned."""
-        return cls(dict(state["sums"]), dict(state["steps"])) if state else cls()
+        return cls(dict(state["sums"]), dict(state["steps"]), dict(state["silent"])) if state else cls()
 
 
 @torch.no_grad()
@@ -110,6 +118,7 @@ def measure_metric(
     for name in tensors if moments.cover(tensors) else ():
         if sensitivity:
             root = (moments.sums[name] + TINY).pow(sensitivity / 2)
+            root = root.masked_fill(moments.silent[name] >= SILENT_STEPS, 0)
             partner = ranking.get(name)
             ranking[name] = root if partner is None else partner.pow(1 - sensitivity) * root
         if weighted:

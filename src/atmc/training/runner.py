@@ -330,7 +330,7 @@ class Runner:
         """Return how a phase goes through the data; phase None is batch norm re-estimation, which trains nothing."""
         recipe, dense = self._recipe, phase is not None and phase.name == "dense"
         peak = recipe.learning_rate[phase.name] if phase and recipe.epochs.get(phase.name, 0) else 0.0
-        warmup = recipe.warmup if dense else recipe.gradual if phase is not None and phase.shrinks else 0.0
+        warmup = recipe.gradual if phase is not None and phase.shrinks else recipe.warmup
         return Loop(
             recipe,
             learning_rate=cosine(peak, warmup),

@@ -131,7 +131,7 @@ class Recipe:
         choices=INITIALIZATIONS,
     )
     warmup: float = setting(
-        "fraction of the dense phase in which the learning rate rises",
+        "fraction of a phase in which the learning rate rises; in `l0` it is `gradual`",
         0.15,
         bounds=Bounds(low=0, high=1, open_high=True),
     )
