@@ -7,8 +7,8 @@ V (the identity of the shifted forms added).
 The budget keeps the entries of largest e^(1 - s) (|x| sqrt(v))^s, s being the sensitivity. s = 0 compares effects on W
 alone, which depend on the arbitrary scale of layers; s = 1 compares first-order changes of the loss (Molchanov et al.
 2017), which does not, but is noisy; a small s tells apart what size alone does not. An entry without any gradient for
-`SILENT_STEPS` steps is worth nothing, whatever its size: it belongs to a unit that is always off, or that nothing leads
-to or from. All entries of such a unit are silent together, so that dropping them changes no output.
+`SILENT_STEPS` steps ranks behind all others, whatever its size: it belongs to a unit that is always off, or that
+nothing leads to or from. It leaves when its place is wanted: while there is room, the unit may come on again.
 
 Rounding x to q costs about v (x - q)^2 / 2 of the loss if v stands for the curvature. Adam takes its steps in the
 metric sqrt(v), and the k-means of ADMM's second step belongs to the same metric: it weighs squared errors by sqrt(v).
@@ -28,7 +28,8 @@ from atmc.compress.factorize import factor_structure
 Tensors = Mapping[str, Tensor]
 DECAY = 0.999  # of the running means, as in Adam
 FEWEST_STEPS = 20  # before the means of a tensor count
-SILENT_STEPS = 100  # without any gradient, after which an entry is worth nothing
+SILENT_STEPS = 100  # without any gradient, after which an entry ranks last
+SILENT_SCORE = 1e-9  # times what it would be otherwise
 TINY = 1e-24  # added to v, so that entries without any gradient are still ranked by size
 
 
@@ -45,7 +46,7 @@ class Metric:
     rounding: Tensors = field(default_factory=dict)
 
     def scores(self, tensors: Tensors) -> dict[str, Tensor]:
-        """Return by what the entries of the tensors are ranked: never negative, 0 for entries that are 0 or silent."""
+        """Return by what the entries of the tensors are ranked: never negative, and 0 exactly where an entry is 0."""
         return {
             name: tensor.abs() * self.ranking[name].to(tensor.dtype) if name in self.ranking else tensor.abs()
             for name, tensor in tensors.items()
@@ -118,7 +119,7 @@ def measure_metric(
     for name in tensors if moments.cover(tensors) else ():
         if sensitivity:
             root = (moments.sums[name] + TINY).pow(sensitivity / 2)
-            root = root.masked_fill(moments.silent[name] >= SILENT_STEPS, 0)
+            root = torch.where(moments.silent[name] >= SILENT_STEPS, root * SILENT_SCORE, root)
             partner = ranking.get(name)
             ranking[name] = root if partner is None else partner.pow(1 - sensitivity) * root
         if weighted:

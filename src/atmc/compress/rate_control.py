@@ -182,12 +182,15 @@ def _bit_price(kept: Mapping[str, Tensor], metric: Metric = NO_METRIC) -> float:
     """Return the squared error that a bit is worth, from that of pruning the marginal nonzero; see `RateControl`.
 
     The marginal nonzero is the one that ranks lowest. Its magnitude is that of an entry of median sensitivity with its
-    score: small entries that the loss depends on rank higher, and say nothing about the margin.
+    score: small entries that the loss depends on rank higher, and say nothing about the margin. Nor do silent ones.
     """
     scores = metric.scores(kept)
     magnitudes = torch.cat([tensor[tensor != 0].abs() for tensor in kept.values()])
     ranked = torch.cat([scores[name][tensor != 0] for name, tensor in kept.items()])
-    marginal = ranked.kthvalue(max(int(MARGINAL * len(ranked)), 1)).values / (ranked / magnitudes).median()
+    factors = ranked / magnitudes
+    live = factors > 1e-6 * factors.max()  # not silent
+    ranked, factors = ranked[live], factors[live]
+    marginal = ranked.kthvalue(max(int(MARGINAL * len(ranked)), 1)).values / factors.median()
     return float(marginal) ** 2 / BITS_PER_NONZERO / ROUNDING
 
 

@@ -52,8 +52,9 @@ class Phase:
         straight_through: allocation -> the codebook to which the tensors are rounded in every forward pass.
         keeps_start: whether the model on entry is itself a candidate.
         shrinks: whether the phase brings a dense network down to the budget. While it does (`Recipe.gradual`), the
-            learning rate rises and what was removed stays out: Adam's first steps on hundreds of thousands of weights,
-            and removed entries that jump back in by one such step each, throw a trained network off.
+            learning rate rises, along a cubic like the budget's, and what was removed stays out: Adam's steps on
+            hundreds of thousands of weights, and removed entries that jump back in by one such step each, throw a
+            trained network off.
     """
 
     name: str
@@ -333,7 +334,7 @@ class Runner:
         warmup = recipe.gradual if phase is not None and phase.shrinks else recipe.warmup
         return Loop(
             recipe,
-            learning_rate=cosine(peak, warmup),
+            learning_rate=cosine(peak, warmup, power=1 if dense else 3),
             eps_ramp=recipe.eps_ramp if dense else 0.0,
             seed=derived_seed(recipe.seed, index),
         )
