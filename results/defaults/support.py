@@ -41,7 +41,7 @@ from atmc.training.methods import METHODS, Plan
 from atmc.training.runner import Phase, Tensors
 
 THREAT, RATIO, EVERY, L0_EPOCHS, BATCH = atmc.Linf(76 / 255), 0.0015, 50, 10, 128
-KEY = ("rule", "seed", "silent_steps")
+KEY = ("rule", "seed", "silent", "rise")
 DENSE = Path(__file__).parents[1] / "mnist" / "dense" / "model.atmc"
 
 
@@ -187,7 +187,8 @@ def main() -> None:
             row = {
                 "rule": name,
                 "seed": seed,
-                "silent_steps": options.silent_steps,
+                "silent": "last" if options.silent_steps < steps else "kept",
+                "rise": 3,
                 "nonzeros": sum(int(t.count_nonzero()) for t in tensors.values()),
                 "entered": support.entered(tensors) if support.first else None,
                 "clean": clean_accuracy(result.model, data.val).to_json(),

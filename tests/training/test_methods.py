@@ -233,6 +233,22 @@ def test_while_the_budget_falls_what_was_removed_stays_out_and_the_rate_rises(fe
     assert rate(0.75) < rate(0.5)
 
 
+@pytest.mark.parametrize(("method", "settings", "holds"), [("al0q", {}, True), ("atmc", {"regrow": 2.0}, False)])
+def test_the_admm_phase_lets_entries_in_only_if_it_regrows(few, method, settings, holds):
+    epochs, rates = {"dense": 0, "l0": 2, "admm": 2, "tune": 0}, {"l0": 0.01, "admm": 0.2}
+    work = job(few, method=method, bits=2, ratio=0.1, epochs=epochs, learning_rate=rates, **settings)
+    support: dict[str, torch.Tensor] = {}
+    entered = 0
+    for event in work.run():
+        if isinstance(event, StepDone) and event.phase == "admm":
+            tensors = compressible_parameters(work.runner.model)
+            now = {name: tensor.detach() != 0 for name, tensor in tensors.items()}
+            entered += sum(int((now[name] & ~support[name]).sum()) for name in now) if support else 0
+            support = now
+    assert support
+    assert (entered == 0) == holds
+
+
 def test_ap_keeps_the_support_of_its_one_shot_mask(few):
     dense = job(few, method="da", bits=None)
     list(dense.run())

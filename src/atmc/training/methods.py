@@ -280,6 +280,7 @@ def _admm_phase(plan: Plan, *, factored: bool) -> Phase:
         feasible=Allocation.constraint,
         admm=admm if plan.codebook and plan.recipe.quantization != "straight-through" else None,
         straight_through=codebook if plan.codebook and plan.recipe.quantization == "straight-through" else None,
+        keeps_support=not factored and plan.recipe.regrow == 1,
     )
 
 

@@ -51,6 +51,7 @@ class Phase:
         admm: allocation -> the ADMM that pulls the tensors.
         straight_through: allocation -> the codebook to which the tensors are rounded in every forward pass.
         keeps_start: whether the model on entry is itself a candidate.
+        keeps_support: whether entries that are zero when the phase begins stay zero.
         shrinks: whether the phase brings a dense network down to the budget. While it does (`Recipe.gradual`), the
             learning rate rises, along a cubic like the budget's, and what was removed stays out: Adam's steps on
             hundreds of thousands of weights, and removed entries that jump back in by one such step each, throw a
@@ -65,6 +66,7 @@ class Phase:
     admm: Callable[[Allocation], Admm] | None = None
     straight_through: Callable[[Allocation], Codebook] | None = None
     keeps_start: bool = False
+    keeps_support: bool = False
     shrinks: bool = False
 
 
@@ -229,7 +231,7 @@ class Runner:
             constraint=_bind_allocation(step_constraint, state) if step_constraint else None,
             admm=admm,
             straight_through=phase.straight_through(_allocation(state)) if phase.straight_through else None,
-            held=self._recipe.gradual if phase.shrinks else 0.0,
+            held=self._recipe.gradual if phase.shrinks else 1.0 if phase.keeps_support else 0.0,
         ):
             yield replace(step, phase=phase.name, fraction=self._fraction_done(state.phase, step))
             if step.epoch_done:
@@ -260,6 +262,10 @@ class Runner:
         metric = current_metric(self.model, tensors, moments, self._recipe)
         if self.rate and phase.feasible:
             now, following, size = self.rate.allocate(self.model, tensors, now, choose_bits=False, metric=metric)
+            closed = (step.epoch if step else 0) > self._recipe.gradual * self._recipe.epochs.get(phase.name, 0)
+            if closed or not phase.shrinks:  # room that is filled at the full rate costs accuracy
+                most = max(now.nonzeros, state.allocation["nonzeros"])
+                following = replace(following, nonzeros=min(following.nonzeros, most))
             state.allocation = asdict(following)
         if phase.feasible:
             assign(tensors, phase.feasible(now).project(values, metric))
