@@ -113,6 +113,9 @@ class TestDone:
         assert sum(row["n"] for row in document["per_class"]["pgd"]) == 60
         right = sum(round(row["accuracy"] * row["n"]) for row in document["per_class"]["pgd"])
         assert right == round(document["attacks"]["pgd"]["accuracy"] * 60)
+        for name, accuracy in {"clean": document["clean"], **document["attacks"]}.items():
+            assert len(document["wrong"][name]) == round((1 - accuracy["accuracy"]) * accuracy["n"])
+        assert {row for row in document["wrong"]["clean"] if row < 60} <= set(document["wrong"]["pgd"])
         for word in ("checks of the evaluation", "McNemar", "accuracy against eps", "by class", "passed"):
             assert word in text
         assert "WARNING" not in text

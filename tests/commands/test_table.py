@@ -13,6 +13,7 @@ from command_line import call, expect_refusal
 from atmc.commands.expressions import Scope, evaluate, parse, render
 from atmc.commands.pages import fill_page
 from atmc.commands.rows import default_columns, draw_table, parse_column, parse_columns, read_results
+from atmc.commands.seeds import compare_members
 
 RESULTS = Path(__file__).parents[2] / "results"
 PAGES = [RESULTS.parent / "README.md"]
@@ -374,12 +375,30 @@ def test_groups_of_seeds_against_a_baseline(tmp_path):
     assert atmc[4] == "+0.00 [+0.00, +0.00] |"
 
 
+def evaluation_of(n, **wrong):
+    """Return the JSON of an evaluation of n images, with the positions of those that are wrong."""
+    attacks = {name: {"n": n} for name in wrong if name != "clean"}
+    return {"clean": {"n": n}, "attacks": attacks, "wrong": wrong}
+
+
+def test_accuracies_under_attack_are_compared_image_by_image():
+    better = {"seed": 0, "evaluation": evaluation_of(100, clean=[1], pgd=[1, 2], square=[1, 3])}
+    worse = {"seed": 0, "evaluation": evaluation_of(100, clean=[1, 7], pgd=list(range(10)), square=[1, 50])}
+    gains = {"clean": 0.01, "pgd": 0.08, "square": 0.0, "worst_case": 0.08}
+    for measure, gain in gains.items():
+        result = compare_members([better], [worse], measure)
+        assert result["difference"] == gain
+        assert (result["pairs"], result["n"]) == (1, 100)
+    with pytest.raises(ValueError, match=r"unknown measure 'sqare': .* did you mean 'square'"):
+        compare_members([better], [worse], "sqare")
+
+
 @pytest.mark.parametrize(
     ("change", "sentence"),
     [
         (
             lambda f: (f / "tables.toml").write_text(SEEDS.replace('"certified")', '"robust")')),
-            "'certified' or 'clean'",
+            "no verdicts for 'robust': join the JSON of atmc evaluate",
         ),
         (lambda f: (f / "tables.toml").write_text(SEEDS.replace("{ name = ", "{ nam = ")), "did you mean 'name'"),
         (lambda f: (f / "tables.toml").write_text(SEEDS.replace('= "al0"', '= "alo"')), "no group has the values"),

@@ -1,4 +1,4 @@
-"""After training: dead weights become zero, and nothing else changes."""
+"""After training: dead weights become zero, values become float16, and nothing else changes."""
 
 import pytest
 import torch
@@ -6,11 +6,12 @@ from torch import nn
 
 from atmc.compress.constraints import NonzeroBudget
 from atmc.compress.factorize import compressible_parameters, factorize
+from atmc.evaluation.statistics import Accuracy
 from atmc.models import build
 from atmc.models.batch_norm import make_affine
 from atmc.pack import artifact
 from atmc.training.dead_weights import zero_dead_weights
-from atmc.training.finalize import finalize_copy, smallest_model
+from atmc.training.finalize import finalize, finalize_copy, smallest_model
 from atmc.training.loop import assign
 
 
@@ -116,3 +117,37 @@ def test_the_smallest_model_has_one_nonzero_in_every_layer():
     assert all(bool(p.all()) for p in small.parameters() if p.dim() == 1)
     biases = sum(2 * p.numel() for p in small.parameters() if p.dim() == 1)
     assert 0.85 * biases < len(artifact.to_bytes(small)) < biases + 250
+
+
+@pytest.mark.parametrize(
+    ("lost", "gained", "fp16"),
+    [
+        ({"clean": 0, "robust": 0}, 0, True),
+        ({"clean": 1, "robust": 0}, 0, True),  # a single image of 200
+        ({"clean": 9, "robust": 8}, 7, True),  # as many turn one way as the other
+        ({"clean": 9, "robust": 0}, 0, False),
+        ({"clean": 0, "robust": 9}, 0, False),
+    ],
+)
+def test_values_become_float16_unless_that_costs_accuracy(lost, gained, fp16):
+    def validate(model):
+        rounded = all(torch.equal(value, value.half().float()) for value in model.state_dict().values())
+        accuracies = []
+        for name in ("clean", "robust"):
+            right = torch.arange(200) < 150
+            if rounded:
+                right[: lost[name]] = False
+                right[150 : 150 + gained] = True
+            accuracies.append(Accuracy.of(right))
+        return tuple(accuracies)
+
+    model = nn.Sequential(nn.Flatten(), nn.Linear(4, 6), nn.ReLU(), nn.Linear(6, 3))
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.copy_(torch.rand(parameter.shape, generator=torch.Generator().manual_seed(0)) / 3 + 0.1)
+    options = {"exclude": (), "bits": None, "score": lambda clean, robust: 0.0, "reestimate": lambda model: False}
+    model, choices = finalize(model, validate=validate, rate=None, probe=torch.rand(4, 1, 2, 2), **options)
+    assert choices.fp16 is fp16
+    assert all(torch.equal(p, p.half().float()) for p in model.parameters()) is fp16
+    assert choices.robust.accuracy == (validate(model)[1]).accuracy
+    assert choices.unrounded[0].accuracy == 0.75

@@ -299,7 +299,8 @@ def _evaluate_file(
         yield event
         report = event if isinstance(event, Report) else None
     assert report is not None
-    figures |= report.to_json() | {"per_class": report.per_class(), "seconds": report.seconds}
+    figures |= report.to_json()
+    figures |= {"per_class": report.per_class(), "wrong": report.wrong(), "seconds": report.seconds}
     if inputs.other is not None:
         against = replace(options, state=output.state_path(AGAINST), keep=False)
         figures["against"] = yield from _evaluate_other(request, inputs.other, report, test, against)

@@ -8,6 +8,8 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from atmc.core.errors import unknown
+
 Member = Mapping[str, Any]
 
 
@@ -20,21 +22,19 @@ def compare_members(members: Sequence[Member], others: Sequence[Member] | None, 
     """Return by how much runs beat others, in accuracy, with a 95 % interval; runs of the same seed are a pair.
 
     Args:
-        members, others: runs with `seed` and `verify`, the JSON of `atmc verify`.
-        measure: "certified" or "clean".
+        members, others: runs with `seed`, and `verify` or `evaluation`, the JSON of the command of this name.
+        measure: "certified", "clean", an attack of the evaluations, or "worst_case" of all their attacks.
 
     Returns:
         None if there are no others, or no seed is in both; see `statistics.paired_difference`.
 
     Raises:
-        ValueError: another measure, a seed that occurs twice, a run without verdicts, or different numbers of images.
+        ValueError: a seed that occurs twice, a run without verdicts of this measure, or different numbers of images.
     """
     import torch
 
     from atmc.evaluation.statistics import paired_difference
 
-    if measure not in ("certified", "clean"):
-        raise ValueError(f"expected 'certified' or 'clean' to compare by, got {measure!r}")
     ours, theirs = _by_seed(members), _by_seed(others or [])
     seeds = sorted(set(ours) & set(theirs))
     if not seeds:
@@ -55,11 +55,30 @@ def _by_seed(members: Sequence[Member]) -> dict[int, Member]:
 
 
 def _verdicts(member: Member, measure: str) -> list[bool]:
-    """Return for each image whether it is certified, or right without an attack."""
-    verify = member.get("verify")
-    if not verify or "verdicts" not in verify:
-        raise ValueError(f"seed {member['seed']} has no verdicts of atmc verify: join its JSON as `verify`")
-    if measure == "certified":
-        return [verdict == "certified" for verdict in verify["verdicts"]]
-    decided = zip(verify["verdicts"], verify["decided_by"], strict=True)
-    return [not (verdict == "broken" and stage == "clean") for verdict, stage in decided]
+    """Return for each image whether it is certified, or right, clean or under attack."""
+    verify, evaluation = member.get("verify"), member.get("evaluation")
+    if measure == "certified" or (measure == "clean" and verify):
+        if not verify or "verdicts" not in verify:
+            raise ValueError(f"seed {member['seed']} has no verdicts of atmc verify: join its JSON as `verify`")
+        if measure == "certified":
+            return [verdict == "certified" for verdict in verify["verdicts"]]
+        decided = zip(verify["verdicts"], verify["decided_by"], strict=True)
+        return [not (verdict == "broken" and stage == "clean") for verdict, stage in decided]
+    if not evaluation or "wrong" not in evaluation:
+        raise ValueError(
+            f"seed {member['seed']} has no verdicts for {measure!r}: join the JSON of atmc evaluate as `evaluation`"
+        )
+    return _evaluated(evaluation, measure)
+
+
+def _evaluated(evaluation: Mapping[str, Any], measure: str) -> list[bool]:
+    """Return for each image of an evaluation whether it is right, clean or under attack."""
+    attacks = evaluation["attacks"]
+    if measure == "worst_case":
+        n, names = min(attack["n"] for attack in attacks.values()), list(attacks)
+    elif measure == "clean" or measure in attacks:
+        n, names = (evaluation["clean"] if measure == "clean" else attacks[measure])["n"], [measure]
+    else:
+        raise unknown("measure", measure, ["certified", "clean", "worst_case", *attacks])
+    wrong = set().union(*(evaluation["wrong"][name] for name in names))
+    return [row not in wrong for row in range(n)]

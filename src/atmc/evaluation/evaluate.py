@@ -81,6 +81,14 @@ class Report:
         accuracies = {"clean": self.clean, **self.attacks}
         return {name: per_class(accuracy, self.labels) for name, accuracy in accuracies.items()}
 
+    def wrong(self) -> dict[str, list[int]]:
+        """Return the positions of the images that are classified wrong, clean and under each attack.
+
+        The clean list is of all images, that of an attack of the first `attacks[name].n`.
+        """
+        accuracies = {"clean": self.clean, **self.attacks}
+        return {name: (~accuracy.right).nonzero().flatten().tolist() for name, accuracy in accuracies.items()}
+
     def to_json(self) -> dict[str, Any]:
         """Return the report as in metrics.json."""
         figures: dict[str, Any] = {
