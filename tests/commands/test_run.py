@@ -19,7 +19,7 @@ from torch import nn
 from atmc import models
 from atmc.api import evaluate, verify
 from atmc.commands import run as runs
-from atmc.commands.checkpoints import load_weights
+from atmc.commands.checkpoints import STATE_VERSION, load_weights
 from atmc.commands.config import parse, read_toml
 from atmc.commands.outputs import FolderInUse
 from atmc.commands.run import Finished, run
@@ -360,6 +360,29 @@ def test_a_full_disk_loses_nothing(here, monkeypatch):
             finish(here / "out", resume=True)
     assert (here / "out" / "checkpoint" / "state.pt").read_bytes() == checkpoint
     finish(here / "out", resume=True)
+
+
+@pytest.mark.parametrize(("version", "age"), [(None, "an older"), (STATE_VERSION + 1, "a newer")])
+def test_a_run_that_other_code_began(here, version, age):
+    interrupt(here / "out", 2)
+    path = here / "out" / "checkpoint" / "state.pt"
+    saved, log = torch.load(path, weights_only=True), (here / "out" / "log.jsonl").read_bytes()
+    del saved["version"]
+    torch.save(saved if version is None else {**saved, "version": version}, path)
+    content = path.read_bytes()
+    with pytest.raises(ValueError, match=f"was begun by {age} version of atmc: finish it with that one, or start"):
+        finish(here / "out", resume=True)
+    assert path.read_bytes() == content
+    assert (here / "out" / "log.jsonl").read_bytes() == log
+
+
+def test_another_content_of_the_state_is_another_version(here):
+    """If this fails, `STATE_VERSION` has to rise together with the names below."""
+    interrupt(here / "out", 2)
+    state = torch.load(here / "out" / "checkpoint" / "state.pt", weights_only=True)["state"]
+    names = "phase epoch structure model optimizer admm moments allocation start best best_score"
+    assert (STATE_VERSION, list(state)) == (2, names.split())
+    assert list(state["moments"]) == ["sums", "steps", "silent"]
 
 
 def test_cuda_asked_for_and_absent(here, monkeypatch):

@@ -23,6 +23,7 @@ from atmc.core.files import write_beside
 from atmc.pack import artifact
 from atmc.training.runner import State
 
+STATE_VERSION = 2  # of a run's state; a run goes on only with code that gives its fields the same meaning
 UNREADABLE = (  # the errors of torch.load on bytes that are no checkpoint
     pickle.UnpicklingError,
     RuntimeError,
@@ -111,7 +112,7 @@ def write_run_state(folder: Path, state: State, seconds: float) -> None:
     """Write a run's state after an epoch, with the number of lines that its log has and the seconds spent so far."""
     buffer = BytesIO()
     lines = len((folder / LOG).read_text().splitlines())
-    torch.save({"state": vars(state), "log_lines": lines, "seconds": seconds}, buffer)
+    torch.save({"version": STATE_VERSION, "state": vars(state), "log_lines": lines, "seconds": seconds}, buffer)
     (folder / CHECKPOINT).mkdir(exist_ok=True)
     write_beside(_state_path(folder), buffer.getvalue())
 
@@ -120,7 +121,7 @@ def read_run_state(folder: Path) -> tuple[State | None, float]:
     """Return a run's saved state (None if there is none) and the seconds spent; cut its log back to the state's epoch.
 
     Raises:
-        ValueError: the checkpoint is damaged.
+        ValueError: the checkpoint is damaged, or was written by code of another `STATE_VERSION`.
     """
     path, log = _state_path(folder), folder / LOG
     if not path.exists():
@@ -128,6 +129,15 @@ def read_run_state(folder: Path) -> tuple[State | None, float]:
         return None, 0.0
     try:
         saved = torch.load(path, map_location="cpu", weights_only=True)
+        version = saved.get("version", 1)
+    except UNREADABLE as error:
+        raise ValueError(f"the run's own checkpoint {path} is damaged: start again with --overwrite") from error
+    if version != STATE_VERSION:
+        raise ValueError(
+            f"{folder} was begun by {'an older' if version < STATE_VERSION else 'a newer'} version of atmc: "
+            "finish it with that one, or start again with --overwrite"
+        )
+    try:
         state, lines, seconds = State(**saved["state"]), int(saved["log_lines"]), float(saved["seconds"])
     except UNREADABLE as error:
         raise ValueError(f"the run's own checkpoint {path} is damaged: start again with --overwrite") from error
