@@ -1,8 +1,8 @@
 #!/usr/bin/env bash
-# Print the commands of the comparison, one per line: jobs.sh methods | jobs.sh codebooks, which needs the models of the first.
+# Print the commands of one group of the comparison, one per line: jobs.sh methods | codebooks | adversarial | caffe-dense | caffe.
 #     bash configs/comparison/jobs.sh methods | xargs -d '\n' -P 2 -n 1 sh -c
-# All but nap start from the dense model of results/mnist; after it every method has 12 epochs. The second group continues from al0
-# with 4 epochs. DATA, DEVICE, OUT, SEEDS, RATIOS, BITS and ATMC may be set.
+# After the dense network every method has 12 epochs. It is that of results/mnist, but nap trains its own; in `adversarial` that of
+# results/mnist-adversarial, and in `caffe` that of `caffe-dense`. `codebooks` continues from al0 of `methods` with 4 epochs. DATA, DEVICE, OUT, SEEDS, RATIOS, BITS and ATMC may be set.
 set -euo pipefail
 atmc=${ATMC:-.venv/bin/atmc} data=${DATA:-ylecun/mnist} device=${DEVICE:-cpu} out=${OUT:-results/comparison}
 dense=results/mnist/dense/model.atmc
@@ -32,6 +32,22 @@ case $1 in
         fi
       done
     done
+    ;;
+  adversarial)
+    given="--checkpoint results/mnist-adversarial/dense/model.atmc"
+    for seed in ${SEEDS:-0 1 2}; do
+      run adversarial al0 adversarial-al0-0.006 "$seed" dense=0,l0=10,admm=0,tune=2 "$given"
+      run adversarial al0q adversarial-al0q8-0.006 "$seed" dense=0,l0=8,admm=3,tune=1 --bits 8 "$given"
+      run adversarial atmc adversarial-atmc8-0.006 "$seed" dense=0,l0=8,admm=3,tune=1 --bits 8 "$given"
+    done
+    ;;
+  caffe-dense)
+    run caffe da caffe-da 0 dense=12
+    ;;
+  caffe)
+    given="--ratio 0.006 --checkpoint $out/caffe-da-seed0/model.atmc"
+    run caffe al0q caffe-al0q8-0.006 0 dense=0,l0=8,admm=3,tune=1 --bits 8 "$given"
+    run caffe atmc caffe-atmc8-0.006 0 dense=0,l0=8,admm=3,tune=1 --bits 8 "$given"
     ;;
   codebooks)
     for bits in ${BITS:-2 1 3 4}; do
