@@ -20,7 +20,7 @@ from atmc.training.job import Job, Result
 from atmc.training.loop import StepDone
 from atmc.training.methods import METHODS
 from atmc.training.runner import EpochDone
-from atmc.training.settings import PHASES, Recipe, choose_objective, default_recipe
+from atmc.training.settings import PHASES, Recipe, choose_batch_size, choose_objective, default_recipe
 
 __all__ = ["compress", "evaluate", "load", "save", "verify"]
 
@@ -51,7 +51,8 @@ def compress(
         device: where to train.
         on_event: called after every step and epoch.
         settings: fields of `Recipe`, such as epochs=5, objective="trades", objective_options={"beta": 3.0}, seed=1.
-            Without an objective the threat and the model decide: see `atmc.training.settings.choose_objective`.
+            Without an objective the threat and the model decide: see `atmc.training.settings.choose_objective`; without
+            a batch size the number of images: see `choose_batch_size` there.
 
     >>> import atmc
     >>> x, y = torch.rand(64, 1, 28, 28), torch.arange(64) % 10
@@ -71,6 +72,7 @@ def compress(
     check_budget(budget)
     threat, train = as_threat(threat), as_images(train)
     if recipe is None:
+        settings.setdefault("batch_size", choose_batch_size(model, len(train)))
         if "objective" not in settings:
             natural = method in METHODS and METHODS[method].natural
             given = {key: settings[key] for key in ("epochs", "batch_size") if key in settings}

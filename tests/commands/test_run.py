@@ -362,6 +362,15 @@ def test_a_full_disk_loses_nothing(here, monkeypatch):
     finish(here / "out", resume=True)
 
 
+def test_images_per_step_that_are_not_named_follow_the_data_and_a_resumed_run(here):
+    training = {name: value for name, value in SMALL["training"].items() if name != "batch_size"}
+    finish(here / "new", changes={"training": training})
+    assert read_toml(here / "new" / "config.toml")["training"]["batch_size"] == 32  # of 300 images
+    interrupt(here / "out", 2)
+    finish(here / "out", resume=True, changes={"training": training})
+    assert read_toml(here / "out" / "config.toml")["training"]["batch_size"] == SMALL["training"]["batch_size"]
+
+
 @pytest.mark.parametrize(("version", "age"), [(None, "an older"), (STATE_VERSION + 1, "a newer")])
 def test_a_run_that_other_code_began(here, version, age):
     interrupt(here / "out", 2)

@@ -1,4 +1,4 @@
-"""The objective that is taken if none is named: by threat and model, the same in Python and in a configuration."""
+"""What is taken if it is not named, the same in Python and in a configuration: objective and images per step."""
 
 import pytest
 import torch
@@ -7,8 +7,9 @@ from torch import nn
 import atmc
 from atmc.commands.config import parse
 from atmc.data import Images
+from atmc.models import build
 from atmc.training import settings as module
-from atmc.training.settings import choose_objective
+from atmc.training.settings import choose_batch_size, choose_objective
 
 CASES = [
     ("linf:0.2", {}, "ibp"),
@@ -50,6 +51,13 @@ def test_by_steps_of_the_dense_phase(few, lenet):
             choice = choose_objective(lenet, few[0], atmc.Linf(0.2), epochs=given, batch_size=batch_size)
             assert choice.name == expected
     assert choice.reason == "training for proofs takes 600 steps or more, and the dense phase has 592"
+
+
+def test_few_images_make_smaller_batches_and_so_enough_steps(few, lenet):
+    assert [choose_batch_size(lenet, n) for n in (1, 2559, 2560, 5119, 5120)] == [32, 32, 64, 64, 128]
+    assert choose_batch_size(build("resnet18", 10), 256) == 128  # batch norm
+    for epochs, expected in ((75, "ibp"), (74, "mixed")):  # 256 images are eight steps of 32
+        assert choose_objective(lenet, few[0], atmc.Linf(0.2), epochs=epochs).name == expected
 
 
 @pytest.mark.parametrize(

@@ -180,9 +180,9 @@ class RunConfig(BaseModel):
         given = {key: settings[key] for key in ("epochs", "batch_size") if key in settings}
         return choose_objective(model, images, self.parsed_threat(), **given, natural=METHODS[self.method].natural)
 
-    def with_objective(self, name: str) -> RunConfig:
-        """Return the configuration with an objective."""
-        return self.model_copy(update={"training": self.training.model_copy(update={"objective": name})})
+    def with_training(self, **values: Any) -> RunConfig:
+        """Return the configuration with other values in its section [training]."""
+        return self.model_copy(update={"training": self.training.model_copy(update=values)})
 
     def completed(self, recipe: Recipe) -> RunConfig:
         """Return the configuration with every training setting as the recipe has it."""

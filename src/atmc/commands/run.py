@@ -49,7 +49,7 @@ from atmc.robust.objectives import OBJECTIVES
 from atmc.training.job import Job, Result
 from atmc.training.methods import METHODS
 from atmc.training.runner import EpochDone
-from atmc.training.settings import Recipe
+from atmc.training.settings import Recipe, choose_batch_size
 
 VERIFIED = 1000  # test images that are verified unless eval_n is a number
 
@@ -91,14 +91,16 @@ def run(config: RunConfig, folder: Path, *, resume: bool = False, overwrite: boo
     )
     model = build_model(config, data)
     stored = parse(read_toml(folder / CONFIG), str(folder / CONFIG)) if resuming else None
+    if stored:  # the defaults may have been others when the run was started
+        chosen = {name: getattr(stored.training, name) for name in ("objective", "batch_size")}
+        config = config.with_training(**{k: v for k, v in chosen.items() if getattr(config.training, k) is None})
+    if config.training.batch_size is None:
+        config = config.with_training(batch_size=choose_batch_size(model, len(data.train)))
     if config.training.objective is None:
-        if stored and stored.training.objective:  # the default may have been another one when the run was started
-            config = config.with_objective(stored.training.objective)
-        else:
-            choice = config.choose_objective(model, data.train)
-            config = config.with_objective(choice.name)
-            text = f"objective: {choice.name}, the default for {config.threat}, because {choice.reason}"
-            yield Message(text, resumable=resuming)
+        choice = config.choose_objective(model, data.train)
+        config = config.with_training(objective=choice.name)
+        text = f"objective: {choice.name}, the default for {config.threat}, because {choice.reason}"
+        yield Message(text, resumable=resuming)
     job = Job(
         model,
         data.train,

@@ -35,7 +35,8 @@ INITIALIZATIONS = ("given", "ibp")
 RANKINGS = ("effect", "magnitude")
 VAL_ATTACKS = ("quick", "pgd", "pgd-strong", "autoattack")
 QUANTIZATIONS = ("proximal", "gradient", "straight-through")
-BATCH_SIZE = 128
+BATCH_SIZE, SMALLEST_BATCH_SIZE = 128, 32  # what `choose_batch_size` chooses from
+FEWEST_BATCHES = 40  # per epoch, for which it takes smaller ones
 LARGE_BALL = 0.1  # the smallest eps of an l-infinity ball in which `choose_objective` takes `ibp`
 FEWEST_STEPS = 600  # the fewest steps of a dense phase in which it does
 FactorStart = Literal["sparse", "identity", "svd"]
@@ -120,7 +121,8 @@ class Recipe:
         optional=True,
     )
     batch_size: int = setting(
-        "images per step; an epoch's last batch may be smaller, but a single remaining image joins the batch before it",
+        "images per step (default: 128, and without batch norm 64 or 32 if an epoch would have fewer than 40 steps); "
+        "an epoch's last batch may be smaller, but a single remaining image joins the batch before it",
         BATCH_SIZE,
         bounds=AT_LEAST_ONE,
     )
@@ -257,13 +259,28 @@ class ObjectiveChoice:
     reason: str
 
 
+def choose_batch_size(model: nn.Module, n: int) -> int:
+    """Return the images per step that suit a model and n training images, if none are given: 128, 64 or 32.
+
+    With few images, batches of 128 make so few steps that training does not get far (results/defaults, "Few images").
+    A model with batch norm keeps 128, since its statistics are those of the batch.
+
+    >>> [choose_batch_size(nn.Linear(2, 2), n) for n in (55_000, 5_120, 5_000, 1_294)]
+    [128, 128, 64, 32]
+    """
+    size = BATCH_SIZE
+    while size > SMALLEST_BATCH_SIZE and n < FEWEST_BATCHES * size and not has_batch_norm(model):
+        size //= 2
+    return size
+
+
 def choose_objective(
     model: nn.Module,
     images: Images,
     threat: Threat,
     *,
     epochs: Any = None,
-    batch_size: int = BATCH_SIZE,
+    batch_size: int | None = None,
     natural: bool = False,
 ) -> ObjectiveChoice:
     """Return the objective that suits a threat and a model.
@@ -278,12 +295,13 @@ def choose_objective(
         images: of training.
         threat: the perturbations of training.
         epochs: as in `default_recipe`; without dense ones the model's weights count as trained.
-        batch_size: images per step.
+        batch_size: images per step; by default those of `choose_batch_size`.
         natural: whether the method trains on clean images alone.
 
     Raises:
         ValueError: epochs of an unknown phase, or numbers that make no sense.
     """
+    batch_size = choose_batch_size(model, len(images)) if batch_size is None else batch_size
     check_setting("batch_size", batch_size)
     steps = fill_phases(epochs, DEFAULT_EPOCHS, "epochs")["dense"] * batch_count(len(images), batch_size)
     if natural:
@@ -319,6 +337,8 @@ def default_epochs(phases: Collection[str]) -> dict[str, int]:
 
 def default_recipe(model: nn.Module, *, phases: Collection[str] = PHASES, **settings: Any) -> Recipe:
     """Return a recipe from some settings; the others get the defaults that suit the model and the method.
+
+    The default of `batch_size` is 128 here; `choose_batch_size` takes the number of images into account.
 
     A method that compresses without the phases l0 and admm trains in `tune`, with the rate of `l0`. A model with batch
     norm gets SGD, as is usual in adversarial training; one without gets AdamW, since SGD with the same rate often does
