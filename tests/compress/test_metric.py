@@ -148,3 +148,13 @@ def test_rounding_weighs_errors_by_the_root_of_the_mean_squared_gradient():
     moments = moments_of(model)
     metric = measure_metric(model, {"weight": model.weight}, moments, **settings(weighted=True))
     assert torch.allclose(metric.rounding["weight"].square(), moments.sums["weight"])
+
+
+def test_a_frozen_parameter_is_not_silent():
+    frozen, live = nn.Parameter(torch.ones(2), requires_grad=False), nn.Parameter(torch.ones(2))
+    live.grad = torch.zeros(2)
+    moments = Moments()
+    for _ in range(SILENT_STEPS):
+        moments.update({"frozen": frozen, "live": live})
+    assert moments.silent["frozen"].tolist() == [0, 0]
+    assert moments.silent["live"].tolist() == [SILENT_STEPS] * 2

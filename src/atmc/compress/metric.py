@@ -67,15 +67,18 @@ class Moments:
 
     @torch.no_grad()
     def update(self, tensors: Mapping[str, Tensor]) -> None:
-        """Take up the gradients that the parameters have now; a parameter without one counts as gradient 0."""
+        """Take up the gradients that the parameters have now.
+
+        A parameter without one, since the user froze it, counts as gradient 0 in the means, but not as silent.
+        """
         for name, parameter in tensors.items():
             if name not in self.sums:
                 self.sums[name] = torch.zeros_like(parameter, dtype=torch.float32)
                 self.silent[name] = torch.zeros_like(parameter, dtype=torch.int16)
                 self.steps[name] = 0
             self.sums[name].mul_(DECAY)
-            self.silent[name].add_(1).clamp_max_(SILENT_STEPS)
             if parameter.grad is not None:
+                self.silent[name].add_(1).clamp_max_(SILENT_STEPS)
                 self.sums[name].addcmul_(parameter.grad, parameter.grad, value=1 - DECAY)
                 self.silent[name].masked_fill_(parameter.grad != 0, 0)
             self.steps[name] += 1

@@ -121,8 +121,8 @@ class Recipe:
         optional=True,
     )
     batch_size: int = setting(
-        "images per step (default: 128, and without batch norm 64 or 32 if an epoch would have fewer than 40 steps); "
-        "an epoch's last batch may be smaller, but a single remaining image joins the batch before it",
+        "images per step (default: 128, and without batch norm 64 or 32 if an epoch would have fewer than 40 full "
+        "batches); an epoch's last batch may be smaller, but a single remaining image joins the batch before it",
         BATCH_SIZE,
         bounds=AT_LEAST_ONE,
     )
