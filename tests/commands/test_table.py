@@ -391,6 +391,8 @@ def test_accuracies_under_attack_are_compared_image_by_image():
         assert (result["pairs"], result["n"]) == (1, 100)
     with pytest.raises(ValueError, match=r"unknown measure 'sqare': .* did you mean 'square'"):
         compare_members([better], [worse], "sqare")
+    with pytest.raises(ValueError, match="expected runs with a seed"):
+        compare_members([{"evaluation": better["evaluation"]}], [worse], "pgd")
 
 
 @pytest.mark.parametrize(

@@ -29,7 +29,8 @@ def compare_members(members: Sequence[Member], others: Sequence[Member] | None, 
         None if there are no others, or no seed is in both; see `statistics.paired_difference`.
 
     Raises:
-        ValueError: a seed that occurs twice, a run without verdicts of this measure, or different numbers of images.
+        ValueError: a run without a seed or without verdicts of this measure, a seed that occurs twice, or different
+            numbers of images.
     """
     import torch
 
@@ -48,6 +49,8 @@ def compare_members(members: Sequence[Member], others: Sequence[Member] | None, 
 
 def _by_seed(members: Sequence[Member]) -> dict[int, Member]:
     """Return runs by their seeds."""
+    if any("seed" not in member for member in members):
+        raise ValueError("expected runs with a seed to compare, got a result without one")
     runs = {member["seed"]: member for member in members}
     if len(runs) < len(members):
         raise ValueError("expected one run per seed in every group: name in `group` whatever else differs")
