@@ -405,7 +405,10 @@ def test_accuracies_under_attack_are_compared_image_by_image():
         (lambda f: (f / "tables.toml").write_text(SEEDS.replace("{ name = ", "{ nam = ")), "did you mean 'name'"),
         (lambda f: (f / "tables.toml").write_text(SEEDS.replace('= "al0"', '= "alo"')), "no group has the values"),
         (lambda f: (f / "tables.toml").write_text(SEEDS.replace('group = ["name"]', "")), "baseline only beside group"),
-        (lambda f: (f / "atmc-seed1" / "verify.json").unlink(), "seed 1 has no verdicts of atmc verify"),
+        (
+            lambda f: (f / "atmc-seed1" / "verify.json").unlink(),
+            "seed 1 has no verdicts for .certified.: join the JSON of atmc verify",
+        ),
         (lambda f: write_seeds(f, "atmc", [5], n=50), "got 50 and 100 images"),
         (lambda f: write_run(f / "atmc-seed9", seed=1), "one run per seed in every group"),
     ],

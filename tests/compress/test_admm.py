@@ -301,6 +301,15 @@ def test_a_layer_of_small_factors_keeps_what_makes_w_nonzero(name):
     )
 
 
+@pytest.mark.parametrize(("u", "v"), [(0.1, 3.0), (3.0, 0.1)])
+def test_a_factor_that_would_lose_its_partner_keeps_it(u, v):
+    """Of the two the larger one alone would stay, and W = U V would be zero."""
+    tensors = layer(u=[[u], [0.0]], v=[[v, 0.0]], c=[[0.0, 0.0], [0.0, 0.0]]) | {"other": torch.tensor([5.0, 4.0])}
+    kept = NonzeroBudget(3, keep_alive=True).project(tensors)
+    assert bool((kept["layer.U"] @ kept["layer.V"]).any())
+    assert kept["other"].tolist() == [5.0, 0.0]
+
+
 def test_a_budget_too_small_for_a_product_per_layer_is_refused():
     tensors = layer(u=[[0.5]], v=[[0.2]]) | {"other": torch.full((50,), 9.0)}
     with pytest.raises(ValueError, match="at least 3 nonzeros"):

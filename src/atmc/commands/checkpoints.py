@@ -129,18 +129,15 @@ def read_run_state(folder: Path) -> tuple[State | None, float]:
         return None, 0.0
     try:
         saved = torch.load(path, map_location="cpu", weights_only=True)
-        version = saved.get("version", 1)
+        version, lines, seconds = int(saved.get("version", 1)), int(saved["log_lines"]), float(saved["seconds"])
+        state = State(**saved["state"]) if version == STATE_VERSION else None
     except UNREADABLE as error:
         raise ValueError(f"the run's own checkpoint {path} is damaged: start again with --overwrite") from error
-    if version != STATE_VERSION:
+    if state is None:
+        age = "an older" if version < STATE_VERSION else "a newer"
         raise ValueError(
-            f"{folder} was begun by {'an older' if version < STATE_VERSION else 'a newer'} version of atmc: "
-            "finish it with that one, or start again with --overwrite"
+            f"{folder} was begun by {age} version of atmc: finish it with that one, or start again with --overwrite"
         )
-    try:
-        state, lines, seconds = State(**saved["state"]), int(saved["log_lines"]), float(saved["seconds"])
-    except UNREADABLE as error:
-        raise ValueError(f"the run's own checkpoint {path} is damaged: start again with --overwrite") from error
     kept = log.read_text().splitlines(keepends=True)[:lines] if log.exists() else []
     write_beside(log, "".join(kept).encode())
     return state, seconds

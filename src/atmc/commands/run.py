@@ -91,9 +91,9 @@ def run(config: RunConfig, folder: Path, *, resume: bool = False, overwrite: boo
     )
     model = build_model(config, data)
     stored = parse(read_toml(folder / CONFIG), str(folder / CONFIG)) if resuming else None
-    if stored:  # the defaults may have been others when the run was started
-        chosen = {name: getattr(stored.training, name) for name in ("objective", "batch_size")}
-        config = config.with_training(**{k: v for k, v in chosen.items() if getattr(config.training, k) is None})
+    for name in ("objective", "batch_size"):  # their defaults may have been others when the run was started
+        if stored and getattr(config.training, name) is None:
+            config = config.with_training(**{name: getattr(stored.training, name)})
     if config.training.batch_size is None:
         config = config.with_training(batch_size=choose_batch_size(model, len(data.train)))
     if config.training.objective is None:

@@ -59,19 +59,23 @@ def _by_seed(members: Sequence[Member]) -> dict[int, Member]:
 
 def _verdicts(member: Member, measure: str) -> list[bool]:
     """Return for each image whether it is certified, or right, clean or under attack."""
-    verify, evaluation = member.get("verify"), member.get("evaluation")
-    if measure == "certified" or (measure == "clean" and verify):
-        if not verify or "verdicts" not in verify:
-            raise ValueError(f"seed {member['seed']} has no verdicts of atmc verify: join its JSON as `verify`")
-        if measure == "certified":
-            return [verdict == "certified" for verdict in verify["verdicts"]]
-        decided = zip(verify["verdicts"], verify["decided_by"], strict=True)
-        return [not (verdict == "broken" and stage == "clean") for verdict, stage in decided]
-    if not evaluation or "wrong" not in evaluation:
+    by_proof = measure == "certified" or (measure == "clean" and bool(member.get("verify")))
+    name, key = ("verify", "verdicts") if by_proof else ("evaluation", "wrong")
+    document = member.get(name)
+    if not document or key not in document:
         raise ValueError(
-            f"seed {member['seed']} has no verdicts for {measure!r}: join the JSON of atmc evaluate as `evaluation`"
+            f"seed {member['seed']} has no verdicts for {measure!r}: join the JSON of atmc "
+            f"{'verify' if by_proof else 'evaluate'} as `{name}`"
         )
-    return _evaluated(evaluation, measure)
+    return _verified(document, measure) if by_proof else _evaluated(document, measure)
+
+
+def _verified(verify: Mapping[str, Any], measure: str) -> list[bool]:
+    """Return for each image of a verification whether it is certified, or right when clean."""
+    if measure == "certified":
+        return [verdict == "certified" for verdict in verify["verdicts"]]
+    decided = zip(verify["verdicts"], verify["decided_by"], strict=True)
+    return [not (verdict == "broken" and stage == "clean") for verdict, stage in decided]
 
 
 def _evaluated(evaluation: Mapping[str, Any], measure: str) -> list[bool]:

@@ -75,7 +75,7 @@ class NonzeroBudget:
         kept = self._keep(scores, self.nonzeros)
         if self.keep_alive:
             groups = _layers(tensors)
-            if not all(_is_alive(group, kept) for group in groups if _is_alive(group, tensors)):
+            if not all(_stays_alive(group, kept, tensors) for group in groups if _is_alive(group, tensors)):
                 kept = self._keep_layers_alive(groups, tensors, scores)
         return {name: tensor.masked_fill(~kept[name], 0) for name, tensor in tensors.items()}
 
@@ -135,6 +135,20 @@ def _is_alive(layer: Layer, tensors: Tensors) -> bool:
     if layer.c and not (u.any() and v.any()):
         return bool(u.any() or v.any())
     return bool((u.any(0) & v.any(1)).any())
+
+
+def _stays_alive(layer: Layer, kept: Tensors, tensors: Tensors) -> bool:
+    """Return whether a layer that is alive in the tensors is so where only the kept entries differ from zero.
+
+    A factor that lost its partner does not count, whatever the form: without an identity W would be zero.
+
+    Args:
+        kept: masks of the entries.
+    """
+    lost = (layer.u, layer.v) if layer.c and not kept[layer.c].any() else ()
+    if any(name and tensors[name].any() and not kept[name].any() for name in lost):
+        return False
+    return _is_alive(layer, kept)
 
 
 def _vital_entries(layer: Layer, tensors: Tensors) -> list[tuple[str, int]]:

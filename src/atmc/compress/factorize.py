@@ -5,7 +5,7 @@ r = min(out, columns). Forms (Gui et al. 2019, eq. 3, and the identity-shifted f
 
     left     W = (U + I) V + C    if out <= columns; starts at V = W, U = C = 0
     right    W = U (V + I) + C    otherwise;         starts at U = W, V = C = 0
-    svd      W = U V + C          starts at the singular value decomposition, C = 0, or at sparse terms of few ranks
+    svd      W = U V + C          starts at the singular value decomposition or at sparse terms; C is the rest of W
     rank     W = U V              the same, cut to a rank below r, without C
 
 Grouped and depthwise convolutions have no matrix to factor: their weights stay plain.

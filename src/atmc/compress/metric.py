@@ -46,7 +46,7 @@ class Metric:
     rounding: Tensors = field(default_factory=dict)
 
     def scores(self, tensors: Tensors) -> dict[str, Tensor]:
-        """Return by what the entries of the tensors are ranked: never negative, and 0 exactly where an entry is 0."""
+        """Return by what the entries of the tensors are ranked: never negative, 0 where an entry has no effect on W."""
         return {
             name: tensor.abs() * self.ranking[name].to(tensor.dtype) if name in self.ranking else tensor.abs()
             for name, tensor in tensors.items()

@@ -5,8 +5,8 @@ batch norm's running statistics see only the passes of the objective itself. Ima
 labels y (n,) int64.
 
 The number of forward passes matters to batch norm: `mixed` makes two, clean and adversarial, each normalized by its
-own statistics, as the reference implementation of the paper does; every other objective makes one (`trades` and `mart`
-on the clean and the adversarial images together).
+own statistics, as the reference implementation of the paper does, and `mtl_ibp` an adversarial one and one with bounds;
+every other objective makes one (`trades` and `mart` on the clean and the adversarial images together).
 
 To add an objective, write its function and one `ObjectiveSpec` in `OBJECTIVES`.
 """
@@ -275,7 +275,7 @@ class ObjectiveSpec:
         help: its meaning in one line.
         options: keyword argument of the function -> `Option`.
         norms: names of the threats that it is for; None for every one.
-        adversarial: whether it trains against attacks; if not, validation chooses by clean accuracy alone.
+        adversarial: whether validation counts robust accuracy, too; if not, it chooses by clean accuracy alone.
         certified: whether it trains for interval bounds; validation then counts the images that they certify, and
             takes the place of an attack.
     """

@@ -123,8 +123,7 @@ def finalize(
 def _costs_accuracy(before: Accuracy, after: Accuracy) -> bool:
     """Return whether fewer images are right after rounding, and by more than chance (McNemar's exact test, 5 %).
 
-    Rounding turns a few images either way. If a single one decided, half of all files would be two thirds longer for
-    nothing that other images would show.
+    Rounding turns a few images either way: if a single one decided, many files would hold float32 for nothing.
     """
     return before.accuracy > after.accuracy and compare(before.right, after.right).p < CHANCE
 

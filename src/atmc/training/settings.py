@@ -141,8 +141,8 @@ class Recipe:
         "epochs of the dense phase in which the ball grows to full size", 0.0, bounds=NOT_NEGATIVE
     )
     equalize: bool = setting(
-        "scale the weights into and out of each channel to one norm before the first pruning, which changes no output "
-        "(default: false, true for certified objectives)",
+        "scale the weights into and out of each channel to one norm before the first pruning, which changes no "
+        "decision (default: false, true for certified objectives)",
         False,
     )
     gradual: float = setting(
