@@ -391,6 +391,11 @@ def test_accuracies_under_attack_are_compared_image_by_image():
         assert (result["pairs"], result["n"]) == (1, 100)
     with pytest.raises(ValueError, match=r"unknown measure 'sqare': .* did you mean 'square'"):
         compare_members([better], [worse], "sqare")
+    other = worse | {"evaluation": worse["evaluation"] | {"threat": "l2:1"}}
+    better["evaluation"]["threat"] = "linf:8/255"
+    assert compare_members([better], [other], "clean")
+    with pytest.raises(ValueError, match="verdicts for one threat, got l2:1 and linf:8/255"):
+        compare_members([better], [other], "pgd")
     with pytest.raises(ValueError, match="expected runs with a seed"):
         compare_members([{"evaluation": better["evaluation"]}], [worse], "pgd")
 

@@ -6,7 +6,7 @@ Torch is loaded only when a comparison is made: other tables do without it.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, cast
 
 from atmc.core.errors import unknown
 
@@ -29,8 +29,8 @@ def compare_members(members: Sequence[Member], others: Sequence[Member] | None, 
         None if there are no others, or no seed is in both; see `statistics.paired_difference`.
 
     Raises:
-        ValueError: a run without a seed or without verdicts of this measure, a seed that occurs twice, or different
-            numbers of images.
+        ValueError: a run without a seed or without verdicts of this measure, a seed that occurs twice, or other data,
+            another threat or another number of images.
     """
     import torch
 
@@ -40,7 +40,9 @@ def compare_members(members: Sequence[Member], others: Sequence[Member] | None, 
     seeds = sorted(set(ours) & set(theirs))
     if not seeds:
         return None
-    rows = [[torch.tensor(_verdicts(runs[seed], measure)) for seed in seeds] for runs in (ours, theirs)]
+    pairs = [(_document(ours[seed], measure), _document(theirs[seed], measure)) for seed in seeds]
+    _check_comparable([document for pair in pairs for document in pair], measure)
+    rows = [[torch.tensor(_verdicts(document, measure)) for document in group] for group in zip(*pairs, strict=True)]
     sizes = {len(row) for group in rows for row in group}
     if len(sizes) > 1:
         raise ValueError(f"expected verdicts on the same images, got {' and '.join(map(str, sorted(sizes)))} images")
@@ -57,8 +59,8 @@ def _by_seed(members: Sequence[Member]) -> dict[int, Member]:
     return runs
 
 
-def _verdicts(member: Member, measure: str) -> list[bool]:
-    """Return for each image whether it is certified, or right, clean or under attack."""
+def _document(member: Member, measure: str) -> Mapping[str, Any]:
+    """Return the JSON that holds a run's verdicts: of atmc verify for proofs, and for clean images if it is there."""
     by_proof = measure == "certified" or (measure == "clean" and bool(member.get("verify")))
     name, key = ("verify", "verdicts") if by_proof else ("evaluation", "wrong")
     document = member.get(name)
@@ -67,7 +69,20 @@ def _verdicts(member: Member, measure: str) -> list[bool]:
             f"seed {member['seed']} has no verdicts for {measure!r}: join the JSON of atmc "
             f"{'verify' if by_proof else 'evaluate'} as `{name}`"
         )
-    return _verified(document, measure) if by_proof else _evaluated(document, measure)
+    return cast("Mapping[str, Any]", document)
+
+
+def _check_comparable(documents: Sequence[Mapping[str, Any]], measure: str) -> None:
+    """Refuse verdicts on other data or, but for clean images, under another threat."""
+    for name in ["data"] if measure == "clean" else ["data", "threat"]:
+        found = sorted({str(document[name]) for document in documents if name in document})
+        if len(found) > 1:
+            raise ValueError(f"expected verdicts for one {name}, got {' and '.join(found)}")
+
+
+def _verdicts(document: Mapping[str, Any], measure: str) -> list[bool]:
+    """Return for each image whether it is certified, or right, clean or under attack."""
+    return _verified(document, measure) if "verdicts" in document else _evaluated(document, measure)
 
 
 def _verified(verify: Mapping[str, Any], measure: str) -> list[bool]:

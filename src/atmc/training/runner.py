@@ -262,7 +262,7 @@ class Runner:
         metric = current_metric(self.model, tensors, moments, self._recipe)
         if self.rate and phase.feasible:
             now, following, size = self.rate.allocate(self.model, tensors, now, choose_bits=False, metric=metric)
-            closed = (step.epoch if step else 0) > self._recipe.gradual * self._recipe.epochs.get(phase.name, 0)
+            closed = (step.epoch if step else 0) >= self._recipe.gradual * self._recipe.epochs.get(phase.name, 0)
             if closed or not phase.shrinks:  # room that is filled at the full rate costs accuracy
                 most = max(now.nonzeros, state.allocation["nonzeros"])
                 following = replace(following, nonzeros=min(following.nonzeros, most))
