@@ -10,7 +10,7 @@ from torch import nn
 
 from atmc.compress.budget import Budget, check_budget
 from atmc.core.arguments import check_module, parse_device
-from atmc.core.numerics import deterministic
+from atmc.core.torch_state import deterministic
 from atmc.data import as_images
 from atmc.evaluation.evaluate import evaluate
 from atmc.evaluation.verify.verify import verify

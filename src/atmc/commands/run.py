@@ -35,7 +35,7 @@ from atmc.commands.outputs import (
 )
 from atmc.compress.factorize import fold
 from atmc.core.files import append_line, write_beside
-from atmc.core.numerics import deterministic
+from atmc.core.torch_state import deterministic
 from atmc.core.version import __version__
 from atmc.data import Data, Images, load_data
 from atmc.evaluation.accuracy import predictions

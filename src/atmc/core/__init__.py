@@ -1,1 +1,1 @@
-"""Provide what all other parts use: files, numerics, random numbers, arguments, errors, the version."""
+"""Provide what all other parts use: files, torch's state, modules, random numbers, arguments, errors, the version."""

@@ -15,7 +15,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor, nn
 
-from atmc.core.numerics import full_float32
+from atmc.core.torch_state import full_float32
 from atmc.data import Images
 from atmc.evaluation.attacks import Protocol, build_protocol
 from atmc.evaluation.statistics import Accuracy

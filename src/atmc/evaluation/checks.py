@@ -24,7 +24,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from atmc.core.numerics import full_float32
+from atmc.core.torch_state import full_float32
 from atmc.core.rng import Noise
 from atmc.data import Images
 from atmc.evaluation import autoattack

@@ -21,7 +21,7 @@ from atmc.compress.constraints import Codebook, Constraint
 from atmc.compress.factorize import apply_structure, cached_weights, compressible_parameters, factor_structure
 from atmc.compress.metric import Moments
 from atmc.compress.rate_control import Allocation, RateControl
-from atmc.core.numerics import full_float32
+from atmc.core.torch_state import full_float32
 from atmc.core.rng import derived_seed
 from atmc.data import Images
 from atmc.evaluation.accuracy import clean_accuracy, interval_accuracy, robust_accuracy

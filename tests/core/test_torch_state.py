@@ -11,7 +11,7 @@ import atmc
 from atmc import api
 from atmc.commands import run as runs
 from atmc.commands.config import parse
-from atmc.core.numerics import deterministic, full_float32
+from atmc.core.torch_state import deterministic, full_float32
 from atmc.data import Images
 from atmc.evaluation.accuracy import clean_accuracy, robust_accuracy
 
