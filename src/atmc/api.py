@@ -9,10 +9,11 @@ import torch
 from torch import nn
 
 from atmc.compress.budget import Budget, check_budget
-from atmc.core.arguments import check_module, parse_device
-from atmc.core.torch_state import deterministic
+from atmc.core.arguments import parse_device
+from atmc.core.torch_state import prepared_torch
 from atmc.data import as_images
 from atmc.evaluation.evaluate import evaluate
+from atmc.evaluation.user_model import accept_model
 from atmc.evaluation.verify.verify import verify
 from atmc.pack.artifact import load, save
 from atmc.robust.threats import Threat, as_threat
@@ -68,19 +69,20 @@ def compress(
     if recipe is not None and settings:
         raise ValueError(f"expected a recipe or settings, got both: {', '.join(settings)}")
     device = parse_device(device)
-    check_module(model)
     check_budget(budget)
-    threat, train = as_threat(threat), as_images(train)
-    if recipe is None:
-        settings.setdefault("batch_size", choose_batch_size(model, len(train)))
-        if "objective" not in settings:
-            natural = method in METHODS and METHODS[method].natural
-            given = {key: settings[key] for key in ("epochs", "batch_size") if key in settings}
-            settings["objective"] = choose_objective(model, train, threat, **given, natural=natural).name
-        phases = METHODS[method].phases if method in METHODS else PHASES
-        recipe = default_recipe(model, phases=phases, **settings)
-    job = Job(model, train, as_images(val), threat=threat, budget=budget, method=method, recipe=recipe, device=device)
-    with deterministic(device):
+    threat = as_threat(threat)
+    with prepared_torch(device):
+        train, val = as_images(train), as_images(val)
+        model = accept_model(model, train)
+        if recipe is None:
+            settings.setdefault("batch_size", choose_batch_size(model, len(train)))
+            if "objective" not in settings:
+                natural = method in METHODS and METHODS[method].natural
+                given = {key: settings[key] for key in ("epochs", "batch_size") if key in settings}
+                settings["objective"] = choose_objective(model, train, threat, **given, natural=natural).name
+            phases = METHODS[method].phases if method in METHODS else PHASES
+            recipe = default_recipe(model, phases=phases, **settings)
+        job = Job(model, train, val, threat=threat, budget=budget, method=method, recipe=recipe, device=device)
         for event in job.run():
             if on_event:
                 on_event(event)

@@ -1,6 +1,7 @@
 """The contexts set torch's switches within and restore them after, also after an error. Nothing computes on CUDA."""
 
 import os
+from contextlib import contextmanager
 from operator import attrgetter
 
 import pytest
@@ -11,7 +12,7 @@ import atmc
 from atmc import api
 from atmc.commands import run as runs
 from atmc.commands.config import parse
-from atmc.core.torch_state import deterministic, full_float32
+from atmc.core.torch_state import deterministic, full_float32, prepared_torch
 from atmc.data import Images
 from atmc.evaluation.accuracy import clean_accuracy, robust_accuracy
 
@@ -167,7 +168,7 @@ class TestDeterministic:
             return deterministic(CUDA)
 
         for module in (runs, api):
-            monkeypatch.setattr(module, "deterministic", watched)
+            monkeypatch.setattr(module, "prepared_torch", watched)
         before, seen = algorithms(), []
         settings = {"model": "lenet", "data": "digits", "threat": "linf:0.1", "ratio": 0.1, "limit": 20, "eval_n": 5}
         config = parse({**settings, "device": "cpu", "training": {"epochs": 0, "val_n": 5}})
@@ -181,3 +182,72 @@ class TestDeterministic:
         atmc.compress(atmc.models.build("lenet", 10), *few, threat=atmc.Linf(0.1), budget=budget, epochs=0, val_n=5)
         assert entered == ["cpu", "cpu"]
         assert algorithms() == before
+
+
+def switches():
+    return (
+        torch.is_grad_enabled(),
+        torch.is_inference_mode_enabled(),
+        torch.get_default_dtype(),
+        torch.is_autocast_enabled("cpu"),
+    )
+
+
+USUAL = (True, False, torch.float32, False)
+
+
+@contextmanager
+def default_dtype(dtype):
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(dtype)
+    yield
+    torch.set_default_dtype(before)
+
+
+CALLERS = {
+    "inference mode": torch.inference_mode,
+    "no gradients": torch.no_grad,
+    "autocast": lambda: torch.autocast("cpu", torch.bfloat16),
+    "float64": lambda: default_dtype(torch.float64),
+    "float16": lambda: default_dtype(torch.float16),
+    "another device": lambda: torch.device("meta"),
+}
+
+
+@pytest.mark.parametrize("caller", CALLERS.values(), ids=CALLERS)
+def test_a_run_sees_the_same_state_whoever_calls_it(caller):
+    with caller():
+        before = switches()
+        with prepared_torch(torch.device("cpu")):
+            assert switches() == USUAL
+            assert torch.zeros(1).device.type == "cpu"
+        assert switches() == before
+    assert switches() == USUAL
+
+
+@pytest.mark.parametrize("caller", CALLERS.values(), ids=CALLERS)
+def test_figures_and_files_do_not_depend_on_the_callers_state(caller):
+    model = nn.Sequential(nn.Flatten(), nn.Linear(64, 4))
+    x, y = torch.rand(24, 1, 8, 8), torch.arange(24) % 4
+    budget = atmc.Budget(ratio=0.5)
+
+    def measure():
+        report = atmc.evaluate(model, (x, y), threat="linf:0.1", checks=False)
+        settings = {"objective": "pgd_at", "epochs": 1, "batch_size": 8}
+        result = atmc.compress(model, (x, y), (x, y), threat="linf:0.1", budget=budget, **settings)
+        return report.to_json(), atmc.verify(model, (x, y), threat="linf:0.1").verdicts, result.data
+
+    alone = measure()
+    with caller():
+        assert measure() == alone
+
+
+def test_two_threads_that_overlap_leave_the_callers_state():
+    before = precisions()
+    first, second = full_float32(), full_float32()
+    first.__enter__()
+    second.__enter__()
+    first.__exit__(None, None, None)
+    assert torch.get_float32_matmul_precision() == "highest"
+    second.__exit__(None, None, None)
+    assert precisions() == before

@@ -17,7 +17,7 @@ from atmc.compress.factorize import Factors, compressible_parameters, factor_str
 from atmc.compress.metric import Moments
 from atmc.data import Images
 from atmc.evaluation.accuracy import clean_accuracy
-from atmc.evaluation.evaluate import check_model
+from atmc.evaluation.user_model import check_model
 from atmc.robust.objectives import OBJECTIVES, TrainingAttack, mixed, natural
 from atmc.training import settings
 from atmc.training.batch_norm import reestimate_batch_norm
@@ -278,7 +278,7 @@ def test_w_is_built_once_per_step_not_once_per_pass(few, monkeypatch, objective)
     built, builds, original = [], [], Factors.forward
 
     def counted(self, *factors):
-        built.append(self.shape)
+        built.extend([self.shape] if self.built is None else [])
         return original(self, *factors)
 
     monkeypatch.setattr(Factors, "forward", counted)
@@ -298,19 +298,19 @@ def test_w_is_built_once_per_step_not_once_per_pass(few, monkeypatch, objective)
     assert all(shapes == weights for step, shapes in builds if step > 1)
 
 
-def test_batch_norm_is_reestimated_with_one_w_per_batch(few, monkeypatch):
+def test_batch_norm_is_reestimated_with_one_w(few, monkeypatch):
     built, original = [], Factors.forward
     model = factorize(nn.Sequential(nn.Flatten(), nn.Linear(784, 10), nn.BatchNorm1d(10)))
 
     def counted(self, *factors):
-        built.append(self.shape)
+        built.extend([self.shape] if self.built is None else [])
         return original(self, *factors)
 
     monkeypatch.setattr(Factors, "forward", counted)
     loop = Loop(default_recipe(model, batch_size=64), cosine(0.0))
     attack = TrainingAttack(atmc.Linf(0.1), steps=3)
     assert reestimate_batch_norm(model, few[0], loop, objective=mixed, attack=attack)
-    assert len(built) == 4  # batches; the attacked copy holds the same W, and torch's cache takes the two for one
+    assert len(built) == 2  # the model's, and that of the copy that is attacked
 
 
 class Everything(nn.Module):

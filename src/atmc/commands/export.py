@@ -28,7 +28,7 @@ from atmc.deploy.graph.graph import LogitsFunction
 from atmc.deploy.graph.simplify import simplify
 from atmc.deploy.graph.trace import UnsupportedModel
 from atmc.evaluation.accuracy import predictions
-from atmc.evaluation.evaluate import check_model
+from atmc.evaluation.user_model import check_model
 from atmc.evaluation.verify.bounds import check_provable
 from atmc.pack.artifact import LoadedModel
 from atmc.robust.attacks import PgdSettings

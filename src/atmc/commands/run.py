@@ -35,12 +35,13 @@ from atmc.commands.outputs import (
 )
 from atmc.compress.factorize import fold
 from atmc.core.files import append_line, write_beside
-from atmc.core.torch_state import deterministic
+from atmc.core.torch_state import prepared_torch
 from atmc.core.version import __version__
 from atmc.data import Data, Images, load_data
 from atmc.evaluation.accuracy import predictions
 from atmc.evaluation.attacks import takes_pgd_settings
 from atmc.evaluation.evaluate import EvaluationOptions, Report, run_evaluation
+from atmc.evaluation.user_model import accept_model
 from atmc.evaluation.verify.verify import Verification, VerifyOptions, run_verification
 from atmc.pack import artifact
 from atmc.report.report import write_report
@@ -89,7 +90,7 @@ def run(config: RunConfig, folder: Path, *, resume: bool = False, overwrite: boo
     data = load_data(
         config.data, image_column=config.image_column, label_column=config.label_column, limit=config.limit
     )
-    model = build_model(config, data)
+    model = accept_model(build_model(config, data), data.train)
     stored = parse(read_toml(folder / CONFIG), str(folder / CONFIG)) if resuming else None
     for name in ("objective", "batch_size"):  # their defaults may have been others when the run was started
         if stored and getattr(config.training, name) is None:
@@ -123,7 +124,7 @@ def run(config: RunConfig, folder: Path, *, resume: bool = False, overwrite: boo
     proving, obstacle = _decide_proofs(config, model, data)
     if obstacle:
         yield Message(f"no proofs of the test images: {obstacle}", resumable=resuming)
-    with lock_run_folder(folder), deterministic(torch.device(config.device)):
+    with lock_run_folder(folder), prepared_torch(torch.device(config.device)):
         if resuming != check_run_folder(folder, resume=resume, overwrite=overwrite):
             raise FolderInUse(f"{folder} was changed by another run meanwhile")
         yield Message(_describe_images(data, job.recipe))
@@ -180,7 +181,7 @@ def _train_and_evaluate(job: Job, config: RunConfig, data: Data, folder: Path, *
     yield Message("evaluating the file on the test split")
     device = torch.device(config.device)
     loaded = artifact.open(folder / MODEL, factory=lambda num_classes: fold(build_model(config, data)))
-    decoded, threat = loaded.model, config.parsed_threat()
+    decoded, threat = accept_model(loaded.model, data.test), config.parsed_threat()
     options = EvaluationOptions(
         attacks=tuple(config.attacks),
         n=config.eval_n,

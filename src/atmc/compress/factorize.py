@@ -13,7 +13,6 @@ Grouped and depthwise convolutions have no matrix to factor: their weights stay 
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -26,6 +25,7 @@ from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
 from atmc.core.errors import unknown
+from atmc.core.modules import copy_module
 
 Form = Literal["left", "right", "svd", "rank"]
 FORMS: tuple[Form, ...] = ("left", "right", "svd", "rank")
@@ -141,9 +141,12 @@ class Factors(nn.Module):
         self.rank = rank
         self.channels_last = False  # see `use_channels_last`
         self.initial: tuple[Tensor, ...] | None = None  # factors to start from, set only while it is registered
+        self.built: Tensor | None = None  # W, set only within `cached_weights`; torch's own cache is one per process
 
     def forward(self, u: Tensor, v: Tensor, c: Tensor | None = None) -> Tensor:
         """Build W from its factors."""
+        if self.built is not None:
+            return self.built
         w = cast(Tensor, _Product.apply(u, v))  # type: ignore[no-untyped-call]
         if self.form == "left":
             w = w + v
@@ -306,11 +309,17 @@ def use_channels_last(model: nn.Module) -> nn.Module:
 @contextmanager
 def cached_weights(model: nn.Module) -> Iterator[None]:
     """Build every factorized W only once within the context, with its graph; parameters must not change inside."""
-    with parametrize.cached():
-        with torch.enable_grad():
-            for weight in all_compressible_weights(model):
-                _ = weight.tensor  # builds W and caches it
+    held = []
+    with torch.enable_grad():
+        for weight in all_compressible_weights(model):
+            if is_factorized(weight) and (module := _parametrization(weight)[0]).built is None:
+                module.built = weight.tensor
+                held.append(module)
+    try:
         yield
+    finally:
+        for module in held:
+            module.built = None
 
 
 def compose(form: Form, u: np.ndarray, v: np.ndarray, c: np.ndarray | None) -> np.ndarray:
@@ -376,7 +385,7 @@ def fold(model: nn.Module) -> nn.Module:
     >>> type(fold(model)[0]) is nn.Linear
     True
     """
-    plain = copy.deepcopy(model)
+    plain = copy_module(model)
     for weight in [weight for weight in all_compressible_weights(plain) if is_factorized(weight)]:
         _replace_factors(weight, compose_weight(weight))
     return plain

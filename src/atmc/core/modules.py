@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import pickle
 from collections import OrderedDict
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import torch
@@ -21,13 +21,13 @@ def unwrap(model: nn.Module) -> nn.Module:
     """Return the module inside torch.compile's, (Distributed)DataParallel's and AveragedModel's wrappers.
 
     >>> inner = nn.Linear(2, 2)
-    >>> unwrap(torch.compile(inner)) is inner
+    >>> unwrap(nn.DataParallel(inner)) is inner
     True
     """
     while True:
         if isinstance(model, nn.DataParallel | DistributedDataParallel | AveragedModel):
             model = model.module
-        elif isinstance(inner := model.__dict__.get("_modules", {}).get("_orig_mod"), nn.Module):
+        elif isinstance(inner := getattr(model, "_orig_mod", None), nn.Module):
             model = inner
         else:
             return model
@@ -54,14 +54,17 @@ def copy_module(model: nn.Module) -> nn.Module:
         except _UNCOPYABLE as error:
             reason = (str(error) or type(error).__name__).splitlines()[0]
             raise ValueError(
-                f"the model cannot be copied, which is done before it is trained: {reason}; make what cannot be "
-                "copied outside of the module"
+                f"the model cannot be copied: {reason}; keep locks, open files and the like out of the module"
             ) from error
 
 
-def copy_state(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Copy a state dict with its modules' versions, which torch keeps beside the tensors."""
-    copied = OrderedDict((name, value.detach().clone()) for name, value in state.items())
+def copy_state(state: Mapping[str, Tensor], change: Callable[[Tensor], Tensor] = torch.clone) -> dict[str, Tensor]:
+    """Copy a state dict with its modules' versions, which torch keeps beside the tensors.
+
+    Args:
+        change: tensor -> new tensor.
+    """
+    copied = OrderedDict((name, change(value.detach())) for name, value in state.items())
     if hasattr(state, "_metadata"):
         copied._metadata = state._metadata  # type: ignore[attr-defined]
     return copied

@@ -67,8 +67,15 @@ def seeded_generators(seed: int, device: torch.device) -> Iterator[None]:
 
     The generators belong to the process: one thread at a time is within this context, and others wait for it.
     """
-    with _GENERATORS, torch.random.fork_rng([device] if device.type == "cuda" else []):
+    with own_generators(device):
         torch.manual_seed(seed)
+        yield
+
+
+@contextmanager
+def own_generators(device: torch.device) -> Iterator[None]:
+    """Keep other threads of ours from torch's global generators within the context; restore these at the end."""
+    with _GENERATORS, torch.random.fork_rng([device] if device.type == "cuda" else []):
         yield
 
 

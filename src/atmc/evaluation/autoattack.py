@@ -20,6 +20,7 @@ from pyautoattack import AutoAttack
 from pyautoattack.square import SquareAttack
 from torch import Tensor, nn
 
+from atmc.core.torch_state import own_generators
 from atmc.robust.attacks import attack_mode, margin
 from atmc.robust.threats import Threat
 
@@ -209,7 +210,7 @@ def check_fit(threat: Threat, names: Sequence[str], *, attack: str, classes: int
 def _isolate(model: nn.Module, device: torch.device) -> Iterator[None]:
     """Set evaluation mode without weight gradients (FAB leaves some), and restore torch's generators at the end."""
     trainable = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    with attack_mode(model), torch.random.fork_rng([device] if device.type == "cuda" else []):
+    with attack_mode(model), own_generators(device):
         for parameter in trainable:
             parameter.requires_grad_(False)
         try:

@@ -24,8 +24,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from atmc.core.torch_state import full_float32
 from atmc.core.rng import Noise
+from atmc.core.torch_state import full_float32
 from atmc.data import Images
 from atmc.evaluation import autoattack
 from atmc.evaluation.accuracy import find_allowed, predictions

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import time
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
@@ -13,18 +12,17 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from atmc import models
-from atmc.compress.factorize import use_channels_last
-from atmc.core.arguments import check_module
+from atmc.core.torch_state import prepared_torch
 from atmc.data import Images, as_images, mix_classes
 from atmc.evaluation import resume
 from atmc.evaluation.accuracy import BatchAttacked, clean_accuracy, count_examples, run_protocol, summarize
 from atmc.evaluation.adversarial_file import AdversarialExamples
 from atmc.evaluation.attacks import ATTACKS, build_protocol, check_attacks, check_norm, takes_pgd_settings
-from atmc.evaluation.checks import Check, collect_check_inputs, looks_like_probabilities, run_checks
+from atmc.evaluation.checks import Check, collect_check_inputs, run_checks
 from atmc.evaluation.statistics import Accuracy, Comparison, compare, per_class, worst_case
+from atmc.evaluation.user_model import accept_model, check_model, prepare
 from atmc.evaluation.verdicts import Verdicts
-from atmc.robust.attacks import PgdSettings, attack_mode, check_pgd
+from atmc.robust.attacks import PgdSettings, check_pgd
 from atmc.robust.threats import Threat, as_threat, check_threat
 
 
@@ -223,7 +221,8 @@ def evaluate(
         keep=keep,
         state=Path(state) if state is not None else None,
     )
-    *_, report = run_evaluation(model, test, threat, options, source=transfer_from)
+    with prepared_torch(torch.device("cpu")):
+        *_, report = run_evaluation(model, test, threat, options, source=transfer_from)
     assert isinstance(report, Report)
     if options.state:
         options.state.unlink(missing_ok=True)
@@ -253,16 +252,17 @@ def run_evaluation(
     Raises:
         ValueError: as `evaluate`.
     """
-    check_module(model)
     threat = as_threat(threat)
     images = mix_classes(as_images(test))
     check_threat(threat, images.pixels[0].numel())
+    model = accept_model(model, images)
     for name in options.order:
         check_norm(name, threat)
         count_examples(images, options.number(name))
     classes = check_model(model, images, None, probabilities=options.checks)
     model, images = prepare(model, images)
     if source is not None:
+        source = accept_model(source, images)
         check_model(source, images, classes)
         source, _ = prepare(source, images)
     attacks: dict[str, Accuracy] = {}
@@ -333,59 +333,3 @@ def _run_attacks(
         seconds[name] = round(time.monotonic() - start, 2)
         if options.state:
             resume.write_state(options.state, stored)
-
-
-def prepare(model: nn.Module, images: Images) -> tuple[nn.Module, Images]:
-    """Return the model in float32 and in the fastest layout, copied if it changes, and the images on its device."""
-    device = next((parameter.device for parameter in model.parameters()), torch.device("cpu"))
-    images = images.to(device)
-    if any(value.is_floating_point() and value.dtype != torch.float32 for value in model.state_dict().values()):
-        model = copy.deepcopy(model).float()
-    return (use_channels_last(copy.deepcopy(model)) if takes_channels_last(model, images) else model), images
-
-
-@torch.no_grad()
-def check_model(model: nn.Module, images: Images, classes: int | None, *, probabilities: bool = False) -> int:
-    """Return the number of classes of a model that takes these images.
-
-    Args:
-        classes: the number of outputs that is expected; if None, there must be one for each label.
-        probabilities: accept outputs that look like probabilities (the check `logits` reports them).
-
-    Raises:
-        ValueError: the model does not map such images to one finite logit per class.
-    """
-    x = images.float_pixels(torch.arange(min(8, len(images)), device=images.labels.device))
-    device = next((p.device for p in model.parameters()), torch.device("cpu"))
-    try:
-        with attack_mode(model):
-            output = model(x.to(device))
-    except models.USER_CODE_ERRORS as error:
-        reason = (str(error) or type(error).__name__).splitlines()[0]
-        raise ValueError(f"the model does not take images of shape {tuple(x.shape[1:])}: {reason}") from error
-    if not isinstance(output, torch.Tensor) or output.dim() != 2 or len(output) != len(x):
-        got = tuple(output.shape) if isinstance(output, torch.Tensor) else type(output).__name__
-        raise ValueError(f"expected logits of shape ({len(x)}, classes) from the model, got {got}")
-    if classes is not None and output.shape[1] != classes:
-        raise ValueError(f"the model has {output.shape[1]} outputs, the data {classes} classes")
-    if classes is None and output.shape[1] <= int(images.labels.max()):
-        raise ValueError(f"the model has {output.shape[1]} outputs, the labels go up to {int(images.labels.max())}")
-    if not bool(output.isfinite().all()):
-        raise ValueError("the model's outputs are not finite numbers")
-    if not probabilities and looks_like_probabilities(output):
-        raise ValueError("the model's outputs look like probabilities: give logits, without a softmax at the end")
-    return int(output.shape[1])
-
-
-def takes_channels_last(model: nn.Module, images: Images) -> bool:
-    """Return whether a forward and a backward pass work in channels_last, in which a model's ``x.view`` fails."""
-    trial = use_channels_last(copy.deepcopy(model))
-    x = images.float_pixels(torch.arange(min(2, len(images)), device=images.labels.device))
-    device = next((p.device for p in model.parameters()), torch.device("cpu"))
-    x = x.contiguous(memory_format=torch.channels_last).to(device).requires_grad_()
-    try:
-        with attack_mode(trial), torch.enable_grad():
-            torch.autograd.grad(trial(x).sum(), x)
-    except RuntimeError:
-        return False
-    return True

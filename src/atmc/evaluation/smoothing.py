@@ -17,8 +17,8 @@ import torch
 from scipy.stats import beta, norm
 from torch import Tensor, nn
 
-from atmc.core.torch_state import full_float32
 from atmc.core.rng import Noise
+from atmc.core.torch_state import full_float32
 from atmc.data import Images
 from atmc.evaluation.accuracy import predictions
 from atmc.evaluation.statistics import Accuracy

@@ -24,6 +24,7 @@ from torch import nn
 
 from atmc.core.errors import unknown
 from atmc.core.rng import MAX_SEED
+from atmc.core.torch_state import own_generators
 from atmc.models.factory import call_factory, import_factory
 from atmc.models.lenet import LeNet
 from atmc.models.mobilenet import MobileNetV2
@@ -268,7 +269,7 @@ def _call_with_seed(build_value: Callable[[], _Built], seed: int | None) -> _Bui
     start = _check_integer("seed", seed, 0, MAX_SEED)
     default_device = torch.get_default_device()
     drawn_on = default_device if default_device.type == "meta" else torch.device("cpu")
-    with torch.random.fork_rng(devices=[]), drawn_on:
+    with own_generators(torch.device("cpu")), drawn_on:
         torch.default_generator.manual_seed(start)
         built = build_value()
     if isinstance(built, nn.Module) and default_device.type != drawn_on.type:

@@ -2,18 +2,18 @@
 
 from __future__ import annotations
 
-import copy
-
 import torch
 from torch import Tensor, nn
 
 from atmc.compress.factorize import cached_weights
+from atmc.core.modules import copy_module
 from atmc.core.rng import Noise, derived_seed
+from atmc.core.torch_state import seeded_generators
 from atmc.data import Images
 from atmc.models.batch_norm import is_affine
 from atmc.robust.attacks import BATCH_NORMS
 from atmc.robust.objectives import Objective, TrainingAttack
-from atmc.training.loop import Loop, autocast, seed_generators
+from atmc.training.loop import Loop, autocast
 
 
 @torch.no_grad()
@@ -30,21 +30,18 @@ def reestimate_batch_norm(
     norms = [module for module in model.modules() if isinstance(module, BATCH_NORMS) and module.track_running_stats]
     if not norms:
         return False
-    before = copy.deepcopy(model)
+    before = copy_module(model)
     momenta = [norm.momentum for norm in norms]
     for norm in norms:
         norm.reset_running_stats()
     hooks = [norm.register_forward_pre_hook(_MeanOverImages()) for norm in norms]
     model.train()
-    for step, batch in enumerate(loop.batches(train, epoch=0)):
-        noise = Noise(batch.index, seed=loop.seed, purpose="batch norm")
-        device = batch.x.device
-        with (
-            seed_generators(derived_seed(loop.seed, 0, step), device),
-            cached_weights(before),
-            autocast(device, loop.recipe.bf16),
-        ):
-            objective(model, batch.x, batch.y, attack.on(before, noise))
+    with cached_weights(model), cached_weights(before):  # no weight changes
+        for step, batch in enumerate(loop.batches(train, epoch=0)):
+            noise = Noise(batch.index, seed=loop.seed, purpose="batch norm")
+            device = batch.x.device
+            with seeded_generators(derived_seed(loop.seed, 0, step), device), autocast(device, loop.recipe.bf16):
+                objective(model, batch.x, batch.y, attack.on(before, noise))
     for norm, momentum, hook in zip(norms, momenta, hooks, strict=True):
         norm.momentum = momentum
         hook.remove()

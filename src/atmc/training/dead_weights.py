@@ -7,12 +7,12 @@ their gradients, so that the network's graph need not be known.
 
 from __future__ import annotations
 
-import copy
 from functools import partial
 
 import torch
 from torch import Tensor, nn
 
+from atmc.core.modules import copy_module
 from atmc.data import Images
 
 AGREEMENT = 1e-5  # largest change of a logit over the largest |logit| that rounding may cause
@@ -33,7 +33,7 @@ def zero_dead_weights(model: nn.Module, probe: Tensor) -> int:
         model: in evaluation mode, with affine batch norms (`models.batch_norm.make_affine`).
         probe: images (n, c, h, w).
     """
-    parameters = [p for p in model.parameters() if p.requires_grad and p.is_floating_point()]
+    parameters = _trainable(model)
     with torch.no_grad():
         logits = model(probe)
     total = 0
@@ -49,15 +49,20 @@ def zero_dead_weights(model: nn.Module, probe: Tensor) -> int:
     return total
 
 
+def _trainable(model: nn.Module) -> list[nn.Parameter]:
+    """List the parameters that training changed: those that are frozen stay as they are."""
+    return [parameter for parameter in model.parameters() if parameter.requires_grad and parameter.is_floating_point()]
+
+
 def _zero_disconnected(model: nn.Module, parameters: list[nn.Parameter], probe: Tensor) -> int:
     """Zero parameters from which no path leads to a logit, or to which none leads from an image; return how many.
 
     A copy of the network gets random positive values in place of its nonzeros, and bright images: nothing cancels
     and every unit is active, so that a gradient of exactly zero means that there is no path.
     """
-    positive = copy.deepcopy(model).double()
+    positive = copy_module(model).double()
     noise = torch.Generator().manual_seed(0)
-    copies = [p for p in positive.parameters() if p.requires_grad and p.is_floating_point()]
+    copies = _trainable(positive)
     with torch.no_grad():
         for parameter in copies:
             mask = (parameter != 0).double()
@@ -81,6 +86,7 @@ def _zero_inactive_biases(model: nn.Module, probe: Tensor) -> int:
         bias, weight = getattr(module, "bias", None), getattr(module, "weight", None)
         if (
             isinstance(bias, nn.Parameter)
+            and bias.requires_grad
             and isinstance(weight, Tensor)
             and weight.dim() > 1
             and len(bias) == len(weight)

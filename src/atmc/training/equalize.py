@@ -31,9 +31,9 @@ def equalize(model: nn.Module, input_shape: tuple[int, ...]) -> list[tuple[str, 
 
     The model is changed in place. Its logits change by one number per image, the same for all classes.
 
-    A pair of layers stays as it is if a weight of it is used more than once, or is no plain parameter of a torch
-    convolution or linear layer (a factorized one is not), or if the second one is a grouped convolution. So does a
-    channel into which, or out of which, all weights are zero, and a model that cannot be traced.
+    A pair of layers stays as it is if a weight of it is used more than once, is frozen, or is no plain parameter of a
+    torch convolution or linear layer (a factorized one is not), or if the second one is a grouped convolution. So does
+    a channel into which, or out of which, all weights are zero, and a model that cannot be traced.
 
     Returns:
         The names of the weights of each pair.
@@ -53,7 +53,9 @@ def equalize(model: nn.Module, input_shape: tuple[int, ...]) -> list[tuple[str, 
     layers: dict[str, Layer] = {
         f"{path}.weight" if path else "weight": module
         for path, module in model.named_modules()
-        if isinstance(module, Layer) and "weight" in dict(module.named_parameters(recurse=False))
+        if isinstance(module, Layer)
+        and "weight" in dict(module.named_parameters(recurse=False))
+        and _is_trained(module)
     }
     pairs = [
         (first, second)
@@ -88,6 +90,11 @@ def find_pairs(graph: Graph) -> list[tuple[Conv | Linear, Conv | Linear]]:
             if not (keeps_scale or (isinstance(op, Relu) and op.ceiling is None)):
                 break
     return pairs
+
+
+def _is_trained(module: nn.Module) -> bool:
+    """Return whether none of a layer's own parameters is frozen."""
+    return all(parameter.requires_grad for parameter in module.parameters(recurse=False))
 
 
 def _balance(first: Layer, second: Layer) -> float:

@@ -7,7 +7,6 @@ budget in bytes is met.
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import partial
@@ -18,6 +17,7 @@ from torch import Tensor, nn
 from atmc.compress.budget import Bits, distinct_nonzero, mean_bits, nominal_bits
 from atmc.compress.factorize import compressible_parameters, compressible_weights, cut_ranks, fold
 from atmc.compress.rate_control import Allocation, RateControl
+from atmc.core.modules import copy_module, copy_state
 from atmc.evaluation.statistics import Accuracy, compare
 from atmc.models.batch_norm import make_affine
 from atmc.pack.weight_forms import choose_shortest_forms
@@ -104,8 +104,8 @@ def finalize(
     exact = validate(fold(model))
     choices = partial(FinalChoices, batch_norm=reestimated, unrounded=exact, size=size, dead_weights=dead_weights)
     unrounded = partial(choices, fp16=False, clean=exact[0], robust=exact[1])
-    unrounded_values = {name: value.detach().clone() for name, value in model.state_dict().items()}
-    rounded = {name: _round_to_fp16(value) for name, value in unrounded_values.items()}
+    unrounded_values = copy_state(model.state_dict())
+    rounded = copy_state(unrounded_values, _round_to_fp16)
     fits = rate is None or rate.file_bytes(model) <= rate.max_bytes
     if not all(bool(value.isfinite().all()) for value in rounded.values()):
         if not fits:
@@ -143,9 +143,9 @@ def finalize_copy(model: nn.Module, probe: Tensor) -> nn.Module:
     Args:
         probe: training images (n, c, h, w) for `zero_dead_weights`.
     """
-    final = copy.deepcopy(model).cpu()
+    final = copy_module(model).cpu()
     _simplify(final, probe.cpu())
-    final.load_state_dict({name: _round_to_fp16(value) for name, value in final.state_dict().items()})
+    final.load_state_dict(copy_state(final.state_dict(), _round_to_fp16))
     return final
 
 
@@ -189,8 +189,8 @@ def _reestimate_if_better(
     reestimate: Callable[[nn.Module], bool],
 ) -> bool:
     """Re-estimate batch norm, and undo it unless the validation score rises; return whether it was kept."""
-    before = {name: value.detach().clone() for name, value in model.state_dict().items()}
-    unchanged = copy.deepcopy(model)
+    before = copy_state(model.state_dict())
+    unchanged = copy_module(model)
     if not reestimate(model):
         return False
     if score(*validate(fold(model))) > score(*validate(fold(unchanged))):

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import copy
+import glob
 import os
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
@@ -16,9 +16,10 @@ from atmc.compress.budget import Budget
 from atmc.compress.factorize import check_compressible, compressible_weights, fold, use_channels_last
 from atmc.compress.rate_control import Allocation, BudgetTooSmall, RateControl
 from atmc.core.files import write_beside
+from atmc.core.modules import copy_module
 from atmc.data import Images, mix_classes
 from atmc.evaluation.accuracy import interval_accuracy
-from atmc.evaluation.evaluate import check_model, takes_channels_last
+from atmc.evaluation.user_model import accept_model, check_model, takes_channels_last
 from atmc.pack import artifact
 from atmc.robust.intervals import initialize_weights
 from atmc.robust.objectives import OBJECTIVES
@@ -28,6 +29,7 @@ from atmc.training.dead_weights import probe_images
 from atmc.training.finalize import FinalChoices, finalize_copy, smallest_model
 from atmc.training.loop import StepDone
 from atmc.training.methods import MethodSpec, Plan, find_method
+from atmc.training.rehearsal import rehearse
 from atmc.training.runner import EpochDone, Record, Runner, State
 from atmc.training.settings import Recipe, has_batch_norm
 
@@ -76,8 +78,10 @@ class Job:
         shape = cast(tuple[int, int, int], tuple(train.pixels.shape[1:]))
         check_threat(threat, train.pixels[0].numel())
         OBJECTIVES[recipe.objective].check_threat(recipe.objective, threat)
+        model = accept_model(model, train)
         classes = check_model(model, train, classes)
         check_model(model, val, classes)
+        recipe = replace(recipe, exclude=(*recipe.exclude, *_frozen_weights(model, recipe.exclude)))
         if OBJECTIVES[recipe.objective].certified:
             interval_accuracy(model, val.to(next(model.parameters()).device), threat, n=1)  # raises if it has no bounds
         check_compressible(model, exclude=recipe.exclude)
@@ -86,6 +90,7 @@ class Job:
                 f"expected at least 2 images per step, since the model has batch norm; got {len(train)} training "
                 f"images in batches of {recipe.batch_size}"
             )
+        rehearse(model, train, bf16=recipe.bf16)
         self.dense_weights = sum(
             weight.tensor.numel() for weight in compressible_weights(model, exclude=recipe.exclude)
         )
@@ -110,7 +115,7 @@ class Job:
             rate=rate,
         )
         phases = spec.build(plan)
-        working = copy.deepcopy(model)
+        working = copy_module(model)
         if recipe.initialization == "ibp":
             initialize_weights(working, recipe.seed)
         working.to(device)
@@ -170,7 +175,7 @@ class Job:
 
     def _plain_copy(self, num_classes: int) -> nn.Module:
         """Build the model that a file is decoded into: the factory of `artifact.from_bytes`."""
-        return copy.deepcopy(self._plain)
+        return copy_module(self._plain)
 
     def run(self, state: State | None = None) -> Iterator[StepDone | EpochDone]:
         """Train, from a saved state if one is given; yield after every step and every epoch."""
@@ -185,3 +190,13 @@ class Job:
         data = artifact.to_bytes(model, **self._metadata)
         decoded = artifact.from_bytes(data, factory=self._plain_copy)
         return Result(decoded, data, self.records, choices)
+
+
+def _frozen_weights(model: nn.Module, exclude: tuple[str, ...]) -> list[str]:
+    """List the weights that the user has frozen, as patterns: what is not trained is not compressed."""
+    with torch.enable_grad():
+        return [
+            glob.escape(weight.path)
+            for weight in compressible_weights(model, exclude=exclude)
+            if not weight.tensor.requires_grad
+        ]

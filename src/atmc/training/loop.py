@@ -21,6 +21,7 @@ from atmc.compress.constraints import NO_METRIC, Codebook, Constraint
 from atmc.compress.factorize import cached_weights
 from atmc.compress.metric import Metric, Moments, measure_metric
 from atmc.core.rng import Noise, derived_seed
+from atmc.core.torch_state import seeded_generators
 from atmc.data import Batch, Images, batch_count, batches
 from atmc.robust.objectives import Objective, TrainingAttack
 from atmc.training.settings import Recipe
@@ -137,7 +138,7 @@ def fit(
             # gradient step
             optimizer.zero_grad(set_to_none=True)
             metric = current_metric(model, tensors, moments, recipe) if straight_through else NO_METRIC
-            seeded = seed_generators(derived_seed(loop.seed, epoch, step), batch.x.device)
+            seeded = seeded_generators(derived_seed(loop.seed, epoch, step), batch.x.device)
             with seeded, rounded(tensors, straight_through, metric), cached_weights(model):
                 with autocast(batch.x.device, recipe.bf16):
                     loss = objective(model, batch.x, batch.y, perturb)
@@ -211,14 +212,6 @@ def assign(tensors: Mapping[str, Tensor], values: Mapping[str, Tensor]) -> None:
     """Copy values into the tensors of the same names."""
     for name, value in values.items():
         tensors[name].copy_(value)
-
-
-@contextmanager
-def seed_generators(seed: int, device: torch.device) -> Iterator[None]:
-    """Seed torch's global generators, from which dropout draws, within the context; restore them at the end."""
-    with torch.random.fork_rng([device] if device.type == "cuda" else []):
-        torch.manual_seed(seed)
-        yield
 
 
 def autocast(device: torch.device, enabled: bool) -> torch.autocast:

@@ -5,7 +5,6 @@ Source: Gui et al. 2019, section 4, which has all of them but `al0q`. docs/metho
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from functools import partial
@@ -20,6 +19,7 @@ from atmc.compress.projections import allocate_ranks
 from atmc.compress.rate_control import Allocation, RateControl
 from atmc.compress.sparse_factors import factorize_if_it_pays
 from atmc.core.errors import unknown
+from atmc.core.modules import copy_module
 from atmc.training.equalize import equalize
 from atmc.training.runner import Phase, Tensors
 from atmc.training.settings import PHASES, Recipe
@@ -110,7 +110,7 @@ def alr(plan: Plan) -> list[Phase]:
             projected_bytes = plan.rate.projected_bytes
             least = _entries_of_rank_one(model, plan.recipe.exclude)
             entries, _ = plan.rate.largest_that_fits(
-                lambda k: projected_bytes(cut_to(copy.deepcopy(model), k)),
+                lambda k: projected_bytes(cut_to(copy_module(model), k)),
                 least,
                 plan.dense_weights,
                 start=max(entries, least),

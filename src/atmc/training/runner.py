@@ -21,8 +21,9 @@ from atmc.compress.constraints import Codebook, Constraint
 from atmc.compress.factorize import apply_structure, cached_weights, compressible_parameters, factor_structure
 from atmc.compress.metric import Moments
 from atmc.compress.rate_control import Allocation, RateControl
-from atmc.core.torch_state import full_float32
+from atmc.core.modules import copy_state
 from atmc.core.rng import derived_seed
+from atmc.core.torch_state import full_float32
 from atmc.data import Images
 from atmc.evaluation.accuracy import clean_accuracy, interval_accuracy, robust_accuracy
 from atmc.evaluation.statistics import Accuracy
@@ -272,7 +273,7 @@ class Runner:
         clean, robust = self._validate(self.model)
         score = self._score(clean, robust)
         if score > state.best_score:
-            state.best, state.best_score = _copy(self.model.state_dict()), score
+            state.best, state.best_score = copy_state(self.model.state_dict()), score
         record = Record(
             phase=phase.name,
             epoch=step.epoch if step else 0,

@@ -23,7 +23,7 @@ from atmc.deploy.export import onnx_export
 from atmc.deploy.graph.graph import FloatArray, Graph
 from atmc.deploy.graph.simplify import round_constants, simplify_graph
 from atmc.deploy.graph.trace import trace
-from atmc.evaluation.evaluate import check_model
+from atmc.evaluation.user_model import check_model
 from atmc.models.factory import factory_name, first_line
 from atmc.pack import artifact
 from atmc.pack.artifact import LoadedModel

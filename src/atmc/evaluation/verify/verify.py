@@ -16,14 +16,14 @@ import torch
 from torch import nn
 
 from atmc.compress.factorize import fold
-from atmc.core.arguments import check_module
 from atmc.core.rng import check_seed
+from atmc.core.torch_state import prepared_torch
 from atmc.data import Images, as_images, mix_classes
 from atmc.evaluation.accuracy import count_examples, interval_accuracy, predictions
 from atmc.evaluation.adversarial_file import AdversarialExamples
 from atmc.evaluation.attacks import build_protocol
-from atmc.evaluation.evaluate import check_model, prepare
 from atmc.evaluation.statistics import Accuracy
+from atmc.evaluation.user_model import accept_model, check_model, prepare
 from atmc.evaluation.verify.bounds import check_provable
 from atmc.evaluation.verify.executions import list_executions
 from atmc.evaluation.verify.stages import BROKEN, CERTIFIED, STAGES, UNDECIDED, Part, Problem, decode_image
@@ -292,7 +292,8 @@ def verify(
         seed=seed,
         batch_size=batch_size,
     )
-    *_, result = run_verification(model, test, threat, options, factors=factors)
+    with prepared_torch(torch.device("cpu")):
+        *_, result = run_verification(model, test, threat, options, factors=factors)
     assert isinstance(result, Verification)
     return result
 
@@ -317,10 +318,10 @@ def run_verification(
         ValueError: as `verify`.
         WorkerEnded: as `verify`.
     """
-    check_module(model)
     threat = as_threat(threat)
     images = mix_classes(as_images(test)).to("cpu")
     check_provable(threat, images.pixels[0].numel())
+    model = accept_model(model, images)
     executions = list_executions(model, tuple(images.pixels.shape[1:]), factors)
     executions.sort(key=lambda execution: execution.graph.macs(dense=True))  # most proofs that fail do so on each
     model = fold(model).float().cpu().eval()
