@@ -99,11 +99,11 @@ class TestBudget:
         [
             ({}, "exactly one"),
             ({"ratio": 0.1, "nonzeros": 3}, "exactly one"),
-            ({"ratio": 0.0}, "above 0"),
-            ({"ratio": 1.5}, "at most 1"),
-            ({"ratio": float("nan")}, "above 0"),
+            ({"ratio": 0.0}, "a ratio > 0 and <= 1"),
+            ({"ratio": 1.5}, "a ratio > 0 and <= 1"),
+            ({"ratio": float("nan")}, "a ratio > 0 and <= 1"),
             ({"nonzeros": 0}, "nonzeros >= 1"),
-            ({"ratio": 0.1, "bits": 9}, "1 to 8 bits"),
+            ({"ratio": 0.1, "bits": 9}, "bits >= 1 and <= 8"),
         ],
     )
     def test_refused(self, settings, message):

@@ -149,7 +149,7 @@ def test_texts_that_are_no_size(text):
         ({"ratio": 0.1, "max_bytes": 10}, "exactly one"),
         ({"nonzeros": 5, "max_bytes": 10}, "exactly one"),
         ({"max_bytes": 0}, "max_bytes >= 1"),
-        ({"max_bytes": 10, "bits": 9}, "1 to 8 bits"),
+        ({"max_bytes": 10, "bits": 9}, "bits >= 1 and <= 8"),
     ],
 )
 def test_budgets_that_make_no_sense(arguments, message):

@@ -152,7 +152,7 @@ def test_images_that_do_not_fit_are_refused(images, message, file):
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"threads": 0}, "expected threads from 1 to 1024, got 0"),
+        ({"threads": 0}, "expected threads >= 1 and <= 1024, a whole number, got 0"),
         ({"prefer": "fast"}, "unknown prefer 'fast': expected auto, sparse or dense"),
     ],
 )

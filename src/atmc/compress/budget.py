@@ -15,6 +15,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from atmc.core.arguments import AT_LEAST_ONE, Bounds, parse_real, parse_whole
+
 UNITS = {"B": 1, "kB": 1000, "KiB": 1024, "MB": 1000**2, "MiB": 1024**2}
 
 
@@ -25,9 +27,11 @@ class Budget:
     Args:
         ratio: the nonzeros of all factors divided by N, in (0, 1], as in the paper; k = int(ratio * N).
         nonzeros: k itself.
-        max_bytes: the largest size of the written file.
+        max_bytes: the largest size of the written file, a number or a text such as "24kB".
         bits: at most 2^bits distinct nonzero values per tensor, 1 to 8; None keeps 32-bit values, or, with max_bytes,
             leaves the bits of each tensor to rate control.
+
+    Numbers may be of any type, such as numpy's; they are held as Python's.
 
     >>> Budget(ratio=0.01, bits=4).resolve(430_500)
     4305
@@ -41,14 +45,18 @@ class Budget:
     def __post_init__(self) -> None:
         if [self.ratio, self.nonzeros, self.max_bytes].count(None) != 2:
             raise ValueError("expected exactly one of ratio, nonzeros and max_bytes")
-        if self.ratio is not None and not (math.isfinite(self.ratio) and 0 < self.ratio <= 1):
-            raise ValueError(f"expected a ratio above 0 and at most 1, got {self.ratio}")
-        if self.nonzeros is not None and self.nonzeros < 1:
-            raise ValueError(f"expected nonzeros >= 1, got {self.nonzeros}")
-        if self.max_bytes is not None and self.max_bytes < 1:
-            raise ValueError(f"expected max_bytes >= 1, got {self.max_bytes}")
-        if self.bits is not None and not 1 <= self.bits <= 8:
-            raise ValueError(f"expected 1 to 8 bits, or none for 32-bit values, got {self.bits}")
+        parsed: dict[str, float | None] = {}
+        if self.ratio is not None:
+            parsed["ratio"] = parse_real("a ratio", self.ratio, Bounds(low=0, high=1, open_low=True))
+        if self.nonzeros is not None:
+            parsed["nonzeros"] = parse_whole("nonzeros", self.nonzeros, AT_LEAST_ONE)
+        if self.max_bytes is not None:
+            size = parse_size(self.max_bytes) if isinstance(self.max_bytes, str) else self.max_bytes
+            parsed["max_bytes"] = parse_whole("max_bytes", size, AT_LEAST_ONE)
+        if self.bits is not None:
+            parsed["bits"] = parse_whole("bits", self.bits, Bounds(low=1, high=8))
+        for name, value in parsed.items():
+            object.__setattr__(self, name, value)
 
     def resolve(self, dense_weights: int, *, floor: int = 1) -> int:
         """Return k for a model with N = dense_weights; with max_bytes it is a first guess from floor to N.

@@ -11,6 +11,7 @@ from PIL.Image import Image
 from torch import Tensor
 from torch.utils.data import IterableDataset, TensorDataset
 
+from atmc.core.arguments import PIXEL_SLACK
 from atmc.data import sources
 
 
@@ -156,12 +157,13 @@ def _pixels(image: object) -> Tensor:
 
 
 def _compact(x: Tensor) -> Tensor:
-    """Return floats as uint8 if every one is exactly k/255, else as they are; raise ValueError outside [0, 1]."""
+    """Return floats as uint8 if every one is exactly k/255, else clipped to [0, 1]; raise ValueError far outside."""
     if not x.isfinite().all():
         raise ValueError("expected pixels in [0, 1], found values that are not finite")
-    if x.numel() and not (x.min() >= 0 and x.max() <= 1):
-        extremes = f"from {float(x.min()):.4g} to {float(x.max()):.4g}"
+    if x.numel() and not (x.min() >= -PIXEL_SLACK and x.max() <= 1 + PIXEL_SLACK):
+        extremes = f"from {float(x.min()):.6g} to {float(x.max()):.6g}"
         raise ValueError(f"expected pixels in [0, 1], found values {extremes}; normalization belongs in the model")
+    x = x.clamp(0, 1)
     levels = (x * 255).round().to(torch.uint8)
     return levels if torch.equal(to_unit_range(levels), x) else x
 

@@ -14,6 +14,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from atmc.core.jit import compile_function
 from atmc.pack import arithmetic, priors
 from atmc.pack.arithmetic import AT, DECODE, HIGH, LENGTH, LOW
 from atmc.pack.sortable_floats import Int64s
@@ -161,7 +162,7 @@ def plain_functions() -> types.SimpleNamespace:
 def compile_functions() -> types.SimpleNamespace:
     """Return the functions of `arithmetic` compiled, on arrays; the plain ones if Numba is not installed."""
     try:
-        import numba
+        import numba  # noqa: F401
     except ImportError:
         return plain_functions()
     space: dict[str, Any] = {
@@ -170,8 +171,7 @@ def compile_functions() -> types.SimpleNamespace:
     }
     for name in FUNCTIONS:  # in the order of their calls, so that each finds those that it calls compiled
         function = types.FunctionType(getattr(arithmetic, name).__code__, space, name)
-        compiler = numba.njit(cache=True, forceinline=name in INLINED, error_model="numpy")
-        space[name] = compiler(function)
+        space[name] = compile_function(function, forceinline=name in INLINED, error_model="numpy")
     tables = (_to_array(priors.logistic_table()), _to_array(priors.length_table()))
     functions = {name: space[name] for name in FUNCTIONS}
     return types.SimpleNamespace(**functions, array=_to_array, bytes=_to_octets, tables=lambda: tables)

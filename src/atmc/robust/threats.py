@@ -18,6 +18,7 @@ from typing import ClassVar, Protocol
 import torch
 from torch import Tensor
 
+from atmc.core.arguments import POSITIVE, parse_real
 from atmc.core.errors import unknown
 from atmc.core.rng import Noise
 
@@ -50,12 +51,6 @@ class Threat(Protocol):
         """Return the radius from which on the ball holds the whole box, for images of `pixels` values."""
 
 
-def _check_eps(eps: float) -> None:
-    """Raise ValueError if eps is not finite and positive."""
-    if not (isinstance(eps, int | float) and math.isfinite(eps) and eps > 0):
-        raise ValueError(f"expected a finite eps > 0, got {eps}")
-
-
 def _per_example(values: Tensor, like: Tensor) -> Tensor:
     """Reshape (n,) to (n, 1, ..., 1) for broadcasting against like."""
     return values.view(-1, *[1] * (like.dim() - 1))
@@ -81,7 +76,7 @@ class Linf:
     name: ClassVar[str] = "linf"
 
     def __post_init__(self) -> None:
-        _check_eps(self.eps)
+        object.__setattr__(self, "eps", parse_real("a finite eps", self.eps, POSITIVE))
 
     def __str__(self) -> str:
         return _format_threat(self.name, self.eps)
@@ -119,7 +114,7 @@ class L2:
     name: ClassVar[str] = "l2"
 
     def __post_init__(self) -> None:
-        _check_eps(self.eps)
+        object.__setattr__(self, "eps", parse_real("a finite eps", self.eps, POSITIVE))
 
     def __str__(self) -> str:
         return _format_threat(self.name, self.eps)
@@ -175,7 +170,7 @@ class L1:
     ascent_share: ClassVar[float] = 0.05  # share of the pixels that one ascent step moves
 
     def __post_init__(self) -> None:
-        _check_eps(self.eps)
+        object.__setattr__(self, "eps", parse_real("a finite eps", self.eps, POSITIVE))
 
     def __str__(self) -> str:
         return _format_threat(self.name, self.eps)

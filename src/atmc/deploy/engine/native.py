@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+import os
 from collections.abc import Callable
 from functools import cache
 from importlib.machinery import EXTENSION_SUFFIXES
@@ -54,6 +55,7 @@ class NativeKernel:
         assert library is not None
         self._library, self._instructions = library, instructions.encode()
         self._group = library.atmc_start_threads(threads)
+        self._process = os.getpid()
         if not self._group:
             raise MemoryError(f"cannot start {threads} threads")
 
@@ -73,6 +75,6 @@ class NativeKernel:
 
         return call
 
-    def __del__(self) -> None:
-        if getattr(self, "_group", None):
+    def __del__(self, process: Callable[[], int] = os.getpid) -> None:  # when Python ends, `os` may be gone
+        if getattr(self, "_group", None) and self._process == process():  # a forked process has none of the threads
             self._library.atmc_stop_threads(self._group)

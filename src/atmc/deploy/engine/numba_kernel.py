@@ -14,12 +14,12 @@ import numpy as np
 from numba import boolean, float32, int32, int64, types
 from numpy.typing import NDArray
 
+from atmc.core.jit import Compiled, compile_function
 from atmc.deploy.engine.program import KINDS, NONZERO, OP, Program
 from atmc.deploy.graph.graph import FloatArray
 
 Integers = NDArray[np.int32]
 Nonzeros = NDArray[Any]
-Compiled = Callable[..., Any]
 
 BLOCK = 1024  # positions at once, so that a block of sums and its inputs stay in the nearest cache
 NAMES = (  # in an order of its own: the cache of Numba does not notice changes of `program.KINDS`
@@ -55,11 +55,13 @@ class NumbaKernel:
 
 def _compile(*arguments: types.Type, result: types.Type = types.void) -> Callable[[Compiled], Compiled]:
     """Compile a function now, or read it from the cache; sums may be reordered, and products in them not rounded."""
-    loose = {"contract", "reassoc"}
-    compiler: Callable[[Compiled], Compiled] = numba.njit(
-        result(*arguments), cache=True, nogil=True, error_model="numpy", fastmath=loose
+    return partial(
+        _compile_for, result(*arguments), {"nogil": True, "error_model": "numpy", "fastmath": {"contract", "reassoc"}}
     )
-    return compiler
+
+
+def _compile_for(signature: Any, options: dict[str, Any], function: Compiled) -> Compiled:
+    return compile_function(function, signature, **options)
 
 
 @_compile(_OP, _FLOATS, _ARENA, _FLOATS)
