@@ -90,6 +90,8 @@ def run(config: RunConfig, folder: Path, *, resume: bool = False, overwrite: boo
     data = load_data(
         config.data, image_column=config.image_column, label_column=config.label_column, limit=config.limit
     )
+    if data.unused:
+        yield Message(f"not used of {config.data}: {', '.join(data.unused)}", resumable=resuming)
     model = accept_model(build_model(config, data), data.train)
     stored = parse(read_toml(folder / CONFIG), str(folder / CONFIG)) if resuming else None
     for name in ("objective", "batch_size"):  # their defaults may have been others when the run was started

@@ -22,7 +22,11 @@ _FIXED_SEED = 0  # of the splits; never a run's seed
 
 @dataclass(frozen=True, eq=False)
 class Data:
-    """A data set: three splits of images of one size, with the same classes."""
+    """A data set: three splits of images of one size, with the same classes.
+
+    Args:
+        unused: splits or files of the source that are in none of the three.
+    """
 
     name: str
     train: Images
@@ -30,6 +34,7 @@ class Data:
     test: Images
     num_classes: int
     class_names: tuple[str, ...]
+    unused: tuple[str, ...] = ()
 
     @property
     def input_shape(self) -> tuple[int, int, int]:
@@ -91,7 +96,7 @@ def load_data(
     """
     if limit is not None and limit < 1:
         raise ValueError(f"expected limit >= 1, got {limit}")
-    splits, class_names = _read(name, image_column, label_column)
+    splits, class_names, unused = _read(name, image_column, label_column)
     train, val, test = splits["train"], splits.get("validation"), splits.get("test")
     if test is None:
         val, test = None, splits["validation"]
@@ -106,21 +111,26 @@ def load_data(
         test=mix_classes(test),
         num_classes=len(class_names),
         class_names=class_names,
+        unused=unused,
     )
 
 
-def _read(name: str, image_column: str | None, label_column: str | None) -> tuple[dict[str, Images], tuple[str, ...]]:
-    """Read the splits that the source has, and the classes' names."""
+def _read(
+    name: str, image_column: str | None, label_column: str | None
+) -> tuple[dict[str, Images], tuple[str, ...], tuple[str, ...]]:
+    """Read the splits that the source has; return them, the classes' names, and what is not used."""
     if name == "digits":
         if image_column is not None or label_column is not None:
             raise ValueError("digits has no columns, but image_column or label_column was given")
         images = Images(*map(torch.from_numpy, sources.digits()))
         train, test = _split_stratified(images, DIGITS_TEST, "test split")
-        return {"train": train, "test": test}, tuple("0123456789")
-    splits, names = sources.read(name, image_column, label_column)
-    return {
-        key: Images(torch.from_numpy(split.pixels), torch.from_numpy(split.labels)) for key, split in splits.items()
-    }, names
+        return {"train": train, "test": test}, tuple("0123456789"), ()
+    splits, names, unused = sources.read(name, image_column, label_column)
+    return (
+        {key: Images(torch.from_numpy(split.pixels), torch.from_numpy(split.labels)) for key, split in splits.items()},
+        names,
+        unused,
+    )
 
 
 def mix_classes(images: Images) -> Images:

@@ -13,6 +13,7 @@ from torch.utils.data import IterableDataset, TensorDataset
 
 from atmc.core.arguments import PIXEL_SLACK
 from atmc.data import sources
+from atmc.data.decoding import image_array
 
 
 def to_unit_range(pixels: Tensor) -> Tensor:
@@ -139,7 +140,7 @@ def _pairs(source: object) -> Iterator[tuple[object, object]]:
 def _pixels(image: object) -> Tensor:
     """Return one image or a batch as (n, c, h, w) uint8 or float32; raise ValueError if it is neither."""
     if isinstance(image, Image):
-        array = sources.image_array(image)
+        array = image_array(image)
         return torch.from_numpy(array[None, None] if array.ndim == 2 else array.transpose(2, 0, 1)[None].copy())
     if isinstance(image, np.ndarray) and image.dtype.kind == "f":
         image = torch.from_numpy(image.astype(np.float32))

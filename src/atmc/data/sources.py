@@ -1,16 +1,14 @@
 """Read labeled images as whole splits of uint8 pixels: scikit-learn's digits, parquet files, image folders, the hub.
 
-Decoding: 8-bit gray stays one channel, everything else of 8 bits (palette, RGBA, CMYK, ...) becomes RGB, without
-alpha; images of more than 8 bits per channel are refused. If a data set has gray and RGB images, the gray ones are
-repeated over three channels. An orientation noted by a camera is applied.
+Nothing of a data set is left out in silence: what cannot be read is refused by name, and splits of other names than
+those of `SPLITS` are listed in `Source.unused`.
 """
 
 from __future__ import annotations
 
-import io
 import json
 import re
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from difflib import get_close_matches
 from pathlib import Path
@@ -20,17 +18,16 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 from numpy.typing import NDArray
-from PIL import Image, ImageOps
+
+from atmc.data import image_folder
+from atmc.data.decoding import decode_images, format_size
 
 KNOWN = ("digits", "ylecun/mnist", "uoft-cs/cifar10", "uoft-cs/cifar100", "ufldl-stanford/svhn:cropped_digits")
 SPLITS = {"train": "train", "training": "train", "test": "test", "testing": "test"} | dict.fromkeys(
     ("validation", "valid", "val", "dev"), "validation"
 )
-SUFFIXES = {".png", ".jpg", ".jpeg", ".bmp", ".gif", ".ppm", ".pgm", ".tif", ".tiff", ".webp"}
-_GRAY = {"1", "L", "LA", "La"}  # Pillow's modes of 8 bits and less
-_COLOR = {"P", "PA", "RGB", "RGBA", "RGBa", "RGBX", "CMYK", "YCbCr", "HSV", "LAB"}
-_UNREADABLE = (OSError, SyntaxError, ValueError, EOFError, Image.DecompressionBombError)  # what Pillow raises
 _HUB_ID = re.compile(r"\w[\w.-]*/\w[\w.-]*(:[\w.-]+)?")
+_SHARD = re.compile(r"(.*)-(\d+)-of-(\d+)")
 _MAX_UNNAMED = 2**16  # most classes of a source that names none; a column of larger numbers does not hold labels
 
 T = TypeVar("T")
@@ -44,8 +41,22 @@ class Split(NamedTuple):
     class_names: tuple[str, ...] | None
 
 
-def read(name: str, image_column: str | None, label_column: str | None) -> tuple[dict[str, Split], tuple[str, ...]]:
-    """Read the splits (keys among ``train``, ``validation``, ``test``) and class names of a local folder or a hub id.
+class Source(NamedTuple):
+    """A data set as read.
+
+    Args:
+        splits: keys among ``train``, ``validation``, ``test``.
+        class_names: the names of all classes.
+        unused: splits of other names, which are not read.
+    """
+
+    splits: dict[str, Split]
+    class_names: tuple[str, ...]
+    unused: tuple[str, ...] = ()
+
+
+def read(name: str, image_column: str | None, label_column: str | None) -> Source:
+    """Read a local folder or a hub id.
 
     Raises:
         ValueError: the name is unknown, or the content is not a set of labeled images of one size.
@@ -53,17 +64,21 @@ def read(name: str, image_column: str | None, label_column: str | None) -> tuple
     folder = Path(name).expanduser()
     if folder.is_file():
         raise ValueError(f"expected a folder or a hub id, got the file {name}")
-    files = _parquet_files(folder) if folder.is_dir() else {}
+    files, unused = _parquet_files(folder) if folder.is_dir() else ({}, ())
     if folder.is_dir() and not files:
         if image_column is not None or label_column is not None:
             raise ValueError(f"an image folder has no columns, but image_column or label_column was given for {name}")
-        return _unify_splits(_read_image_folder(folder), name)
-    tables = _select_splits(
-        {split: _read_parquet_files(paths) for split, paths in files.items()} or _hub_tables(name), name
-    )
-    return _unify_splits(
-        {split: _read_table(split, table, image_column, label_column) for split, table in tables.items()}, name
-    )
+        images, unused = _read_image_folder(folder)
+        return Source(*_unify_splits(images, name), unused)
+    if files:
+        tables = {split: _read_parquet_files(paths) for split, paths in files.items()}
+    else:
+        tables, unused = _hub_tables(name)
+    splits = {
+        split: _read_table(split, table, image_column, label_column)
+        for split, table in _select_splits(tables, name).items()
+    }
+    return Source(*_unify_splits(splits, name), unused)
 
 
 def _select_splits(splits: dict[str, T], name: str) -> dict[str, T]:
@@ -83,15 +98,6 @@ def digits() -> tuple[NDArray[np.uint8], NDArray[np.int64]]:
     return pixels[:, None], labels.astype(np.int64)
 
 
-def image_array(image: Image.Image) -> NDArray[np.uint8]:
-    """Return an image's pixels, (h, w) if it is gray, else (h, w, 3)."""
-    if image.mode not in _GRAY | _COLOR:
-        raise ValueError(f"expected at most 8 bits per channel, got Pillow's mode {image.mode}")
-    mode = "L" if image.mode in _GRAY else "RGB"
-    upright = ImageOps.exif_transpose(image)
-    return np.array(upright if upright.mode == mode else upright.convert(mode))
-
-
 def check_labels(labels: NDArray[np.int64], num_classes: int | None, place: str) -> None:
     """Raise ValueError unless all labels are >= 0 and, if num_classes is given, below it."""
     wrong = labels < 0 if num_classes is None else (labels < 0) | (labels >= num_classes)
@@ -99,29 +105,6 @@ def check_labels(labels: NDArray[np.int64], num_classes: int | None, place: str)
         row = int(wrong.argmax())
         expected = ">= 0" if num_classes is None else f"in 0 .. {num_classes - 1}"
         raise ValueError(f"expected labels {expected}, got {labels[row]} in row {row} of {place}")
-
-
-def _stack(sources: Iterable[bytes | Path], places: Iterable[str]) -> NDArray[np.uint8]:
-    """Decode files (or their bytes) into pixels (n, c, h, w); places are their names in errors."""
-    arrays: list[NDArray[np.uint8]] = []
-    for source, place in zip(sources, places, strict=True):
-        try:
-            with Image.open(io.BytesIO(source) if isinstance(source, bytes) else source) as image:
-                arrays.append(image_array(image))
-        except _UNREADABLE as error:
-            raise ValueError(f"cannot read the image in {place}: {error}") from error
-        if arrays[-1].shape[:2] != arrays[0].shape[:2]:
-            sizes = f"{_format_size(arrays[0])} and, in {place}, {_format_size(arrays[-1])}"
-            raise ValueError(f"expected images of one size, got {sizes}")
-    channels = max(3 if array.ndim == 3 else 1 for array in arrays)
-    pixels = np.empty((len(arrays), channels, *arrays[0].shape[:2]), dtype=np.uint8)
-    for row, array in enumerate(arrays):
-        pixels[row] = array if array.ndim == 2 else array.transpose(2, 0, 1)
-    return pixels
-
-
-def _format_size(image: NDArray[np.uint8]) -> str:
-    return f"{image.shape[0]}x{image.shape[1]}"
 
 
 def _unify_splits(splits: dict[str, Split], name: str) -> tuple[dict[str, Split], tuple[str, ...]]:
@@ -138,9 +121,12 @@ def _unify_splits(splits: dict[str, Split], name: str) -> tuple[dict[str, Split]
         if top >= _MAX_UNNAMED:
             raise ValueError(f"expected labels below {_MAX_UNNAMED} in {name}, which names no classes, got {top}")
         names = tuple(map(str, range(top + 1)))
+    for class_name in names:
+        if not class_name.isprintable():  # control characters, and bytes that are no UTF-8
+            raise ValueError(f"expected names of classes in printable Unicode in {name}, got {class_name!r}: rename it")
     for key, split in splits.items():
         if split.pixels.shape[2:] != first.pixels.shape[2:]:
-            sizes = f"{_format_size(first.pixels[0, 0])} in train and {_format_size(split.pixels[0, 0])} in {key}"
+            sizes = f"{format_size(first.pixels[0, 0])} in train and {format_size(split.pixels[0, 0])} in {key}"
             raise ValueError(f"expected images of one size in {name}, got {sizes}")
         if split.class_names != first.class_names:
             classes = [", ".join(s.class_names or ("none named",)) for s in (first, split)]
@@ -150,47 +136,61 @@ def _unify_splits(splits: dict[str, Split], name: str) -> tuple[dict[str, Split]
     return splits, names
 
 
-def _read_image_folder(root: Path) -> dict[str, Split]:
-    """Read ``split/class/*.png`` (and the like); classes are the folders' names, sorted as text."""
-    folders = {SPLITS[path.name]: path for path in _subfolders(root) if path.name in SPLITS}
-    if not folders:
-        raise ValueError(f"found neither parquet files nor train/<class>/ with images in the folder {root}")
-    splits = {}
-    for split, folder in _select_splits(folders, str(root)).items():
-        classes = _subfolders(folder)
-        files = [
-            [path for path in sorted(class_folder.iterdir()) if path.suffix.lower() in SUFFIXES]
-            for class_folder in classes
-        ]
-        if not any(files):
-            raise ValueError(f"the split {split} is empty: found no images in {folder}/<class>/")
-        paths = [path for group in files for path in group]
-        labels = np.repeat(np.arange(len(classes)), [len(group) for group in files])
-        splits[split] = Split(
-            _stack(paths, map(str, paths)), labels, tuple(class_folder.name for class_folder in classes)
-        )
-    return splits
+def _read_image_folder(root: Path) -> tuple[dict[str, Split], tuple[str, ...]]:
+    """Read ``split/class/*.png`` (and the like); return the splits, and the names of what else holds images."""
+    folders, unused = image_folder.find_splits(root, SPLITS)
+    splits = _select_splits(folders, str(root))
+    return {split: Split(*image_folder.read_split(folder, split)) for split, folder in splits.items()}, unused
 
 
 def _subfolders(folder: Path) -> list[Path]:
     return sorted(path for path in folder.iterdir() if path.is_dir() and not path.name.startswith("."))
 
 
-def _parquet_files(root: Path) -> dict[str, list[Path]]:
-    """List the files of each split: ``train-00000-of-00001.parquet``, ``train.parquet`` or ``train/0000.parquet``."""
+def _parquet_files(root: Path) -> tuple[dict[str, list[Path]], tuple[str, ...]]:
+    """List the files of each split, and the names of files of no split.
+
+    They are ``train-00000-of-00001.parquet``, ``train.parquet`` or ``train/0000.parquet``.
+    """
     files: dict[str, list[Path]] = {}
+    unused = []
     paths = [path for path in sorted(root.rglob("*.parquet")) if "/." not in f"/{path.relative_to(root).as_posix()}"]
     for path in paths:
         split = SPLITS.get(re.split(r"[-_.]", path.name)[0]) or SPLITS.get(path.parent.name)
         if split is not None:
             files.setdefault(split, []).append(path)
+        else:
+            unused.append(path.relative_to(root).as_posix())
     if paths and not files:
         raise ValueError(f"expected files named train-*.parquet and test-*.parquet in {root}, got {paths[0].name}")
     for split, split_files in files.items():
         folders = sorted({str(path.parent) for path in split_files})
         if len(folders) > 1:
             raise ValueError(f"found several sets with a split {split}, name the folder of one: {', '.join(folders)}")
-    return files
+        _check_shards(split, split_files)
+    return files, tuple(unused)
+
+
+def _check_shards(split: str, paths: list[Path]) -> None:
+    """Raise ValueError if a split's files are numbered and one is missing, or if they are of several names."""
+    found: dict[tuple[str, int], list[int]] = {}
+    for path in paths:
+        match = _SHARD.fullmatch(path.stem)
+        stem, number, count = (match[1], int(match[2]), int(match[3])) if match else (path.stem, 0, 1)
+        found.setdefault((stem if match else "", count if match else 0), []).append(number)
+    if len(found) > 1:
+        raise ValueError(f"found files of several kinds for the split {split}, keep those of one: {_join_names(paths)}")
+    ((stem, count), numbers) = next(iter(found.items()))
+    missing = sorted(set(range(count)) - set(numbers))
+    if missing:
+        raise ValueError(
+            f"the split {split} has {len(numbers)} of {count} files: {stem}-{missing[0]:05d}-of-{count:05d}.parquet is "
+            f"missing in {paths[0].parent}"
+        )
+
+
+def _join_names(paths: list[Path]) -> str:
+    return ", ".join(path.name for path in paths)
 
 
 def _read_parquet_files(paths: list[Path]) -> Any:
@@ -228,7 +228,7 @@ def _read_table(split: str, table: Any, image_column: str | None, label_column: 
     images = (
         _image_source(value.as_py(), place) for value, place in zip(table.column(image_column), places, strict=True)
     )
-    return Split(_stack(images, places), labels, tuple(names) if names else None)
+    return Split(decode_images(images, places), labels, tuple(names) if names else None)
 
 
 def _image_column(schema: Any, features: dict[str, Any], name: str | None) -> str:
@@ -263,8 +263,11 @@ def _image_source(value: bytes | dict[str, Any] | None, place: str) -> bytes | P
     return Path(content) if isinstance(content, str) else content
 
 
-def _hub_tables(name: str) -> dict[str, Any]:
-    """Load the splits of a hub data set as pyarrow.Tables; the hub is not asked for a name without ``owner/``."""
+def _hub_tables(name: str) -> tuple[dict[str, Any], tuple[str, ...]]:
+    """Load the splits of a hub data set as pyarrow.Tables, and name those that are not used.
+
+    The hub is not asked for a name without ``owner/``.
+    """
     if not _HUB_ID.fullmatch(name):
         raise ValueError(f"found no data set {name}: no folder here, and no hub id like owner/name{_suggest(name)}")
     import datasets
@@ -280,11 +283,12 @@ def _hub_tables(name: str) -> dict[str, Any]:
         raise ValueError(
             f"found no folder {name}, and cannot load it from the hub: {reason}{_suggest(name)}"
         ) from error
-    return {
+    tables = {
         SPLITS[split]: rows.with_format("arrow")[:].replace_schema_metadata(rows.features.arrow_schema.metadata)
         for split, rows in loaded.items()
         if split in SPLITS
     }
+    return tables, tuple(str(split) for split in loaded if split not in SPLITS)
 
 
 def _suggest(name: str) -> str:
