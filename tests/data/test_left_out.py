@@ -5,6 +5,7 @@ import os
 import struct
 import zlib
 from io import BytesIO
+from itertools import islice
 
 import numpy as np
 import pyarrow as pa
@@ -106,8 +107,8 @@ def test_other_splits_of_tables_are_listed_and_said(tmp_path):
         write_table(tmp_path / f"{name}.parquet", 6)
     assert load_data(str(tmp_path)).unused == ("extra-00000-of-00001.parquet",)
     settings = {"model": "resnet18", "data": str(tmp_path), "threat": "linf:0.1", "ratio": 0.1}
-    texts = [event.text for event in [next(events) for events in [runs.run(parse(settings), tmp_path / "o")] * 2]]
-    assert texts[1] == f"not used of {tmp_path}: extra-00000-of-00001.parquet"
+    _, note = islice(runs.run(parse(settings), tmp_path / "out"), 2)
+    assert note.text == f"not used of {tmp_path}: extra-00000-of-00001.parquet"
 
 
 @pytest.mark.parametrize(
