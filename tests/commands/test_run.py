@@ -474,12 +474,16 @@ class TestWeights:
         ("name", "content", "message"),
         [
             ("no.pt", None, "does not exist"),
-            ("a.pt", b"rubbish", "damaged or holds more than weights"),
+            ("a.pt", b"rubbish", "damaged or no file of torch.save"),
             ("a.safetensors", b"rubbish", "damaged or not a safetensors file"),
             ("a.atmc", b"rubbish", "not an atmc model file"),
             ("b.pt", [1, 2], "holds no state dict"),
-            ("c.pt", nn.Linear(2, 2), "damaged or holds more than weights"),
-            ("d.pt", {"fc9.weight": torch.zeros(3)}, "of another model: conv1.weight is missing"),
+            ("c.pt", nn.Linear(2, 2), "holds more than weights, and loading it would run code"),
+            (
+                "d.pt",
+                {"fc9.weight": torch.zeros(3)},
+                "8 of the model's 8 tensors are not there: conv1.*; 1 of the file's are not",
+            ),
         ],
     )
     def test_refused(self, tmp_path, lenet, name, content, message):

@@ -1,47 +1,29 @@
-"""Read checkpoints: weights from .atmc, .safetensors or .pt files, and the state of an unfinished run.
-
-A .pt file is read with ``weights_only=True``, which unpickles no objects.
-"""
+"""Read checkpoints: weights from .atmc, .safetensors or torch files, and the state of an unfinished run."""
 
 from __future__ import annotations
 
-import copy
-import pickle
-import struct
 from collections.abc import Mapping
 from io import BytesIO
 from pathlib import Path
 
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from atmc.commands.outputs import CHECKPOINT, LOG
+from atmc.commands.state_dicts import UNREADABLE, fit_names, read_state_dict
 from atmc.compress.factorize import apply_structure, assign_factors
 from atmc.core.files import write_beside
+from atmc.core.modules import copy_module, copy_state
 from atmc.pack import artifact
 from atmc.training.runner import State
 
 STATE_VERSION = 2  # of a run's state; a run goes on only with code that gives its fields the same meaning
-UNREADABLE = (  # the errors of torch.load on bytes that are no checkpoint
-    pickle.UnpicklingError,
-    RuntimeError,
-    EOFError,
-    OSError,
-    LookupError,
-    ValueError,
-    TypeError,
-    AttributeError,
-    struct.error,
-)
 
 
 def load_weights(model: nn.Module, path: str, *, factorized: bool = False) -> None:
     """Fill a plain model from a checkpoint file, in place.
 
-    Names may carry a leading ``module.``, as DataParallel leaves it. Normalization that the checkpoint does not hold
-    stays the model's own.
+    `state_dicts` says what is found in a file. Normalization that the checkpoint does not hold stays the model's own.
 
     Args:
         factorized: keep the factors of an .atmc file, if it has any, so that the model is factorized again.
@@ -53,7 +35,7 @@ def load_weights(model: nn.Module, path: str, *, factorized: bool = False) -> No
         raise ValueError(f"checkpoint {path} does not exist")
     if path.endswith(".atmc"):
         try:
-            loaded = artifact.open(path, factory=lambda num_classes: copy.deepcopy(model))
+            loaded = artifact.open(path, factory=lambda num_classes: copy_module(model))
         except artifact.ModelMismatch as error:  # its text advises on the factory, which here is not the user's
             raise ValueError(f"checkpoint {path} is of another model: {error.__cause__ or error}") from error
         _fill(model, loaded.model.state_dict(), path)
@@ -63,49 +45,15 @@ def load_weights(model: nn.Module, path: str, *, factorized: bool = False) -> No
             assign_factors(
                 model, {f"{path}.{part}": values for path, weight in weights for part, values in weight.parts.items()}
             )
-    elif path.endswith(".safetensors"):
-        try:
-            state = load_file(path)
-        except (SafetensorError, OSError) as error:
-            raise ValueError(f"checkpoint {path} is damaged or not a safetensors file: {error}") from error
-        _fill(model, state, path)
     else:
-        _fill(model, _read_torch_file(path), path)
+        _fill(model, read_state_dict(path), path)
 
 
 def _fill(model: nn.Module, state: Mapping[str, Tensor], path: str) -> None:
-    """Load a state dict into a model; raise ValueError if names or shapes differ."""
-    own = model.state_dict()
-    renamed = {name.removeprefix("module."): value for name, value in state.items()}
-    for name, value in own.items():
-        if name not in renamed and name.startswith("normalize."):
-            renamed[name] = value
-    problems = [f"{name} is missing" for name in own if name not in renamed]
-    problems += [f"{name} is not in the model" for name in renamed if name not in own]
-    problems += [
-        f"{name} has shape {tuple(renamed[name].shape)}, not {tuple(value.shape)}"
-        for name, value in own.items()
-        if name in renamed and renamed[name].shape != value.shape
-    ]
-    if problems:
-        more = f", and {len(problems) - 3} more" if len(problems) > 3 else ""
-        raise ValueError(f"checkpoint {path} is of another model: {'; '.join(problems[:3])}{more}")
-    model.load_state_dict(renamed)
-
-
-def _read_torch_file(path: str) -> dict[str, Tensor]:
-    """Return the state dict of a .pt file, as it is or under a usual key; raise ValueError if there is none."""
-    try:
-        loaded = torch.load(path, map_location="cpu", weights_only=True)
-    except UNREADABLE as error:
-        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-        raise ValueError(f"checkpoint {path} is damaged or holds more than weights: {reason}") from error
-    for key in ("state_dict", "model", "net"):
-        if isinstance(loaded, dict) and isinstance(loaded.get(key), dict):
-            loaded = loaded[key]
-    if not (isinstance(loaded, dict) and loaded and all(isinstance(value, Tensor) for value in loaded.values())):
-        raise ValueError(f"checkpoint {path} holds no state dict of tensors")
-    return loaded
+    """Load a state dict into a model, under the model's names; raise ValueError if it is of another model."""
+    fitting = copy_state(model.state_dict())
+    fitting.update(fit_names(state, model, path))
+    model.load_state_dict(fitting)
 
 
 def write_run_state(folder: Path, state: State, seconds: float) -> None:

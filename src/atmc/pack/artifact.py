@@ -62,6 +62,7 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 from atmc.core.files import write_beside
+from atmc.core.modules import copy_state, unwrap
 from atmc.core.version import __version__
 from atmc.models import batch_norm, build_from_spec, call_factory
 from atmc.models.factory import factory_name
@@ -199,6 +200,7 @@ def to_bytes(
     Raises:
         ValueError: a value is not finite, or of a type that the format does not hold.
     """
+    model = unwrap(model)
     spec = getattr(model, "atmc_spec", None) or {"name": None}
     count = classes or spec.get("num_classes") or _count_outputs(model)
     if not 1 <= count <= MAX_CLASSES:
@@ -326,16 +328,38 @@ def _restore(data: bytes, factory: Callable[..., nn.Module] | None, source: str,
         named = f", which was {stored_name!r}" if stored_name else ""
         raise ModelMismatch(f"{error}; {factory_name(factory)} is not its factory{named}") from error
     decoded = _decode(content, expected, max_values)
-    state: dict[str, Tensor] = dict(implied)
+    state = copy_state(model.state_dict(), torch.Tensor.detach)  # keeps the versions of modules
+    state.clear()
+    state.update(implied)
     for field in expected:
         stored = decoded.weights.get(field.name)
         values = stored[0].value() if stored else decoded.others[field.name][0]
         if not np.isfinite(values).all():
             raise content.malformed(f"tensor {field.name}: a value is not finite")
         state[field.name] = torch.from_numpy(np.ascontiguousarray(values))
+    shared = _list_shared(model)
     model.load_state_dict(state, assign=True)
+    _share_again(model, shared)
     factors = {name: weight for name, (weight, _) in decoded.weights.items() if weight.form != PLAIN}
     return LoadedModel(model.eval(), factors, content.metadata, source)
+
+
+def _list_shared(model: nn.Module) -> list[list[str]]:
+    """List the groups of names under which one parameter stands several times, as tied weights do."""
+    groups: dict[int, list[str]] = {}
+    for name, parameter in model.named_parameters(remove_duplicate=False):
+        groups.setdefault(id(parameter), []).append(name)
+    return [names for names in groups.values() if len(names) > 1]
+
+
+def _share_again(model: nn.Module, shared: list[list[str]]) -> None:
+    """Make one parameter of those that were one, in place, unless the file gives them different values."""
+    for first, *others in shared:
+        parameter = model.get_parameter(first)
+        for name in others:
+            path, _, last = name.rpartition(".")
+            if torch.equal(model.get_parameter(name), parameter):
+                setattr(model.get_submodule(path), last, parameter)
 
 
 def decode(content: Content, *, max_values: int = MAX_VALUES) -> Decoded:

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from typing import Any, cast
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from atmc.compress.factorize import all_compressible_weights, is_factorized
 from atmc.pack.container import Content, ModelMismatch
@@ -68,6 +68,8 @@ def list_fields(model: nn.Module, *, without: Mapping[str, Any] | None = None) -
     for key, value in model.state_dict().items():
         if any(key.startswith(f"{path.rpartition('.')[0]}.parametrizations.".lstrip(".")) for path in shapes):
             continue
+        if not isinstance(value, Tensor):
+            raise ValueError(f"the model's state has {key}, a {type(value).__name__}: a model file holds tensors only")
         if value.dtype not in names:
             raise ValueError(f"tensor {key}: cannot store values of type {value.dtype}")
         fields[key] = Field(key, tuple(value.shape), names[value.dtype])
