@@ -18,6 +18,7 @@ from safetensors.torch import save_file
 from torch import nn
 
 import atmc
+from atmc.commands import evaluate as evaluations
 from atmc.commands.evaluate import name_files
 from atmc.evaluation import adversarial_file, curves, evaluate, resume, smoothing
 from atmc.evaluation.accuracy import BatchAttacked
@@ -79,6 +80,22 @@ def command_of(
     file: object, *options: object, threat: str = "linf:0.05", model: str = "command_models:build"
 ) -> list[object]:
     return ["evaluate", file, "--data", "digits", "--threat", threat, "--model", model, *options]
+
+
+def test_figures_are_kept_if_a_picture_cannot_be_drawn(tmp_path, monkeypatch):
+    def fail(*_):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(evaluations, "draw_gallery", fail)
+    options = ["--n", 5, "--attack", "fgsm", "--no-checks", "--json", tmp_path / "a.json"]
+    assert run_evaluate("a.atmc", *options, "--gallery", tmp_path / "a.png") != 0
+    assert json.loads((tmp_path / "a.json").read_text())["attacks"]["fgsm"]["n"] == 5
+
+
+def test_a_gallery_without_fooled_images(tmp_path):
+    options = ["--n", 5, "--attack", "fgsm", "--no-checks", "--gallery", tmp_path / "a.png"]
+    assert run_evaluate("a.atmc", *options, threat="linf:0.0001") == 0
+    assert (tmp_path / "a.png").read_bytes().startswith(b"\x89PNG")
 
 
 def run_evaluate(file: object, *options: object, threat: str = "linf:0.05", model: str = "command_models:build") -> int:

@@ -2,6 +2,7 @@
 
 import json
 import shutil
+import subprocess
 import sys
 
 import numpy as np
@@ -123,9 +124,22 @@ def test_c(lenet, tmp_path, capsys):
     assert "lenet.h exists: add --overwrite" in expect_refusal(capsys, *command)
 
 
+@pytest.mark.skipif(not shutil.which("cc"), reason="there is no compiler here")
+def test_two_models_in_one_program(lenet, tmp_path):
+    for name in ("one", "two"):
+        assert call("export", lenet, "--to", "c", "--out", tmp_path / name, "--name", name, "--n", 2) == 0
+    program = '#include "one/one.h"\n#include "two/two.h"\nint main(void) { return ONE_CLASSES - TWO_CLASSES; }\n'
+    (tmp_path / "main.c").write_text(program)
+    sources = ["main.c", "one/one.c", "two/two.c"]
+    subprocess.run(["cc", "-std=c99", *sources, "-o", "program"], cwd=tmp_path, check=True)
+    subprocess.run([tmp_path / "program"], check=True)
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [
+        (["--to", "c", "--name", "a b"], "expected a name that C allows for a function, got 'a b'"),
+        (["--name", "one"], "a name is for --to c, got --to onnx"),
         (["--to", "tflite"], "unknown format 'tflite': expected one of onnx, safetensors, c, vnnlib"),
         (["--n", 0], "expected n >= 1, got 0"),
         (["--threat", "0.1"], "expected a threat like linf:8/255"),

@@ -171,6 +171,20 @@ def test_killed_just_after_the_metrics(here):
     assert not (here / "out" / "checkpoint").exists()
 
 
+def test_a_report_that_cannot_be_made_loses_nothing(here, monkeypatch):
+    def fail(*_, **__):
+        raise OSError(28, "No space left on device")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(runs, "write_report", fail)
+        with pytest.raises(OSError, match="No space left"):
+            finish(here / "out")
+    metrics = json.loads((here / "out" / "metrics.json").read_text())
+    assert finish(here / "out", resume=True) == metrics
+    assert (here / "out" / "report.html").exists()
+    assert not (here / "out" / "checkpoint").exists()
+
+
 def test_nothing_is_overwritten_unless_asked(here):
     metrics = finish(here / "out")
     before = (here / "out" / "model.atmc").read_bytes()

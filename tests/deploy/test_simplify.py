@@ -28,7 +28,7 @@ from atmc.deploy.graph.graph import (
     run_graph,
 )
 from atmc.deploy.graph.simplify import simplify, simplify_graph, simplify_with_report
-from atmc.deploy.graph.trace import trace
+from atmc.deploy.graph.trace import UnsupportedModel, trace
 from atmc.models.resnet import BasicBlock, ResNet
 from atmc.pack import artifact, weight_forms
 from atmc.robust.attacks import fgsm
@@ -351,6 +351,14 @@ class Masked(nn.Module):
         return x.flatten(1) @ (self.weight * self.mask).t()
 
 
+class Standardized(nn.Conv2d):
+    """A convolution whose weight is standardized by a function of several results, as in timm's networks."""
+
+    def forward(self, x):
+        std, mean = torch.std_mean(self.weight, dim=(1, 2, 3), keepdim=True)
+        return F.conv2d(x, (self.weight - mean) / (std + 1e-5), self.bias)
+
+
 CONV = {"conv": nn.Conv2d(2, 4, 3)}
 MODULES = {
     "same": nn.Sequential(nn.Conv2d(2, 3, (3, 5), dilation=(2, 1), padding="same"), nn.Flatten()),
@@ -370,6 +378,7 @@ MODULES = {
     "negative": Calls(lambda self, x: -(F.relu(0.5 - x) / 2 - x).flatten(1)),
     "unflattened": Calls(unflattened, **CONV),
     "masked": Masked(),
+    "standardized": nn.Sequential(Standardized(2, 4, 3), nn.ReLU(), nn.Flatten()),
     "normalize": nn.Sequential(models.Normalize([0.1, 0.2], [0.3, 0.4]), nn.Flatten(), nn.Identity()),
 }
 
@@ -386,6 +395,12 @@ def test_operators_compute_what_torch_computes(name):
     with torch.no_grad():
         torch.testing.assert_close(run_graph(trace(model, (2, 8, 8)).graph, images), model(images))
         torch.testing.assert_close(run_graph(simplify(model, (2, 8, 8)), images), model(images))
+
+
+def test_a_model_that_cannot_be_traced_is_refused_in_one_sentence(capfd):
+    with pytest.raises(UnsupportedModel, match=r"torch\.export cannot trace the model for images"):
+        trace(Calls(branching), (2, 8, 8))
+    assert capfd.readouterr().err == ""
 
 
 def branching(self, x):

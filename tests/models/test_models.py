@@ -610,6 +610,16 @@ def test_a_factory_of_the_current_folder(write: Callable[[str], str]) -> None:
     assert again.atmc_spec == {"name": name, "num_classes": 6, "input_shape": None}
 
 
+def test_a_factory_that_imports_when_it_is_called(write: Callable[[str], str], tmp_path: Path) -> None:
+    path = list(sys.path)
+    (tmp_path / "atmc_late_blocks.py").write_text("import torch\n" + NET)
+    late = write(
+        "def make(num_classes):\n    from atmc_late_blocks import make as inner\n    return inner(num_classes)\n"
+    )
+    assert isinstance(build(f"{late}:make", 6), nn.Linear)
+    assert sys.path == path
+
+
 def test_draws_of_the_import_do_not_move_a_factorys_seed(write: Callable[[str], str]) -> None:
     name = write("torch.rand(5)\n" + NET) + ":make"
     first, second = build(name, 6, seed=1), build(name, 6, seed=1)  # only the first imports

@@ -37,6 +37,12 @@ def export(
         bool,
         typer.Option("--with-wrong", help="Write properties of images too that are wrong without an attack (vnnlib)."),
     ] = False,
+    name: Annotated[
+        str | None,
+        typer.Option(
+            help="Name of the C files and functions (default: the model file's), so that two models can be linked."
+        ),
+    ] = None,
     image_column: ImageColumn = None,
     label_column: LabelColumn = None,
     overwrite: OverwriteFiles = False,
@@ -55,6 +61,7 @@ def export(
         n=n,
         time_per_image=time_per_image,
         with_wrong=with_wrong,
+        name=name,
         image_column=image_column,
         label_column=label_column,
         overwrite=overwrite,

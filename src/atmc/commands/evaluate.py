@@ -305,12 +305,12 @@ def _evaluate_file(
         against = replace(options, state=output.state_path(AGAINST), keep=False)
         figures["against"] = yield from _evaluate_other(request, inputs.other, report, test, against)
     figures |= yield from _measure_more(request, model, test, results)
-    if keep:
-        _write_examples(request, file, model, test, report)
     figures |= {"request": identity, "versions": {"atmc": __version__, "torch": torch.__version__}}
     if output.json_path:
         write_json(output.json_path, figures)
     output.remove_states()
+    if keep:  # after the figures, which took longer
+        _write_examples(request, file, model, test, report)
     yield Evaluated(figures)
 
 

@@ -49,7 +49,7 @@ PROPERTY = "image-"  # begins the names of properties, before the position of th
 
 @dataclass(frozen=True, kw_only=True)
 class ExportRequest:
-    """The options of `atmc export`; time_per_image and with_wrong are for vnnlib."""
+    """The options of `atmc export`; time_per_image and with_wrong are for vnnlib, name is for C."""
 
     file: Path
     to: str
@@ -62,6 +62,7 @@ class ExportRequest:
     with_wrong: bool = False
     image_column: str | None = None
     label_column: str | None = None
+    name: str | None = None
     overwrite: bool = False
 
 
@@ -135,6 +136,10 @@ def export(request: ExportRequest) -> Exported:
 def _check_request(request: ExportRequest) -> None:
     if request.to not in FORMATS:
         raise unknown("format", request.to, FORMATS)
+    if request.name is not None and request.to != "c":
+        raise ValueError(f"a name is for --to c, got --to {request.to}")
+    if request.name is not None and not re.fullmatch(r"[A-Za-z_]\w*", request.name, flags=re.ASCII):
+        raise ValueError(f"expected a name that C allows for a function, got {request.name!r}")
     if request.n < 1:
         raise ValueError(f"expected n >= 1, got {request.n}")
     if request.to == "safetensors" and (request.data or request.threat):
@@ -311,7 +316,9 @@ def _compare(kind: str, model: nn.Module, x: Tensor, run: LogitsFunction) -> Agr
 
 
 def _c_name(request: ExportRequest) -> str:
-    """Return a C identifier from the model file's name."""
+    """Return the name of the C functions and files: the request's, else an identifier from the model file's name."""
+    if request.name is not None:
+        return request.name
     name = re.sub(r"\W", "_", request.file.stem, flags=re.ASCII)
     return name if name[:1].isalpha() else f"model_{name}"
 

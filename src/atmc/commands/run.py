@@ -27,6 +27,7 @@ from atmc.commands.outputs import (
     LOG,
     METRICS,
     MODEL,
+    REPORT,
     FolderInUse,
     check_run_folder,
     clear_run_folder,
@@ -120,8 +121,11 @@ def run(config: RunConfig, folder: Path, *, resume: bool = False, overwrite: boo
         check_same(config, stored, str(folder))
         if (folder / METRICS).exists():
             # the process may have been killed between writing the metrics and this
+            metrics = json.loads((folder / METRICS).read_text())
+            if not (folder / REPORT).exists():
+                _write_report(folder, metrics, config, data)
             shutil.rmtree(folder / CHECKPOINT, ignore_errors=True)
-            yield Finished(json.loads((folder / METRICS).read_text()))
+            yield Finished(metrics)
             return
     proving, obstacle = _decide_proofs(config, model, data)
     if obstacle:
@@ -200,19 +204,26 @@ def _train_and_evaluate(job: Job, config: RunConfig, data: Data, folder: Path, *
     if proving:
         figures |= yield from _verify(loaded, config, data)
     metrics = _build_metrics(job, result, config, figures, size, time.monotonic() - began)
+    write_json(folder / METRICS, metrics)  # before the page, which is made of them
+    _write_report(folder, metrics, config, data)
+    shutil.rmtree(folder / CHECKPOINT, ignore_errors=True)
+    yield Finished(metrics)
+
+
+def _write_report(folder: Path, metrics: dict[str, Any], config: RunConfig, data: Data) -> None:
+    """Write report.html from the folder's files."""
+    loaded = artifact.open(folder / MODEL, factory=lambda num_classes: fold(build_model(config, data)))
+    threat = config.parsed_threat()
     write_report(
         folder,
         metrics,
-        decoded.cpu(),
+        accept_model(loaded.model, data.test),
         data.test,
         threat=threat,
         pgd=PgdSettings.paper(threat, steps=config.steps),
         config_toml=config.to_toml(),
         class_names=data.class_names,
     )
-    write_json(folder / METRICS, metrics)
-    shutil.rmtree(folder / CHECKPOINT, ignore_errors=True)
-    yield Finished(metrics)
 
 
 def _verify(loaded: artifact.LoadedModel, config: RunConfig, data: Data) -> Generator[Any, None, dict[str, Any]]:

@@ -10,7 +10,8 @@ import inspect
 import os
 import reprlib
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import cast
 
 from torch import nn
@@ -48,12 +49,25 @@ def call_factory(factory: Callable[..., nn.Module], num_classes: int, name: str 
     except TypeError as error:
         raise ValueError(f"expected {name} to be callable with num_classes alone: {error}") from error
     try:
-        model: object = factory(num_classes=num_classes)
+        with _current_folder_importable():  # a factory may import more when it is called
+            model: object = factory(num_classes=num_classes)
     except USER_CODE_ERRORS as error:
         raise ValueError(f"the factory {name} failed for num_classes={num_classes}: {first_line(error)}") from error
     if not isinstance(model, nn.Module):
         raise ValueError(f"expected {name} to return a torch.nn.Module, got {type(model).__name__}")
     return model
+
+
+@contextmanager
+def _current_folder_importable() -> Iterator[None]:
+    """Put the current folder first on the path of imports within the context."""
+    folder = os.getcwd()
+    sys.path.insert(0, folder)
+    try:
+        yield
+    finally:
+        if folder in sys.path:
+            sys.path.remove(folder)
 
 
 def factory_name(factory: Callable[..., nn.Module]) -> str:
@@ -77,18 +91,14 @@ def import_factory(name: str) -> Callable[..., nn.Module]:
     module_name, _, attribute = name.partition(":")
     if not attribute.isidentifier() or not all(part.isidentifier() for part in module_name.split(".")):
         raise ValueError(f"expected a factory as package.module:factory, got {name!r}")
-    folder = os.getcwd()
-    sys.path.insert(0, folder)
     try:
-        importlib.invalidate_caches()
-        module = importlib.import_module(module_name)
+        with _current_folder_importable():
+            importlib.invalidate_caches()
+            module = importlib.import_module(module_name)
     except ImportError as error:
         raise ValueError(f"cannot import {module_name!r} of the factory {name}: {error}") from error
     except USER_CODE_ERRORS as error:
         raise ValueError(f"cannot import {module_name!r} of the factory {name}: {first_line(error)}") from error
-    finally:
-        if folder in sys.path:
-            sys.path.remove(folder)
     if not hasattr(module, attribute):
         raise unknown("factory", attribute, dir(module), expected=f"a callable of the module {module_name!r}")
     factory = getattr(module, attribute)

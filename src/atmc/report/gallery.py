@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -40,18 +41,14 @@ def select_fooled(model: nn.Module, clean: Tensor, adv: Tensor, labels: Tensor, 
 
 
 def draw_gallery(examples: Sequence[Example], threat: Threat) -> bytes:
-    """Draw one row of three pictures per example, as PNG.
-
-    Raises:
-        ValueError: there are no examples.
-    """
+    """Draw one row of three pictures per example, as PNG; without examples a line that says so."""
+    font = ImageFont.load_default()
     if not examples:
-        raise ValueError("no image was fooled, so there is nothing to draw")
+        return _draw_line("No image was fooled.", font)
     tall, wide = examples[0].clean.shape[1:]
     scale = max(1, -(-SIDE // max(tall, wide)))
     tall, wide = tall * scale, wide * scale
     row = tall + MARGIN + 2 * LINE
-    font = ImageFont.load_default()
     sheet = Image.new("RGB", (3 * (wide + MARGIN) + MARGIN, LINE + MARGIN + row * len(examples)), "white")
     draw = ImageDraw.Draw(sheet)
     for column, head in enumerate(HEADS):
@@ -67,6 +64,16 @@ def draw_gallery(examples: Sequence[Example], threat: Threat) -> bytes:
             wrong = column == 2 and example.fooled
             draw.text((left, top + tall + 1), text, fill="#b00020" if wrong else "black", font=font)
         draw.text((MARGIN, top + tall + LINE), f"image {example.index}", fill="gray", font=font)
+    return _to_png(sheet)
+
+
+def _draw_line(text: str, font: Any) -> bytes:
+    sheet = Image.new("RGB", (3 * SIDE, LINE + 2 * MARGIN), "white")
+    ImageDraw.Draw(sheet).text((MARGIN, MARGIN), text, fill="black", font=font)
+    return _to_png(sheet)
+
+
+def _to_png(sheet: Image.Image) -> bytes:
     buffer = io.BytesIO()
     sheet.save(buffer, format="PNG", optimize=True)
     return buffer.getvalue()

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import logging
 import math
 import operator
 import warnings
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, redirect_stderr
 from dataclasses import dataclass
+from io import StringIO
 from typing import Any, cast
 
 import numpy as np
@@ -95,8 +98,7 @@ def _export(model: nn.Module, shape: tuple[int, int, int]) -> ExportedProgram:
     """Return the module's operators, those that write in place replaced by ones that return a new value."""
     images = (torch.zeros(BATCH, *shape),)
     try:
-        with torch.no_grad(), warnings.catch_warnings():
-            warnings.simplefilter("ignore")
+        with torch.no_grad(), _silence():
             exported = torch.export.export(model, images, strict=False)
             targets = [node.target for node in exported.graph.nodes if node.op == "call_function"]
             if any(getattr(getattr(target, "_schema", None), "is_mutable", False) for target in targets):
@@ -106,6 +108,19 @@ def _export(model: nn.Module, shape: tuple[int, int, int]) -> ExportedProgram:
             f"torch.export cannot trace the model for images {shape}: {first_line(error)}"
         ) from error
     return exported
+
+
+@contextmanager
+def _silence() -> Iterator[None]:
+    """Keep torch.export from printing graphs and warnings; of a failure our error says what there is to say."""
+    disabled = logging.root.manager.disable
+    logging.disable(logging.CRITICAL)
+    try:
+        with warnings.catch_warnings(), redirect_stderr(StringIO()):
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        logging.disable(disabled)
 
 
 def _constants(exported: ExportedProgram) -> tuple[dict[str, Tensor], dict[str, str]]:
@@ -127,14 +142,14 @@ def _constants(exported: ExportedProgram) -> tuple[dict[str, Tensor], dict[str, 
 
 def _append_call(node: fx.Node, values: dict[fx.Node, Traced], nodes: list[Node]) -> Traced:
     """Append the nodes of a call and return the number of its activation, or its value if it is a constant."""
+    if not any(isinstance(values[source], int) for source in node.all_input_nodes):
+        with torch.no_grad():  # of constants alone; several results come as a tuple, of which getitem takes one
+            args, kwargs = fx.map_arg((node.args, node.kwargs), lambda source: values[source])
+            return cast(Tensor, cast(Any, node.target)(*args, **kwargs))
     if node.target is operator.getitem:
         source, index = node.args
         if _operator_name(cast(fx.Node, source)) == "_native_batch_norm_legit_no_training" and index == 0:
             return values[cast(fx.Node, source)]
-    elif not any(isinstance(values[source], int) for source in node.all_input_nodes):
-        with torch.no_grad():
-            args, kwargs = fx.map_arg((node.args, node.kwargs), lambda source: values[source])
-            return cast(Tensor, cast(Any, node.target)(*args, **kwargs))
     layer, name = _layer_name(node), _operator_name(node)
     subject = f"aten.{name} of {f'layer {layer}' if layer else 'the model itself'} is not supported"
 
