@@ -4,6 +4,7 @@ import json
 import threading
 from contextlib import contextmanager
 from dataclasses import replace
+from functools import partial
 from io import StringIO
 from multiprocessing import Pipe
 from pathlib import Path
@@ -197,7 +198,7 @@ def test_an_onnx_model_that_cannot_be_made_leaves_its_engines_out(pruned, tmp_pa
         raise ValueError("no such operator")
 
     monkeypatch.setattr(inputs.dense, "quantize_int8", refused)
-    write = inputs.write_forms
+    write = partial(inputs.write_forms, input_shape=(1, 28, 28))
     files, left_out = write(tmp_path, tmp_path / "m", pruned, simplify(pruned), calibration=IMAGES)
     assert files.module.exists()
     assert files.dense.exists()
@@ -277,6 +278,15 @@ def test_a_tiny_network_needs_the_whole_decoder():
     assert len(weight.unique()) == 7
 
 
+GROUPED = """
+from torch import nn
+
+def build(num_classes):
+    layers = nn.Conv2d(1, 8, 3, stride=3), nn.GroupNorm(2, 8), nn.ReLU(), nn.Flatten(), nn.Linear(648, num_classes)
+    return nn.Sequential(*layers)
+"""
+
+
 @pytest.fixture
 def in_threads(monkeypatch):
     """Run workers in threads, which start faster than processes."""
@@ -325,6 +335,25 @@ def test_engines_that_are_missing_are_left_out(file, in_threads, monkeypatch):
     assert [row["engine"] for row in figures["engines"]] == ["atmc", "PyTorch", "PyTorch, channels_last"]
     assert set(figures["left_out"]) == {kind.name for kind in KINDS[3:] if kind.form != worker.PLAIN}
     assert figures["left_out"]["ONNX Runtime"] == "not installed: onnx, onnxruntime; pip install 'atmc[bench]'"
+
+
+def test_a_model_that_the_graph_does_not_hold(in_threads, tmp_path, monkeypatch):
+    (tmp_path / "bench_models.py").write_text(GROUPED)
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.syspath_prepend(str(tmp_path))
+    atmc.save(atmc.models.build("bench_models:build", 10, seed=0), "model.atmc", input_shape=(1, 28, 28))
+    request = bench.BenchRequest(
+        file=Path("model.atmc"), model="bench_models:build", threads=(1,), batches=(1,), reps=1, n=5
+    )
+    figures = run(request)
+    assert [row["engine"] for row in figures["engines"]] == ["PyTorch", "PyTorch, channels_last"]
+    assert figures["left_out"]["atmc"].startswith("cannot run it: aten.group_norm of layer 1 is not supported")
+    assert figures["left_out"]["ONNX Runtime"].startswith("no ONNX model of it: aten.group_norm")
+    assert figures["macs"] is None
+    assert "atmc cannot run the model; the fastest is PyTorch" in figures["verdict"][0]
+    console = Console(file=StringIO(), width=120)
+    console.print(*bench_tables(figures))
+    assert "left out: atmc: cannot run it" in console.file.getvalue()
 
 
 def test_an_engine_that_fails_is_left_out_but_not_ours(file, in_threads, monkeypatch):

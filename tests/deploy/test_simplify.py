@@ -397,6 +397,16 @@ def test_operators_compute_what_torch_computes(name):
         torch.testing.assert_close(run_graph(simplify(model, (2, 8, 8)), images), model(images))
 
 
+@pytest.mark.parametrize(
+    "change", [lambda weight: weight + torch.randn(weight.shape), lambda weight: F.dropout(weight, 0.5, True)]
+)
+def test_weights_that_are_random_in_evaluation_mode_are_refused(change):
+    """One draw must not become the weights."""
+    model = Calls(lambda self, x: F.conv2d(x, change(self.conv.weight)).flatten(1), **CONV)
+    with pytest.raises(UnsupportedModel, match="is not supported: it is random, also in evaluation mode"):
+        trace(model, (2, 8, 8))
+
+
 def test_a_model_that_cannot_be_traced_is_refused_in_one_sentence(capfd):
     with pytest.raises(UnsupportedModel, match=r"torch\.export cannot trace the model for images"):
         trace(Calls(branching), (2, 8, 8))

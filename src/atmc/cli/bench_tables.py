@@ -54,10 +54,10 @@ def _quartiles(times: Mapping[str, Any], narrow: bool) -> str:
 def _sizes(figures: Mapping[str, Any], narrow: bool) -> Table:
     batches = [str(batch) for batch in figures["batches"][: 1 if narrow else None]]
     macs, labeled = figures["macs"], figures["data"] is not None
-    title = (
-        f"multiply-adds per image: {macs['dense']:,} dense, {macs['left']:,} left "
-        f"({macs['left'] / max(macs['dense'], 1):.2%})"
-    )
+    title = "sizes"
+    if macs is not None:
+        left = f"{macs['left']:,} left ({macs['left'] / max(macs['dense'], 1):.2%})"
+        title = f"multiply-adds per image: {macs['dense']:,} dense, {left}"
     peaks = [*([] if narrow else ["load"]), *batches]
     names = ["to load" if name == "load" else f"batch {name}" for name in peaks]
     columns = ["file, bytes", *(f"MB {name}" for name in names), *["accuracy"] * labeled]
@@ -82,5 +82,5 @@ def _caption(figures: Mapping[str, Any]) -> str:
     )
     if data is None:
         caption += ", which calibrated int8 too: add --data for accuracies"
-    ours = next(row for row in figures["engines"] if "runs" in row)
-    return f"{caption}. {ours['engine']} runs {ours['runs']}"
+    ours = next((row for row in figures["engines"] if "runs" in row), None)
+    return f"{caption}. {ours['engine']} runs {ours['runs']}" if ours else caption

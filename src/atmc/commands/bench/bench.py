@@ -36,7 +36,7 @@ from atmc.commands.bench.worker import KINDS, OURS, PLAIN, EngineKind, ModelFile
 from atmc.commands.model_files import open_model_file
 from atmc.commands.outputs import check_file, write_json
 from atmc.deploy.engine.engine import format_threads
-from atmc.deploy.graph.graph import FloatArray
+from atmc.deploy.graph.graph import FloatArray, Graph
 from atmc.deploy.graph.trace import UnsupportedModel, trace
 
 REFERENCE = "PyTorch"  # the engine whose logits the others are compared with
@@ -115,7 +115,7 @@ def bench(request: BenchRequest) -> Iterator[BenchStatus | Benched]:
     """Measure a model file on every engine; the last event is `Benched`.
 
     Raises:
-        ValueError: the request makes no sense, or the model cannot be run.
+        ValueError: the request makes no sense.
         RuntimeError: the sparse engine failed.
     """
     _check_request(request)
@@ -130,16 +130,23 @@ def bench(request: BenchRequest) -> Iterator[BenchStatus | Benched]:
         image_column=request.image_column,
         label_column=request.label_column,
     )
+    graph: Graph | UnsupportedModel
     try:
         graph = trace(model, inputs.images.shape[1:]).graph
     except UnsupportedModel as error:
-        raise ValueError(f"cannot bench {request.file}: {error}") from None
+        graph = error
     factory = request.model if request.model and ":" in request.model else None
     with tempfile.TemporaryDirectory() as name, ExitStack() as workers:
         yield BenchStatus("making the dense models")
         folder = Path(name)
         files, left_out = write_forms(
-            folder, request.file, model, graph, calibration=inputs.calibration, factory=factory
+            folder,
+            request.file,
+            model,
+            graph,
+            input_shape=inputs.images.shape[1:],
+            calibration=inputs.calibration,
+            factory=factory,
         )
         tiny_files = write_tiny(folder / "tiny")
         asked_for = [kind for kind in KINDS if request.unsimplified or kind.form != PLAIN]
@@ -150,7 +157,9 @@ def bench(request: BenchRequest) -> Iterator[BenchStatus | Benched]:
         yield from _measure(request, engines, left_out, inputs)
         for engine in engines:
             engine.figures["file_bytes"] = file_bytes(engine.kind, files, model)
-    macs = {"dense": graph.macs(dense=True), "left": engines[0].figures.pop("macs")}
+    macs = None
+    if isinstance(graph, Graph):
+        macs = {"dense": graph.macs(dense=True), "left": engines[0].figures.pop("macs")}
     expected = next((engine.logits for engine in engines if engine.kind.name == REFERENCE), None)
     rows = [engine.build_row(expected, inputs.labels) for engine in _remaining(engines, left_out)]
     figures = _describe_run(request, len(inputs.images)) | {"macs": macs, "engines": rows, "left_out": left_out}

@@ -62,7 +62,11 @@ def describe_fastest(figures: Mapping[str, Any]) -> list[str]:
 
 def _describe_case(figures: Mapping[str, Any], threads: int, batch: int) -> str:
     rows = list(find_times(figures, threads, batch))
-    ours = next(times for row, times in rows if row["engine"] == OURS)
+    ours = next((times for row, times in rows if row["engine"] == OURS), None)
+    if ours is None:
+        row, times = min(rows, key=_median)
+        fastest = f"{engine_label(row)}, {format_milliseconds(times['median_ms'])} ms"
+        return f"{format_threads(threads)}, batch {batch}: {OURS} cannot run the model; the fastest is {fastest}."
     baselines = [(row, times) for row, times in rows if row["engine"] != OURS]
     start = f"{format_threads(threads)}, batch {batch}: {OURS} takes {format_milliseconds(ours['median_ms'])} ms"
     if not baselines:

@@ -14,7 +14,7 @@ import torch
 from numpy.typing import NDArray
 from torch import nn
 
-from atmc.commands.bench.worker import KINDS, PLAIN, TINY_SHAPE, EngineKind, ModelFiles, build_tiny
+from atmc.commands.bench.worker import KINDS, OURS, PLAIN, TINY_SHAPE, EngineKind, ModelFiles, build_tiny
 from atmc.commands.model_files import check_image_shape, require_image_shape
 from atmc.core.rng import permutation
 from atmc.data import Images, load_data
@@ -22,7 +22,7 @@ from atmc.deploy.engine import dense
 from atmc.deploy.export import onnx_export
 from atmc.deploy.graph.graph import FloatArray, Graph
 from atmc.deploy.graph.simplify import round_constants, simplify_graph
-from atmc.deploy.graph.trace import trace
+from atmc.deploy.graph.trace import UnsupportedModel, trace
 from atmc.evaluation.user_model import check_model
 from atmc.models.factory import factory_name, first_line
 from atmc.pack import artifact
@@ -101,8 +101,9 @@ def write_forms(
     folder: Path,
     file: Path,
     model: nn.Module,
-    plain: Graph,
+    plain: Graph | UnsupportedModel,
     *,
+    input_shape: tuple[int, ...],
     calibration: FloatArray,
     factory: str | None = None,
 ) -> tuple[ModelFiles, dict[str, str]]:
@@ -112,7 +113,8 @@ def write_forms(
         folder: to write into.
         file: the model file.
         model: its module.
-        plain: the module's graph, not simplified.
+        plain: the module's graph, not simplified, or why it has none; then only PyTorch can run it.
+        input_shape: (c, h, w) of the images.
         calibration: images (n, c, h, w) for int8.
         factory: package.module:factory of a user's own class.
 
@@ -126,11 +128,14 @@ def write_forms(
         dense=dense_file,
         int8=int8_file,
         plain=plain_file,
-        input_shape=plain.input_shape,
+        input_shape=cast(tuple[int, int, int], input_shape),
         factory=factory,
     )
     with suppress(AttributeError, TypeError, pickle.PicklingError):  # a class that cannot be imported by its name
         torch.save(model, files.module)
+    if isinstance(plain, UnsupportedModel):
+        reasons = {kind.name: f"no ONNX model of it: {plain}" for kind in KINDS if kind.form != "module"}
+        return files, reasons | {OURS: f"cannot run it: {plain}"}
     if find_spec("onnx") is None:
         return files, {}
     try:
@@ -155,7 +160,8 @@ def write_tiny(folder: Path) -> ModelFiles:
     artifact.save(model, file, input_shape=TINY_SHAPE)
     images = np.zeros((1, *TINY_SHAPE), np.float32)
     plain = trace(model, TINY_SHAPE).graph
-    return write_forms(folder, file, model, plain, calibration=images, factory=factory_name(build_tiny))[0]
+    name = factory_name(build_tiny)
+    return write_forms(folder, file, model, plain, input_shape=TINY_SHAPE, calibration=images, factory=name)[0]
 
 
 def file_bytes(kind: EngineKind, files: ModelFiles, model: nn.Module) -> int:

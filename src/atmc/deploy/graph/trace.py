@@ -143,6 +143,8 @@ def _constants(exported: ExportedProgram) -> tuple[dict[str, Tensor], dict[str, 
 def _append_call(node: fx.Node, values: dict[fx.Node, Traced], nodes: list[Node]) -> Traced:
     """Append the nodes of a call and return the number of its activation, or its value if it is a constant."""
     if not any(isinstance(values[source], int) for source in node.all_input_nodes):
+        if _is_random(node):
+            raise UnsupportedModel(f"{_describe_call(node)} is not supported: it is random, also in evaluation mode")
         with torch.no_grad():  # of constants alone; several results come as a tuple, of which getitem takes one
             args, kwargs = fx.map_arg((node.args, node.kwargs), lambda source: values[source])
             return cast(Tensor, cast(Any, node.target)(*args, **kwargs))
@@ -151,7 +153,7 @@ def _append_call(node: fx.Node, values: dict[fx.Node, Traced], nodes: list[Node]
         if _operator_name(cast(fx.Node, source)) == "_native_batch_norm_legit_no_training" and index == 0:
             return values[cast(fx.Node, source)]
     layer, name = _layer_name(node), _operator_name(node)
-    subject = f"aten.{name} of {f'layer {layer}' if layer else 'the model itself'} is not supported"
+    subject = f"{_describe_call(node)} is not supported"
 
     def append(op: Op, *inputs: int) -> int:
         nodes.append(Node(op, inputs, layer))
@@ -167,6 +169,18 @@ def _append_call(node: fx.Node, values: dict[fx.Node, Traced], nodes: list[Node]
         return OPERATORS[name](append, arguments)
     except ValueError as error:
         raise UnsupportedModel(f"{subject}: {error}") from None
+
+
+def _is_random(node: fx.Node) -> bool:
+    """Return whether a call draws random numbers; a dropout that is switched off draws none."""
+    draws = torch.Tag.nondeterministic_seeded in getattr(node.target, "tags", ())
+    return draws and not ("dropout" in _operator_name(node) and node.args[-1] is False)
+
+
+def _describe_call(node: fx.Node) -> str:
+    """Name an operator and its layer, "aten.silu of layer 1"."""
+    layer = _layer_name(node)
+    return f"aten.{_operator_name(node)} of {f'layer {layer}' if layer else 'the model itself'}"
 
 
 def _operator_name(node: fx.Node) -> str:
