@@ -24,6 +24,7 @@ from atmc.evaluation import adversarial_file, resume, smoothing
 from atmc.evaluation.accuracy import BatchAttacked
 from atmc.evaluation.checks import Check
 from atmc.evaluation.evaluate import EvaluationOptions, Report, run_evaluation
+from atmc.evaluation.user_model import accept_model
 from atmc.pack.artifact import LoadedModel
 from atmc.report.gallery import draw_gallery, select_fooled
 from atmc.robust.threats import Threat
@@ -284,7 +285,8 @@ def _evaluate_file(
     request: EvaluateRequest, file: Path, output: _Output, identity: dict[str, Any], inputs: _Inputs
 ) -> Iterator[BatchAttacked | Check | PartMeasured | Report | Evaluated]:
     """Evaluate one file, write its figures and remove its states."""
-    test, model = inputs.data.test, _open_checked(request, file, inputs.data).model
+    test = inputs.data.test
+    model = accept_model(_open_checked(request, file, inputs.data).model, test)
     if output.json_path:
         output.json_path.parent.mkdir(exist_ok=True)
     if not request.resume:

@@ -28,7 +28,7 @@ def prepared_torch(device: torch.device) -> Iterator[None]:
         stack.enter_context(deterministic(device))
         stack.enter_context(torch.inference_mode(False))
         stack.enter_context(torch.enable_grad())
-        for kind in {"cpu", device.type}:
+        for kind in {"cpu", device.type} | ({"cuda"} if torch.cuda.is_available() else set()):
             stack.enter_context(torch.autocast(kind, enabled=False))
         if torch.get_default_device() != torch.device("cpu"):
             stack.enter_context(torch.device("cpu"))
